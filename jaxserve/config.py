@@ -1,0 +1,48 @@
+"""Configuration of an engine: one frozen dataclass, each field with its unit."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Dtype = Literal["bfloat16", "float32"]
+Quantization = Literal["none", "int8"]
+CoreKind = Literal["thread", "process"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything that shapes an engine. Nothing is read from the environment."""
+
+    model: str = "smollm2-135m"
+    """A name from `checkpoints.registry`, a Hugging Face folder, a `.gguf` file or an Orbax folder of `jaxserve convert`."""
+    served_model_name: str | None = None
+    """The name clients use; None takes the last part of `model`."""
+    dtype: Dtype = "bfloat16"
+    """Of weights, activations and the KV cache. Norms, softmax and logits are float32 in either."""
+    quantization: Quantization = "none"
+    """int8: weights per output channel, activations per row."""
+    slots: int = 32
+    """Requests that decode together, in rows of a step."""
+    small_slots: int = 8
+    """Rows of the step used while no more than this many requests are live; 8 is the least that is fast and exact."""
+    prefill_chunk: int = 128
+    """Prompt tokens that ride along in one mixed step while requests decode."""
+    max_context: int | None = None
+    """Tokens of prompt and output together; None takes the model's limit, at most 8,192."""
+    page_size: int = 16
+    """Tokens in a page of the KV cache."""
+    num_pages: int | None = None
+    """Pages of the KV cache; None takes enough for every slot at full context, within `cache_bytes`."""
+    cache_bytes: int = 2 << 30
+    """Upper bound of the KV cache where `num_pages` is None, in bytes."""
+    prefix_cache: bool = True
+    """Reuse the pages of equal prompt prefixes."""
+    pipeline_depth: int = 1
+    """Steps dispatched ahead of the one being read; 0 is synchronous."""
+    max_waiting: int = 1024
+    """Requests accepted beyond those that hold a slot; past it QueueFull is raised."""
+    stream_buffer_tokens: int = 8192
+    """Tokens a client may leave unread before its request is aborted."""
+    core: CoreKind = "thread"
+    """Where the step loop runs: a thread of this process, or a process of its own (a served engine)."""
+    compilation_cache: str | None = "~/.cache/jaxserve/xla"
+    """Folder of the persistent compilation cache; None turns it off."""

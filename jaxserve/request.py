@@ -1,0 +1,386 @@
+"""What a client asks for and what it is told: requests, their parameters, and the events of a stream.
+
+Everything here is plain data, checked before anything is allocated. This module imports neither jax nor grpc.
+"""
+
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+MAX_LOGPROBS = 20
+"""Most alternatives a token that a request may ask for."""
+MAX_LOGIT_BIAS = 256
+"""Most entries of `logit_bias` in one request."""
+MAX_STOP_STRINGS = 16
+"""Most stop strings in one request."""
+MAX_STOP_STRING_LENGTH = 256
+"""Longest stop string, in characters."""
+MAX_STOP_TOKEN_IDS = 8
+"""Most stop ids in one request, the model's end-of-sequence ids included."""
+MAX_REQUEST_ID_LENGTH = 128
+"""Longest request id, in characters."""
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. The values are the wire names of every interface."""
+
+    STOP = "stop"
+    """An end-of-sequence id, a stop id or a stop string."""
+    LENGTH = "length"
+    """`max_tokens` or the end of the context."""
+    ABORT = "abort"
+    """The client cancelled, or read too slowly."""
+    DEADLINE = "deadline"
+    """The request's deadline passed."""
+    ERROR = "error"
+    """The engine failed this request; `Finished.error` says how."""
+
+
+class RequestError(Exception):
+    """A request that was not accepted. Nothing has been allocated for it."""
+
+
+class InvalidRequest(RequestError, ValueError):
+    """A field of a request is out of range.
+
+    Attributes:
+        field: the API name of the field, dotted where nested in messages.
+        reason: what is wrong, with the value and the limit.
+    """
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class ModelNotFound(RequestError):
+    """The request names a model that this engine does not serve."""
+
+
+class QueueFull(RequestError):
+    """The admission queue is at its bound; try again after `retry_after` seconds."""
+
+    def __init__(self, limit: int, retry_after: float):
+        super().__init__(f"the queue is full: {limit} requests are in flight (limit {limit})")
+        self.limit = limit
+        self.retry_after = retry_after
+
+
+class DuplicateRequestId(RequestError):
+    """A request with this id is still active."""
+
+
+class EngineUnavailable(RequestError):
+    """The engine is draining, stopped or failed, and takes no requests."""
+
+
+def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(name, f"must be a number, got {value!r}")
+    if not math.isfinite(value) or value < low or value > high or (open_low and value <= low):
+        left = "(" if open_low else "["
+        raise InvalidRequest(name, f"must be in {left}{low:g}, {high:g}], got {value!r}")
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(name, f"must be an integer, got {value!r}")
+    if not low <= value <= high:
+        raise InvalidRequest(name, f"must be in [{low}, {high}], got {value}")
+
+
+def _boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InvalidRequest(name, f"must be true or false, got {value!r}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen from the logits, in this order: logit bias, penalties, temperature,
+    top-k, top-p, min-p, then a draw with a key folded from `seed` and the token's position."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probabilities sum to this; 1 keeps all."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely, relative to the likeliest."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token already generated."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time the token was generated."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or the output."""
+    seed: int | None = None
+    """32-bit seed of the draw; None takes a random one, reported in `Started`."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    n: int = 1
+    """Sequences for one prompt."""
+
+    def validate(self, vocab_size: int) -> None:
+        """Raises InvalidRequest naming the first field out of range."""
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _integer("top_k", self.top_k, 0, 2**31 - 1)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, 2**32 - 1)
+        if self.n != 1:
+            _integer("n", self.n, 1, 1)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidRequest("logit_bias", f"has {len(self.logit_bias)} entries (limit {MAX_LOGIT_BIAS})")
+        for token, bias in self.logit_bias.items():
+            _integer("logit_bias", token, 0, vocab_size - 1)
+            _number("logit_bias", bias, -100.0, 100.0)
+
+
+@dataclass(frozen=True)
+class StoppingParams:
+    """When a sequence ends."""
+
+    max_tokens: int | None = None
+    """Most tokens to generate; None goes to the end of the context."""
+    min_tokens: int = 0
+    """No end-of-sequence id, stop id or stop string ends the sequence before this many tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the sequence; not part of the text unless `include_stop`."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the sequence, besides the model's own end-of-sequence ids."""
+    include_stop: bool = False
+    """Keep the matched stop string in the text."""
+    ignore_eos: bool = False
+    """The model's end-of-sequence ids do not end the sequence."""
+
+    def validate(self, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        """Raises InvalidRequest naming the first field out of range."""
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens or 2**31 - 1)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest("stop", f"has {len(self.stop)} strings (limit {MAX_STOP_STRINGS})")
+        for text in self.stop:
+            if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_STRING_LENGTH:
+                raise InvalidRequest("stop", f"must be strings of 1 to {MAX_STOP_STRING_LENGTH} characters, got {text!r}")
+        room = MAX_STOP_TOKEN_IDS - (0 if self.ignore_eos else len(eos_ids))
+        if len(self.stop_token_ids) > room:
+            raise InvalidRequest("stop_token_ids", f"has {len(self.stop_token_ids)} ids (limit {room})")
+        for token in self.stop_token_ids:
+            _integer("stop_token_ids", token, 0, vocab_size - 1)
+        _boolean("include_stop", self.include_stop)
+        _boolean("ignore_eos", self.ignore_eos)
+
+
+@dataclass(frozen=True)
+class OutputParams:
+    """What is sent back."""
+
+    logprobs: int | None = None
+    """Log-probabilities of the chosen token and of this many of the likeliest; None sends none."""
+    return_text: bool = True
+    """Send detokenized text."""
+    return_token_ids: bool = True
+    """Send token ids."""
+
+    def validate(self) -> None:
+        """Raises InvalidRequest naming the first field out of range."""
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _boolean("return_text", self.return_text)
+        _boolean("return_token_ids", self.return_token_ids)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request. Exactly one of `prompt`, `token_ids` and `messages` is set."""
+
+    prompt: str | None = None
+    """Raw text; the tokenizer's own special tokens are added where its model wants them."""
+    token_ids: tuple[int, ...] | None = None
+    """A prompt already tokenized, taken as it is."""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """Chat messages (`role`, `content`), rendered by the model's chat template."""
+    sampling: SamplingParams = SamplingParams()
+    stopping: StoppingParams = StoppingParams()
+    output: OutputParams = OutputParams()
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Unique among active requests."""
+    model: str | None = None
+    """The served model's name; None takes the one that is served."""
+    priority: int = 0
+    """Higher goes first."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only within one salt."""
+    deadline: float | None = None
+    """`time.monotonic()` seconds after which the request ends with FinishReason.DEADLINE."""
+
+    def validate(self) -> None:
+        """Checks what needs no model: that there is one prompt, and its form. Raises InvalidRequest."""
+        given = [name for name in ("prompt", "token_ids", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = "none is set" if not given else f"{' and '.join(given)} are set"
+            raise InvalidRequest("prompt", f"exactly one of prompt, token_ids and messages must be set; {what}")
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            raise InvalidRequest("prompt", f"must be a string, got {type(self.prompt).__name__}")
+        for index, message in enumerate(self.messages or ()):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InvalidRequest("messages", f"message {index} must be an object with a string `role`")
+            if not isinstance(message.get("content"), str):
+                raise InvalidRequest("messages", f"message {index} must have a string `content`")
+        if self.messages is not None and not self.messages:
+            raise InvalidRequest("messages", "must have at least one message")
+        if not isinstance(self.request_id, str) or not 1 <= len(self.request_id) <= MAX_REQUEST_ID_LENGTH:
+            raise InvalidRequest("request_id", f"must be a string of 1 to {MAX_REQUEST_ID_LENGTH} characters")
+        _integer("priority", self.priority, -(2**31), 2**31 - 1)
+        if not isinstance(self.cache_salt, str):
+            raise InvalidRequest("cache_salt", f"must be a string, got {self.cache_salt!r}")
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Request":
+        """Builds a request from flat API names, as in a JSON line: `id` (or `request_id`), one prompt field, and any
+        sampling, stopping or output field. An unknown field is refused by name, never dropped. Raises InvalidRequest.
+        """
+        if not isinstance(data, Mapping):
+            raise InvalidRequest("request", f"must be a JSON object, got {type(data).__name__}")
+        parts: dict[str, dict[str, Any]] = {"sampling": {}, "stopping": {}, "output": {}, "request": {}}
+        for name, value in data.items():
+            part = _FIELD_PART.get(name)
+            if part is None:
+                raise InvalidRequest(str(name), "is not a field of a request")
+            if value is not None:
+                parts[part][name] = _from_json_value(name, value)
+        request = parts["request"]
+        if "id" in request:
+            request["request_id"] = request.pop("id")
+        return Request(
+            sampling=SamplingParams(**parts["sampling"]),
+            stopping=StoppingParams(**parts["stopping"]),
+            output=OutputParams(**parts["output"]),
+            **request,
+        )
+
+
+_FIELD_PART = {
+    **{f.name: "sampling" for f in fields(SamplingParams)},
+    **{f.name: "stopping" for f in fields(StoppingParams)},
+    **{f.name: "output" for f in fields(OutputParams)},
+    **dict.fromkeys(
+        ("id", "request_id", "prompt", "token_ids", "messages", "model", "priority", "cache_salt"), "request"
+    ),
+}
+
+
+def _from_json_value(name: str, value: Any) -> Any:
+    if name == "logit_bias":
+        if not isinstance(value, Mapping):
+            raise InvalidRequest(name, f"must be an object of token id to bias, got {value!r}")
+        try:
+            return {int(token): bias for token, bias in value.items()}
+        except ValueError:
+            raise InvalidRequest(name, f"keys must be token ids, got {list(value)!r:.100}") from None
+    if name == "stop" and isinstance(value, str):
+        return (value,)
+    if name in ("token_ids", "messages", "stop", "stop_token_ids"):
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise InvalidRequest(name, f"must be a list, got {value!r:.100}")
+        return tuple(value)
+    return value
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of a chosen token under the model's own distribution (before temperature, penalties, bias)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest `(token_id, logprob)`, best first."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose keys and values came from the prefix cache."""
+    completion_tokens: int
+    """Tokens generated, an end-of-sequence token included, tokens overrun past a stop string not."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds, on the engine's clock."""
+
+    queue: float
+    """Accepted to first scheduled."""
+    prefill: float
+    """First scheduled to first token."""
+    decode: float
+    """First to last token."""
+    total: float
+    """Accepted to finished."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """First event of a stream: the request holds a slot."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New tokens of a sequence. Text never splits a UTF-8 character and never shows part of a stop string."""
+
+    request_id: str
+    index: int = 0
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The one terminal event of a sequence."""
+
+    request_id: str
+    index: int
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    matched_stop: str | int | None = None
+    """The stop string, or the stop or end-of-sequence id."""
+    error: str | None = None
+    """What failed, where `finish_reason` is `error`."""
+
+
+Event = Started | Delta | Finished
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole sequence, as the synchronous calls return it."""
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    matched_stop: str | int | None = None
+    error: str | None = None
