@@ -24,8 +24,9 @@ class EngineConfig:
     """Requests that decode together, in rows of a step."""
     small_slots: int = 8
     """Rows of the step used while no more than this many requests are live; 8 is the least that is fast and exact."""
-    prefill_chunk: int = 128
-    """Prompt tokens that ride along in one mixed step while requests decode."""
+    prefill_chunks: tuple[int, ...] = (128, 512)
+    """Prompt tokens that ride along in one mixed step; a larger chunk while as many requests wait for their prompt as
+    decode."""
     max_context: int | None = None
     """Tokens of prompt and output together; None takes the model's limit, at most 8,192."""
     page_size: int = 16
@@ -34,6 +35,8 @@ class EngineConfig:
     """Pages of the KV cache; None takes enough for every slot at full context, within `cache_bytes`."""
     cache_bytes: int = 2 << 30
     """Upper bound of the KV cache where `num_pages` is None, in bytes."""
+    attention: str | None = None
+    """Name of the attention implementation; None takes the platform's own."""
     prefix_cache: bool = True
     """Reuse the pages of equal prompt prefixes."""
     pipeline_depth: int = 1

@@ -1,0 +1,156 @@
+"""What passes between the front of an engine and its core, which may be another process.
+
+Plain data, sent as msgpack arrays: never pickled. One message a step goes out, whatever the number of requests in it.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import msgpack
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A validated, tokenized request. `handle` is the front's number for it."""
+
+    handle: int
+    token_ids: list[int]
+    max_length: int
+    """Tokens of prompt and output together, at most."""
+    min_length: int
+    """No stop id ends the sequence before this length."""
+    stop_ids: list[int]
+    """At most MAX_STOP_TOKEN_IDS."""
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    seed: int
+    logit_bias: dict[int, float]
+    logprobs: int
+    """Alternatives a token; -1 for no log-probabilities at all."""
+    priority: int
+    cache_salt: str
+    arrival: float
+    """`time.monotonic()` seconds."""
+    deadline: float | None
+    """`time.monotonic()` seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Ends a request; a handle that is not active is a no-op."""
+
+    handle: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Aborts what is active and ends the core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the core is doing before it is ready; `fraction` is in 0..1, or None where unknown."""
+
+    what: str
+    fraction: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The core has loaded, compiled and warmed up."""
+
+    platform: str
+    device_kind: str
+    max_context: int
+    """Tokens; the configured limit, or all that the pages hold if that is less."""
+    num_pages: int
+    """Pages that requests can hold."""
+    attention: str
+    """Name of the attention implementation."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What one step gave one sequence."""
+
+    handle: int
+    token_ids: list[int]
+    """New tokens; a stop id that ended the sequence is not among them."""
+    logprobs: list[tuple[int, float, list[tuple[int, float]]]] | None
+    """For each new token (token_id, logprob, likeliest [(token_id, logprob)])."""
+    started: int | None = None
+    """Cached prompt tokens, in the first output of a sequence."""
+    finish_reason: str | None = None
+    matched_stop: int | None = None
+    completion_tokens: int = 0
+    """Tokens generated so far, a stop id included."""
+    times: tuple[float, float, float] | None = None
+    """On finish: monotonic seconds of first scheduling, first token and finish; 0 where it never happened."""
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """The core's state after a step."""
+
+    step: int
+    running: int
+    waiting: int
+    available_pages: int
+    cached_pages: int
+    fenced_pages: int
+    preemptions: int
+    prefix_queries: int
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_hits: int
+    """Prompt tokens found there."""
+    overrun_tokens: int
+    """Row-steps spent on sequences that had already ended."""
+    compiles_after_warmup: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """All that one step, or a change of the queue, gave."""
+
+    outputs: list[SequenceOutput]
+    gauges: Gauges
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The core cannot go on; everything in flight is lost."""
+
+    error: str
+
+
+Message = Submit | Abort | Shutdown | Progress | Ready | StepOutput | Failed
+_TYPES: tuple[type, ...] = (Submit, Abort, Shutdown, Progress, Ready, StepOutput, Failed)
+_NUMBER = {kind: number for number, kind in enumerate(_TYPES)}
+
+
+def _row(message: Any) -> list[Any]:
+    return [getattr(message, field.name) for field in fields(message)]
+
+
+def encode(message: Message) -> bytes:
+    """One msgpack array: the type's number, then its fields in order."""
+    if isinstance(message, StepOutput):
+        body = [[_row(output) for output in message.outputs], _row(message.gauges)]
+    else:
+        body = _row(message)
+    return msgpack.packb([_NUMBER[type(message)], *body])
+
+
+def decode(data: bytes) -> Message:
+    """Inverse of `encode`. Raises ValueError for bytes that are no message."""
+    number, *body = msgpack.unpackb(data, strict_map_key=False)
+    if number == _NUMBER[StepOutput]:
+        outputs, gauges = body
+        return StepOutput([SequenceOutput(*output) for output in outputs], Gauges(*gauges))
+    return _TYPES[number](*body)

@@ -1,0 +1,206 @@
+"""The device side of an engine: parameters, live cache and state, and the compiled steps.
+
+`dispatch` never waits for the device; `read` is the one place that does.
+"""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import monitoring
+
+from jaxserve.batch import BIASES, PENALIZES, Packer, Upload, features
+from jaxserve.checkpoints import LoadedModel
+from jaxserve.config import EngineConfig
+from jaxserve.decode_state import DecodeState, take_slot
+from jaxserve.kv_cache import KVCache, page_bytes
+from jaxserve.request import MAX_LOGIT_BIAS
+from jaxserve.scheduler import Sequence, StepPlan, TokenLogprobs
+from jaxserve.step import StepOutput, make_step
+from pallas_kernels import select
+
+log = logging.getLogger(__name__)
+
+_compiles = 0
+
+
+def _count_compile(event: str, _seconds: float, **_: object) -> None:
+    global _compiles
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiles += 1
+
+
+monitoring.register_event_duration_secs_listener(_count_compile)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A read step: what `Scheduler.retire` takes."""
+
+    tokens: list[int]
+    flags: list[int]
+    logprobs: list[TokenLogprobs] | None
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A dispatched step whose output is on its way to the host."""
+
+    plan: StepPlan
+    output: StepOutput
+    reports_logprobs: bool
+
+
+class ModelRunner:
+    """Compiles the steps of one model on one device and runs them.
+
+    Args:
+        model: loaded parameters, on the device.
+        config: the engine's configuration.
+        progress: called with what is being compiled and the fraction done.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig, progress=lambda what, fraction: None):
+        device = jax.devices()[0]
+        self.platform: str = device.platform
+        self.device_kind: str = device.device_kind
+        self.model_config = model.config
+        self.config = config
+        self.attention = select({"gpu": "cuda"}.get(device.platform, device.platform), config.attention)
+        self.num_pages = _num_pages(model, config)
+        capacity = (self.num_pages - 1) * config.page_size
+        self.max_context = min(config.max_context or 8192, model.config.max_context, capacity)
+        self._max_pages = -(-self.max_context // config.page_size)
+        self._params = model.params
+        self._graphdef = model.graphdef
+        self._packer = Packer(config.slots, self._max_pages)
+        self.row_counts = tuple(sorted({min(config.small_slots, config.slots), config.slots}))
+        self.chunk_sizes = config.prefill_chunks
+        self._reset()
+        self._steps = self._compile_steps(progress)
+        self._take_slot = self._compile_take_slot()
+        self._warm_up(progress)
+        self._compiles_at_warmup = _compiles
+
+    @property
+    def compiles_after_warmup(self) -> int:
+        """Programs compiled since the engine said that it was ready. More than 0 is a defect."""
+        return _compiles - self._compiles_at_warmup
+
+    def _reset(self) -> None:
+        config = self.config
+        self._cache = KVCache.zeros(self.model_config, self.attention, self.num_pages, config.page_size, config.dtype)
+        self._state = DecodeState.zeros(config.slots, self.model_config.vocab_size)
+
+    def _compile_steps(self, progress):
+        shapes = [(rows, chunk) for rows in self.row_counts for chunk in (0, *self.chunk_sizes)]
+        done = 0
+
+        def lower(shape: tuple[int, int]):
+            rows, chunk = shape
+            step = make_step(self._graphdef, self.model_config, self.attention, rows, chunk)
+            packed = jax.ShapeDtypeStruct((Upload.size(rows, chunk, self._max_pages),), jnp.int32)
+            return jax.jit(step, donate_argnums=(1, 2)).lower(self._params, self._cache, self._state, packed)
+
+        def compile_step(lowered):
+            nonlocal done
+            compiled = lowered.compile()
+            done += 1
+            progress("compiling", done / len(shapes))
+            return compiled
+
+        progress("compiling", 0.0)
+        # XLA compiles outside the GIL: tracing one step overlaps with compiling another.
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            futures = [pool.submit(compile_step, lower(shape)) for shape in shapes]
+            return {shape: future.result() for shape, future in zip(shapes, futures, strict=True)}
+
+    def _compile_take_slot(self):
+        ids = jax.ShapeDtypeStruct((self.max_context,), jnp.int32)
+        bias = [jax.ShapeDtypeStruct((MAX_LOGIT_BIAS,), dtype) for dtype in (jnp.int32, jnp.float32)]
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        return jax.jit(take_slot, donate_argnums=0).lower(self._state, scalar, ids, ids, *bias).compile()
+
+    def _warm_up(self, progress) -> None:
+        """Runs every program once on rows that no sequence owns: nothing is written."""
+        for number, (rows, chunk) in enumerate(self._steps):
+            progress("warming up", number / len(self._steps))
+            self.read(self._dispatch(StepPlan(0), rows, chunk))
+        self._own_slot(0, np.zeros(0, np.int32), np.zeros(0, np.int32), {})
+        jax.block_until_ready(self._state)
+        progress("warming up", 1.0)
+
+    def dispatch(self, plan: StepPlan) -> PendingStep:
+        """Uploads a plan and starts its step, behind those already started."""
+        for slot, sequence in plan.new_owners:
+            if features(sequence.submit) & (PENALIZES | BIASES):
+                self._own_slot_for(slot, sequence)
+        rows = next(count for count in self.row_counts if count >= len(plan.sequences))
+        chunk = next(size for size in (0, *self.chunk_sizes) if size >= plan.chunk_tokens)
+        return self._dispatch(plan, rows, chunk)
+
+    def _dispatch(self, plan: StepPlan, rows: int, chunk: int) -> PendingStep:
+        packed = jax.device_put(self._packer.pack(plan, rows, chunk))
+        self._cache, self._state, output = self._steps[rows, chunk](self._params, self._cache, self._state, packed)
+        output.tokens_and_flags.copy_to_host_async()
+        reports = any(sequence.submit.logprobs >= 0 for sequence in plan.sequences)
+        if reports:
+            output.logprobs.copy_to_host_async()
+            output.logprob_ids.copy_to_host_async()
+        return PendingStep(plan, output, reports)
+
+    def read(self, pending: PendingStep) -> Results:
+        """Waits for a step and gives its tokens. The only place where the host waits for the device."""
+        tokens, flags = np.asarray(pending.output.tokens_and_flags).tolist()
+        if not pending.reports_logprobs:
+            return Results(tokens, flags, None)
+        values = np.asarray(pending.output.logprobs).tolist()
+        ids = np.asarray(pending.output.logprob_ids).tolist()
+        logprobs = []
+        for row, sequence in enumerate(pending.plan.sequences):
+            top = max(sequence.submit.logprobs, 0) + 1
+            logprobs.append((ids[row][0], values[row][0], list(zip(ids[row][1:top], values[row][1:top], strict=True))))
+        return Results(tokens, flags, logprobs)
+
+    def _own_slot_for(self, slot: int, sequence: Sequence) -> None:
+        prompt = np.asarray(sequence.token_ids[: sequence.prompt_length], np.int32)
+        output = np.asarray(sequence.token_ids[sequence.prompt_length :], np.int32)
+        self._own_slot(slot, prompt, output, sequence.submit.logit_bias)
+
+    def _own_slot(self, slot: int, prompt: np.ndarray, output: np.ndarray, bias: dict[int, float]) -> None:
+        beyond = self.model_config.vocab_size
+        ids = np.full((2, self.max_context), beyond, np.int32)
+        ids[0, : len(prompt)] = prompt
+        ids[1, : len(output)] = output
+        bias_ids = np.full(MAX_LOGIT_BIAS, beyond, np.int32)
+        bias_values = np.zeros(MAX_LOGIT_BIAS, np.float32)
+        bias_ids[: len(bias)] = list(bias.keys())
+        bias_values[: len(bias)] = list(bias.values())
+        arguments = jax.device_put((np.int32(slot), ids[0], ids[1], bias_ids, bias_values))
+        self._state = self._take_slot(self._state, *arguments)
+
+
+def _num_pages(model: LoadedModel, config: EngineConfig) -> int:
+    """Pages to allocate: as configured, or enough for all slots at full context within `cache_bytes`."""
+    if config.num_pages is not None:
+        return config.num_pages
+    context = min(config.max_context or 8192, model.config.max_context)
+    wanted = config.slots * -(-context // config.page_size) + 1
+    return max(2, min(wanted, config.cache_bytes // page_bytes(model.config, config.page_size, config.dtype)))
+
+
+def enable_compilation_cache(folder: str | None) -> None:
+    """Points JAX's persistent compilation cache at a folder, for every program however small."""
+    if folder is not None:
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+__all__ = ["ModelRunner", "PendingStep", "Results", "enable_compilation_cache"]

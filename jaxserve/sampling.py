@@ -1,0 +1,159 @@
+"""From logits to tokens: every parameter per row, everything on the device.
+
+Order: logit bias, penalties, temperature, top-k, top-p, min-p, then one uniform number a row, from a key folded from the
+request's seed and the token's position, inverts the distribution. A step in which no row needs a feature skips it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from jaxserve.batch import BIASES, FILTERS, PENALIZES, REPORTS_LOGPROBS, SAMPLES, Upload
+from jaxserve.decode_state import DecodeState
+from jaxserve.request import MAX_LOGPROBS
+
+DRAW_BLOCK = 128
+"""Tokens whose probabilities are summed together before the running sum, when a token is drawn."""
+
+Logits = Float[Array, "row vocab"]
+
+
+def any_row(rows: Upload, feature: int) -> Bool[Array, ""]:
+    """Whether a row asks for a feature (a bit of `Upload.features`)."""
+    return jnp.any(rows.features & feature != 0)
+
+
+def sample_tokens(logits: Logits, rows: Upload, state: DecodeState) -> Int32[Array, " row"]:
+    """The next token of each row.
+
+    Args:
+        logits: float32, raw.
+        rows: the step's upload.
+        state: penalty counts and logit biases, by slot.
+    """
+    logits = lax.cond(jnp.any(rows.length < rows.min_length), _mask_stop_ids, lambda x, *_: x, logits, rows)
+    logits = lax.cond(any_row(rows, BIASES), _add_bias, lambda x, *_: x, logits, rows, state)
+    logits = lax.cond(any_row(rows, PENALIZES), _penalize, lambda x, *_: x, logits, rows, state)
+    return lax.cond(any_row(rows, SAMPLES), _draw_or_argmax, lambda x, _: argmax(x), logits, rows)
+
+
+def argmax(logits: Logits) -> Int32[Array, " row"]:
+    """Lowest index of each row's maximum, in two passes that vectorize (a variadic reduction does not, on CPU)."""
+    vocab = logits.shape[-1]
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    index = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return jnp.minimum(jnp.min(jnp.where(logits == best, index, vocab), axis=-1), vocab - 1)
+
+
+def _mask_stop_ids(logits: Logits, rows: Upload) -> Logits:
+    vocab = logits.shape[-1]
+    early = (rows.length < rows.min_length)[:, None] & (rows.stop_ids >= 0)
+    ids = jnp.where(early, rows.stop_ids, vocab)
+    return logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
+
+
+def _add_bias(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
+    vocab = logits.shape[-1]
+    biased = (rows.features & BIASES != 0)[:, None]
+    ids = jnp.where(biased, state.bias_ids.at[rows.slot].get(mode="clip"), vocab)
+    values = state.bias_values.at[rows.slot].get(mode="clip")
+    return logits.at[jnp.arange(logits.shape[0])[:, None], ids].add(values, mode="drop")
+
+
+def _penalize(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
+    """Presence and frequency penalties on the output (as the OpenAI API), repetition on prompt and output (CTRL,
+    arXiv:1909.05858)."""
+    counts = state.output_counts.at[rows.slot].get(mode="clip")
+    seen = state.in_prompt.at[rows.slot].get(mode="clip") | (counts > 0)
+    penalty = rows.repetition_penalty[:, None]
+    repeated = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    penalized = jnp.where(seen, repeated, logits)
+    penalized -= rows.frequency_penalty[:, None] * counts + rows.presence_penalty[:, None] * (counts > 0)
+    return jnp.where((rows.features & PENALIZES != 0)[:, None], penalized, logits)
+
+
+def _draw_or_argmax(logits: Logits, rows: Upload) -> Int32[Array, " row"]:
+    samples = rows.features & SAMPLES != 0
+    scaled = logits / jnp.where(samples, rows.temperature, 1.0)[:, None]
+    weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+    weights = lax.cond(any_row(rows, FILTERS), _filter, lambda w, _: w, weights, rows)
+    return jnp.where(samples, _draw(weights, rows), argmax(logits))
+
+
+def _filter(weights: Logits, rows: Upload) -> Logits:
+    """Zeroes the weights outside top-k, top-p and min-p. Ties at a threshold are all kept."""
+    vocab = weights.shape[-1]
+    filters = rows.features & FILTERS != 0
+    top_k = jnp.where(filters & (rows.top_k > 0), jnp.minimum(rows.top_k, vocab), vocab)
+    top_p = jnp.where(filters, rows.top_p, 1.0)
+    kept = weights * (weights >= _threshold(weights, jnp.ones_like(weights), top_k.astype(jnp.float32))[:, None])
+    target = top_p * jnp.sum(kept, axis=-1)
+    nucleus = kept * (kept >= _threshold(kept, kept, target)[:, None])
+    kept = jnp.where((top_p < 1.0)[:, None], nucleus, kept)
+    # The likeliest token has weight 1.
+    return kept * (kept >= jnp.where(filters, rows.min_p, 0.0)[:, None])
+
+
+def _threshold(values: Logits, mass: Logits, target: Float[Array, " row"]) -> Float[Array, " row"]:
+    """The largest threshold for which the mass of the values at or above it reaches the target, bit for bit.
+
+    Values are in [0, 1], where the order of floats is that of their bits: 30 halvings of the bits find it.
+    """
+    low = jnp.zeros(values.shape[0], jnp.int32)
+    high = jnp.full(values.shape[0], lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1)
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        threshold = lax.bitcast_convert_type(middle, jnp.float32)[:, None]
+        enough = jnp.sum(jnp.where(values >= threshold, mass, 0.0), axis=-1) >= target
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low, _ = lax.fori_loop(0, 30, halve, (low, high))
+    return lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _draw(weights: Logits, rows: Upload) -> Int32[Array, " row"]:
+    """Inverts each row's distribution at one uniform number, by blocks so that the running sums stay short."""
+    count, vocab = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % DRAW_BLOCK))).reshape(count, -1, DRAW_BLOCK)
+    sums = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    # Just under 1, so that rounding cannot carry the target past the last token.
+    target = _uniform(rows.seed, rows.length) * (1 - 2**-20) * sums[:, -1]
+    block = jnp.minimum(jnp.sum(sums <= target[:, None], axis=-1), sums.shape[1] - 1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    before = jnp.where(block > 0, jnp.take_along_axis(sums, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+    offset = jnp.sum(jnp.cumsum(inside, axis=-1) <= (target - before)[:, None], axis=-1)
+    last = jnp.max(jnp.where(inside > 0, jnp.arange(DRAW_BLOCK), 0), axis=-1)
+    return (block * DRAW_BLOCK + jnp.minimum(offset, last)).astype(jnp.int32)
+
+
+def _uniform(seed: Int32[Array, " row"], position: Int32[Array, " row"]) -> Float[Array, " row"]:
+    """One number in [0, 1) for each (seed, position)."""
+
+    def one(seed: Array, position: Array) -> Array:
+        key = jax.random.key(lax.bitcast_convert_type(seed, jnp.uint32), impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(key, position))
+
+    return jax.vmap(one)(seed, position)
+
+
+def report_logprobs(
+    logits: Logits, tokens: Int32[Array, " row"], rows: Upload
+) -> tuple[Float[Array, "row reported"], Int32[Array, "row reported"]]:
+    """Log-probabilities and ids of the chosen token and the MAX_LOGPROBS likeliest, from raw logits; zeros if unasked."""
+
+    def report(logits: Logits, tokens: Array) -> tuple[Array, Array]:
+        best = jnp.max(logits, axis=-1)
+        total = best + jnp.log(jnp.sum(jnp.exp(logits - best[:, None]), axis=-1))
+        top, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+        values = jnp.concatenate([chosen, top], axis=-1) - total[:, None]
+        return values, jnp.concatenate([tokens[:, None], ids], axis=-1)
+
+    def skip(logits: Logits, tokens: Array) -> tuple[Array, Array]:
+        shape = (logits.shape[0], 1 + min(MAX_LOGPROBS, logits.shape[-1]))
+        return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+
+    return lax.cond(any_row(rows, REPORTS_LOGPROBS), report, skip, logits, tokens)

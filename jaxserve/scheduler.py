@@ -1,0 +1,427 @@
+"""Policy: which sequences take part in the next step, and what a retired step means for them.
+
+`plan()` is called for step N+1 before step N is read, so a sequence's end by a stop id is seen one step late; the row is
+masked on the device meanwhile. Everything else (lengths, pages, prompts) is known ahead. This module knows no device.
+"""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from jaxserve.core_messages import Gauges, SequenceOutput, Submit
+from jaxserve.page_allocator import PageAllocator, PageKey, next_key, root_key
+from jaxserve.request import FinishReason
+
+EMITTED, STOPPED, FAILED = 1, 2, 4
+"""Flags of a row that sampled: it gave a token; that token is one of its stop ids; its logits were not finite."""
+
+TokenLogprobs = tuple[int, float, list[tuple[int, float]]]
+"""(token_id, logprob, likeliest [(token_id, logprob)])"""
+
+
+class Sequence:
+    """The scheduler's record of one request."""
+
+    __slots__ = (
+        "cached",
+        "computed",
+        "done",
+        "first_scheduled",
+        "first_token",
+        "in_flight",
+        "keys",
+        "last_step",
+        "order",
+        "pages",
+        "prefill_end",
+        "prompt_length",
+        "registered",
+        "slot",
+        "submit",
+        "token_ids",
+    )
+
+    def __init__(self, submit: Submit, arrival: int):
+        self.submit = submit
+        self.order = (-submit.priority, arrival)
+        """Smaller goes first, and gives way last."""
+        self.token_ids = list(submit.token_ids)
+        """Prompt and verified output."""
+        self.prompt_length = len(submit.token_ids)
+        self.prefill_end = self.prompt_length
+        """Tokens to compute before it decodes: its prompt, or all that it had when it was preempted."""
+        self.computed = 0
+        """Tokens whose keys and values are written by the steps dispatched so far."""
+        self.slot = -1
+        self.pages: list[int] = []
+        self.keys: list[PageKey] = []
+        """Chain of keys of its full pages, as far as it is known."""
+        self.registered = 0
+        """Pages of it that others may find."""
+        self.cached: int | None = None
+        """Tokens found in the prefix cache when it first took a slot."""
+        self.in_flight = 0
+        """Steps dispatched with it and not yet retired."""
+        self.last_step = 0
+        """The last step dispatched with it."""
+        self.first_scheduled = 0.0
+        self.first_token = 0.0
+        self.done = False
+
+
+_order = attrgetter("order")
+
+
+@dataclass(slots=True)
+class Piece:
+    """Consecutive prompt tokens of one sequence that ride in a step."""
+
+    row: int
+    start: int
+    """Position of the first of them."""
+    token_ids: list[int]
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: a row for each sequence that takes part, and prompt tokens beside them."""
+
+    step: int
+    sequences: list[Sequence] = field(default_factory=list)
+    """Owner of each row."""
+    slots: list[int] = field(default_factory=list)
+    """Slot of each row."""
+    decodes: list[bool] = field(default_factory=list)
+    """Whether the row decodes its sequence's last token."""
+    sample_index: list[int] = field(default_factory=list)
+    """Where the row's prompt ends in this step: index of its last token in the chunk; -1 elsewhere."""
+    ends: list[int] = field(default_factory=list)
+    """Tokens of the row's sequence that are computed once this step is done."""
+    pieces: list[Piece] = field(default_factory=list)
+    chunk_tokens: int = 0
+    new_owners: list[tuple[int, Sequence]] = field(default_factory=list)
+    """Slots that changed hands since the last step: what belongs to their new owners must reach the device."""
+
+    def add(self, sequence: Sequence, decodes: bool, sample_index: int, end: int) -> None:
+        """Gives a sequence the next row."""
+        self.sequences.append(sequence)
+        self.slots.append(sequence.slot)
+        self.decodes.append(decodes)
+        self.sample_index.append(sample_index)
+        self.ends.append(end)
+        sequence.computed = end
+        sequence.in_flight += 1
+        sequence.last_step = self.step
+
+
+class Scheduler:
+    """Waiting and running sequences, and their pages.
+
+    Order is by priority, then arrival. The head of the queue is never overtaken, so a giant request starts as soon as
+    the sequences before it have left room; under page pressure the last in order gives way and is later recomputed from
+    its tokens. A sequence whose last token is on its way gives its slot back at once, its pages when the step retires.
+
+    Args:
+        slots: sequences that run together.
+        num_pages: pages of the cache, the reserved page 0 included.
+        page_size: tokens in a page.
+        prefill_chunks: prompt tokens in a mixed step, ascending. A larger chunk is used while as many sequences wait
+            for their prompt as decode.
+        prefix_cache: whether equal prefixes share pages.
+    """
+
+    def __init__(
+        self, *, slots: int, num_pages: int, page_size: int, prefill_chunks: tuple[int, ...], prefix_cache: bool = True
+    ):
+        self.slots = slots
+        self.page_size = page_size
+        self.prefill_chunks = prefill_chunks
+        self.prefix_cache = prefix_cache
+        self.allocator = PageAllocator(num_pages)
+        self.running: list[Sequence] = []
+        """Holders of a slot, in order of admission."""
+        self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.overrun_tokens = 0
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._active: dict[int, Sequence] = {}
+        self._free_slots = list(range(slots))
+        self._fences: deque[tuple[int, list[int]]] = deque()
+        self._new_owners: list[tuple[int, Sequence]] = []
+        self._ended: list[SequenceOutput] = []
+        self._deadlines: list[tuple[float, int]] = []
+        self._arrivals = 0
+        self._step = 0
+
+    def submit(self, submit: Submit) -> None:
+        """Queues a request, which must fit into all pages. Its handle must not be active."""
+        assert submit.handle not in self._active, f"handle {submit.handle} is active"
+        assert self._pages_for(submit.max_length) < self.allocator.num_pages, "request exceeds all pages"
+        sequence = Sequence(submit, self._arrivals)
+        self._arrivals += 1
+        self._active[submit.handle] = sequence
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+        if submit.deadline is not None:
+            heapq.heappush(self._deadlines, (submit.deadline, submit.handle))
+
+    def abort(self, handle: int, now: float, reason: FinishReason = FinishReason.ABORT) -> None:
+        """Ends an active request wherever it is; its terminal output is in the next `take_ended`."""
+        sequence = self._active.get(handle)
+        if sequence is not None:
+            self._ended.append(self._finish(sequence, reason, now))
+
+    def abort_all(self, now: float) -> None:
+        """Ends every active request."""
+        for handle in list(self._active):
+            self.abort(handle, now)
+
+    def expire(self, now: float) -> None:
+        """Ends the requests whose deadline has passed."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            self.abort(heapq.heappop(self._deadlines)[1], now, FinishReason.DEADLINE)
+
+    def next_deadline(self) -> float | None:
+        """Monotonic seconds of the earliest deadline of an active request."""
+        while self._deadlines and self._deadlines[0][1] not in self._active:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def take_ended(self) -> list[SequenceOutput]:
+        """Terminal outputs of the sequences that ended outside a step."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def plan(self, now: float) -> StepPlan | None:
+        """Decides the next step and counts it as dispatched; None if no sequence can take part in one now."""
+        plan = StepPlan(self._step + 1)
+        self._make_room()
+        self._admit(now)
+        budget = self._chunk_budget()
+        last_steps = []
+        for sequence in self.running:
+            computed = sequence.computed
+            if computed >= sequence.prefill_end:
+                if computed >= len(sequence.pages) * self.page_size:
+                    continue  # its next page is still fenced
+                plan.add(sequence, True, -1, computed + 1)
+            elif budget > 0:
+                end = min(sequence.prefill_end, computed + budget)
+                budget -= end - computed
+                plan.pieces.append(Piece(len(plan.sequences), computed, sequence.token_ids[computed:end]))
+                plan.chunk_tokens += end - computed
+                ends_prompt = end == sequence.prefill_end
+                plan.add(sequence, False, plan.chunk_tokens - 1 if ends_prompt else -1, end)
+            if sequence.computed >= sequence.submit.max_length - 1 and sequence.computed >= sequence.prefill_end:
+                last_steps.append(sequence)
+        for sequence in last_steps:
+            self._release_slot(sequence)
+        if not plan.sequences:
+            return None
+        plan.new_owners, self._new_owners = self._new_owners, []
+        self._step = plan.step
+        return plan
+
+    def _chunk_budget(self) -> int:
+        """Prompt tokens that the next step may carry."""
+        pending = [s.prefill_end - s.computed for s in self.running if s.computed < s.prefill_end]
+        if len(pending) < len(self.running) - len(pending):
+            return self.prefill_chunks[0]
+        tokens = sum(pending)
+        return next((chunk for chunk in self.prefill_chunks if chunk >= tokens), self.prefill_chunks[-1])
+
+    def _make_room(self) -> None:
+        """Gives each decoding sequence the page of its next token. Where none is left the last in order gives way; pages
+        that come back when a step in flight retires are waited for instead."""
+        allocator, page_size = self.allocator, self.page_size
+        tight = allocator.available < len(self.running)
+        for sequence in sorted(self.running, key=_order) if tight else self.running:
+            if sequence.computed < len(sequence.pages) * page_size or sequence.slot < 0:
+                continue
+            while (page := allocator.allocate(1)) is None and not self._fences:
+                victim = max(self.running, key=_order)
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+            if page is not None:
+                sequence.pages += page
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self._release_slot(sequence)
+        self._release_pages(sequence)
+        sequence.computed = 0
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def _admit(self, now: float) -> None:
+        """Gives slots and the pages of their tokens to the heads of the queue, as long as both last."""
+        while self._waiting and self._free_slots:
+            sequence = self._waiting[0][1]
+            # A preempted sequence may have its last token still on its way.
+            if sequence.in_flight or not self._take_pages(sequence):
+                return
+            heapq.heappop(self._waiting)
+            sequence.slot = heapq.heappop(self._free_slots)
+            sequence.prefill_end = len(sequence.token_ids)
+            if sequence.cached is None:
+                sequence.cached = sequence.computed
+                sequence.first_scheduled = now
+                self.prefix_queries += sequence.prompt_length
+                self.prefix_hits += sequence.computed
+            self.running.append(sequence)
+            self._new_owners.append((sequence.slot, sequence))
+
+    def _take_pages(self, sequence: Sequence) -> bool:
+        """Pages for all known tokens and the next one, cached ones first; leaves a page for each running sequence."""
+        allocator = self.allocator
+        # The last token is always computed: its logits are wanted.
+        reusable = (len(sequence.token_ids) - 1) // self.page_size
+        cached = allocator.take_prefix(self._extend_keys(sequence, reusable)[:reusable]) if self.prefix_cache else []
+        needed = self._pages_for(min(len(sequence.token_ids) + 1, sequence.submit.max_length)) - len(cached)
+        fresh = allocator.allocate(needed) if needed + len(self.running) <= allocator.available else None
+        if fresh is None:
+            allocator.release(cached)
+            return False
+        sequence.pages = cached + fresh
+        sequence.registered = len(cached)
+        sequence.computed = len(cached) * self.page_size
+        return True
+
+    def _extend_keys(self, sequence: Sequence, count: int) -> list[PageKey]:
+        """The sequence's chain, made at least `count` pages long from its known tokens."""
+        keys, page_size = sequence.keys, self.page_size
+        while len(keys) < count:
+            start = len(keys) * page_size
+            parent = keys[-1] if keys else root_key(sequence.submit.cache_salt)
+            keys.append(next_key(parent, sequence.token_ids[start : start + page_size]))
+        return keys
+
+    def _pages_for(self, length: int) -> int:
+        return -(-length // self.page_size)
+
+    def retire(
+        self, plan: StepPlan, tokens: list[int], flags: list[int], logprobs: list[TokenLogprobs] | None, now: float
+    ) -> list[SequenceOutput]:
+        """Takes in what a step gave, in the order of dispatch.
+
+        Args:
+            plan: the step.
+            tokens: the token of each row that sampled; anything elsewhere.
+            flags: EMITTED, STOPPED, FAILED of each row; 0 for a row that did not sample or had ended on the device.
+            logprobs: of each row, where any asked.
+            now: monotonic seconds.
+        """
+        while self._fences and self._fences[0][0] <= plan.step:
+            self.allocator.release(self._fences.popleft()[1])
+        outputs = []
+        for row, sequence in enumerate(plan.sequences):
+            sequence.in_flight -= 1
+            if sequence.done:
+                self.overrun_tokens += 1
+            elif flags[row]:
+                if self.prefix_cache and sequence.pages and not flags[row] & FAILED:
+                    self._register(sequence, plan.ends[row])
+                outputs.append(self._accept(sequence, tokens[row], flags[row], logprobs and logprobs[row], now))
+            else:
+                assert not plan.decodes[row] and plan.sample_index[row] < 0, "a row ended unseen"
+        return outputs
+
+    def _register(self, sequence: Sequence, end: int) -> None:
+        """Lets others find the pages filled by tokens before `end`, now that finite logits came from them."""
+        for index in range(sequence.registered, end // self.page_size):
+            self.allocator.register(sequence.pages[index], self._extend_keys(sequence, index + 1)[index])
+        sequence.registered = end // self.page_size
+
+    def _accept(
+        self, sequence: Sequence, token: int, flags: int, logprobs: TokenLogprobs | None, now: float
+    ) -> SequenceOutput:
+        if flags & FAILED:
+            return self._finish(sequence, FinishReason.ERROR, now, error="the model's logits are not finite")
+        started = None
+        if sequence.first_token == 0.0:
+            sequence.first_token = now
+            started = sequence.cached
+        sequence.token_ids.append(token)
+        if flags & STOPPED:
+            return self._finish(sequence, FinishReason.STOP, now, matched_stop=token, started=started)
+        wanted = [logprobs] if logprobs is not None and sequence.submit.logprobs >= 0 else None
+        if len(sequence.token_ids) >= sequence.submit.max_length:
+            return self._finish(sequence, FinishReason.LENGTH, now, token_ids=[token], logprobs=wanted, started=started)
+        return SequenceOutput(sequence.submit.handle, [token], wanted, started)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        now: float,
+        *,
+        token_ids: list[int] | None = None,
+        logprobs: list[TokenLogprobs] | None = None,
+        started: int | None = None,
+        matched_stop: int | None = None,
+        error: str | None = None,
+    ) -> SequenceOutput:
+        sequence.done = True
+        del self._active[sequence.submit.handle]
+        if sequence.slot >= 0:
+            self._release_slot(sequence)
+        elif not sequence.pages:
+            self._waiting.remove((sequence.order, sequence))
+            heapq.heapify(self._waiting)
+        self._release_pages(sequence)
+        return SequenceOutput(
+            sequence.submit.handle,
+            token_ids or [],
+            logprobs,
+            started,
+            reason.value,
+            matched_stop,
+            len(sequence.token_ids) - sequence.prompt_length,
+            (sequence.first_scheduled, sequence.first_token, now),
+            error,
+        )
+
+    def _release_slot(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        heapq.heappush(self._free_slots, sequence.slot)
+        sequence.slot = -1
+
+    def _release_pages(self, sequence: Sequence) -> None:
+        """Frees the pages now, or when the last step that may write to them has retired."""
+        if sequence.in_flight:
+            self._fences.append((sequence.last_step, sequence.pages))
+        else:
+            self.allocator.release(sequence.pages)
+        sequence.pages = []
+        sequence.registered = 0
+
+    @property
+    def active(self) -> int:
+        """Requests that have not ended."""
+        return len(self._active)
+
+    def gauges(self, compiles_after_warmup: int) -> Gauges:
+        """The state after the last call."""
+        return Gauges(
+            step=self._step,
+            running=len(self.running),
+            waiting=len(self._waiting),
+            available_pages=self.allocator.available,
+            cached_pages=self.allocator.cached,
+            fenced_pages=sum(len(pages) for _, pages in self._fences),
+            preemptions=self.preemptions,
+            prefix_queries=self.prefix_queries,
+            prefix_hits=self.prefix_hits,
+            overrun_tokens=self.overrun_tokens,
+            compiles_after_warmup=compiles_after_warmup,
+        )
+
+    def check(self) -> None:
+        """Asserts that slots and pages are each owned exactly once."""
+        self.allocator.check()
+        slots = [sequence.slot for sequence in self.running] + self._free_slots
+        assert sorted(slots) == list(range(self.slots)), "a slot is lost or owned twice"
+        owned = {page for sequence in self._active.values() for page in sequence.pages}
+        owned.update(page for _, pages in self._fences for page in pages)
+        assert owned == self.allocator.held, "a page is held by no one, or used without being held"

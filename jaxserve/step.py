@@ -1,0 +1,105 @@
+"""The step: (params, cache, state, upload) -> (cache, state, output). Pure, of fixed shape, the same on every platform.
+
+A decode step has R rows; a mixed step has C chunk tokens beside them. Rows do not mix, so a row's result depends on its
+own sequence alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from jaxserve.batch import PENALIZES, Upload
+from jaxserve.decode_state import DecodeState
+from jaxserve.kv_cache import KVCache
+from jaxserve.models.config import ModelConfig
+from jaxserve.sampling import report_logprobs, sample_tokens
+from jaxserve.scheduler import EMITTED, FAILED, STOPPED
+from pallas_kernels import PagedAttention
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepOutput:
+    """What the host reads of a step. Never donated: it is being copied to the host while the next step runs."""
+
+    tokens_and_flags: Int32[Array, "2 row"]
+    """The token of each row, then its flags (`scheduler.EMITTED`, `STOPPED`, `FAILED`)."""
+    logprobs: Float[Array, "row reported"]
+    """Of the chosen token, then of the likeliest; zeros unless a row asked."""
+    logprob_ids: Int32[Array, "row reported"]
+
+
+StepFunction = Callable[[Any, KVCache, DecodeState, Array], tuple[KVCache, DecodeState, StepOutput]]
+
+
+def make_step(
+    graphdef: nnx.GraphDef, config: ModelConfig, attention: PagedAttention, rows: int, chunk: int
+) -> StepFunction:
+    """The step function for `rows` rows and `chunk` chunk tokens (0 for a decode step).
+
+    Its arguments are the model's parameters, cache and state (DONATED) and the packed int32 upload.
+    """
+
+    def step(
+        params: Any, cache: KVCache, state: DecodeState, packed: Int32[Array, " packed"]
+    ) -> tuple[KVCache, DecodeState, StepOutput]:
+        model = nnx.merge(graphdef, params)
+        upload = Upload.unpack(packed, rows, chunk)
+        decodes = upload.decodes & ~state.ended.at[upload.slot].get(mode="clip")
+        tokens = jnp.concatenate([state.last_token.at[upload.slot].get(mode="clip"), upload.chunk_tokens])
+        token_rows = jnp.concatenate([jnp.where(decodes, jnp.arange(rows), -1), upload.chunk_rows])
+        positions = jnp.concatenate([jnp.maximum(upload.length - 1, 0), upload.chunk_positions])
+        keys, values = list(cache.keys), list(cache.values)
+
+        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+            out, keys[layer], values[layer] = attention.write_and_attend(
+                q,
+                k,
+                v,
+                keys[layer],
+                values[layer],
+                upload.page_table,
+                token_rows,
+                positions,
+                scale=config.head_dim**-0.5,
+                sliding_window=config.sliding_window,
+            )
+            return out
+
+        hidden = model.hidden(tokens, positions, attend)
+        sampled = hidden[:rows]
+        if chunk:
+            ends_prompt = (upload.sample_index >= 0)[:, None]
+            sampled = jnp.where(ends_prompt, hidden[rows + jnp.maximum(upload.sample_index, 0)], sampled)
+        state, output = _choose(model.logits(sampled), upload, state, decodes | (upload.sample_index >= 0))
+        return KVCache(tuple(keys), tuple(values)), state, output
+
+    return step
+
+
+def _choose(
+    logits: Float[Array, "row vocab"], upload: Upload, state: DecodeState, samples: Array
+) -> tuple[DecodeState, StepOutput]:
+    """Samples, decides which rows ended, and writes both back to the slots."""
+    tokens = sample_tokens(logits, upload, state)
+    values, ids = report_logprobs(logits, tokens, upload)
+    failed = ~jnp.isfinite(jnp.max(logits, axis=-1))
+    stopped = jnp.any(tokens[:, None] == upload.stop_ids, axis=-1)
+    flags = jnp.where(samples, EMITTED + STOPPED * stopped + FAILED * failed, 0)
+    ended = stopped | failed | (upload.length + 1 >= upload.max_length)
+    slot = jnp.where(samples, upload.slot, state.ended.shape[0])
+    counted = jnp.where(upload.features & PENALIZES != 0, slot, state.ended.shape[0])
+    state = DecodeState(
+        last_token=state.last_token.at[slot].set(tokens, mode="drop"),
+        ended=state.ended.at[slot].set(ended, mode="drop"),
+        output_counts=state.output_counts.at[counted, tokens].add(1, mode="drop"),
+        in_prompt=state.in_prompt,
+        bias_ids=state.bias_ids,
+        bias_values=state.bias_values,
+    )
+    return state, StepOutput(jnp.stack([tokens, flags.astype(jnp.int32)]), values, ids)
