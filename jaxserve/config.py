@@ -1,7 +1,8 @@
 """Configuration of an engine: one frozen dataclass, each field with its unit."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["none", "int8"]
@@ -49,3 +50,30 @@ class EngineConfig:
     """Where the step loop runs: a thread of this process, or a process of its own (a served engine)."""
     compilation_cache: str | None = "~/.cache/jaxserve/xla"
     """Folder of the persistent compilation cache; None turns it off."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field and the limit."""
+        for name in ("slots", "small_slots", "page_size", "cache_bytes", "stream_buffer_tokens"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _require("pipeline_depth", self.pipeline_depth, 0 <= self.pipeline_depth <= 4, "in [0, 4]")
+        _require("max_waiting", self.max_waiting, self.max_waiting >= 0, "at least 0")
+        chunks = self.prefill_chunks
+        _require(
+            "prefill_chunks", chunks, chunks and chunks[0] >= 1 and sorted(set(chunks)) == list(chunks), "ascending"
+        )
+        for name in ("max_context", "num_pages"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value >= 2, "at least 2")
+        _require("dtype", self.dtype, self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
+        _require("quantization", self.quantization, self.quantization in ("none", "int8"), "none or int8")
+        _require("core", self.core, self.core in ("thread", "process"), "thread or process")
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "EngineConfig":
+        """The configuration that `dataclasses.asdict` and JSON made of one."""
+        return EngineConfig(**{**data, "prefill_chunks": tuple(data["prefill_chunks"])})
+
+
+def _require(name: str, value: object, holds: object, what: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: must be {what}, got {value!r}")

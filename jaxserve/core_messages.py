@@ -90,7 +90,7 @@ class SequenceOutput:
     completion_tokens: int = 0
     """Tokens generated so far, a stop id included."""
     times: tuple[float, float, float] | None = None
-    """On finish: monotonic seconds of first scheduling, first token and finish; 0 where it never happened."""
+    """Monotonic seconds of first scheduling, first token and now, in the first and last output; 0 where it never was."""
     error: str | None = None
 
 

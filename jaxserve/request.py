@@ -170,7 +170,9 @@ class StoppingParams:
             raise InvalidRequest("stop", f"has {len(self.stop)} strings (limit {MAX_STOP_STRINGS})")
         for text in self.stop:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_STRING_LENGTH:
-                raise InvalidRequest("stop", f"must be strings of 1 to {MAX_STOP_STRING_LENGTH} characters, got {text!r}")
+                raise InvalidRequest(
+                    "stop", f"must be strings of 1 to {MAX_STOP_STRING_LENGTH} characters, got {text!r}"
+                )
         room = MAX_STOP_TOKEN_IDS - (0 if self.ignore_eos else len(eos_ids))
         if len(self.stop_token_ids) > room:
             raise InvalidRequest("stop_token_ids", f"has {len(self.stop_token_ids)} ids (limit {room})")

@@ -338,17 +338,17 @@ class Scheduler:
     ) -> SequenceOutput:
         if flags & FAILED:
             return self._finish(sequence, FinishReason.ERROR, now, error="the model's logits are not finite")
-        started = None
+        started, times = None, None
         if sequence.first_token == 0.0:
             sequence.first_token = now
-            started = sequence.cached
+            started, times = sequence.cached, (sequence.first_scheduled, now, now)
         sequence.token_ids.append(token)
         if flags & STOPPED:
             return self._finish(sequence, FinishReason.STOP, now, matched_stop=token, started=started)
         wanted = [logprobs] if logprobs is not None and sequence.submit.logprobs >= 0 else None
         if len(sequence.token_ids) >= sequence.submit.max_length:
             return self._finish(sequence, FinishReason.LENGTH, now, token_ids=[token], logprobs=wanted, started=started)
-        return SequenceOutput(sequence.submit.handle, [token], wanted, started)
+        return SequenceOutput(sequence.submit.handle, [token], wanted, started, times=times)
 
     def _finish(
         self,

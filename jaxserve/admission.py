@@ -1,0 +1,99 @@
+"""From a request to a command for the core: all of a request is checked here, before anything is allocated."""
+
+import secrets
+from dataclasses import dataclass
+
+from jaxserve.core_messages import Submit
+from jaxserve.models.config import ModelConfig
+from jaxserve.request import InvalidRequest, ModelNotFound, Request
+from jaxserve.tokenizer import ChatTemplateError, Tokenizer
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What an engine admits.
+
+    Attributes:
+        model_name: the name that requests may give.
+        model_config: the model.
+        tokenizer: of the model.
+        max_context: tokens of prompt and output together.
+    """
+
+    model_name: str
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    max_context: int
+
+    def prepare(self, request: Request, handle: int, arrival: float) -> Submit:
+        """Validates and tokenizes. Raises InvalidRequest or ModelNotFound."""
+        request.validate()
+        vocab_size = self.model_config.vocab_size
+        eos_ids = self.model_config.eos_ids
+        request.sampling.validate(vocab_size)
+        request.stopping.validate(vocab_size, eos_ids)
+        request.output.validate()
+        if request.model not in (None, "", self.model_name):
+            raise ModelNotFound(f"model: {request.model!r} is not served here; {self.model_name!r} is")
+        field, token_ids = self._tokenize(request)
+        room = self.max_context - len(token_ids)
+        if not token_ids:
+            raise InvalidRequest(field, "has no tokens; at least 1 is needed")
+        if room < 1:
+            raise InvalidRequest(field, f"has {len(token_ids)} tokens; the limit is {self.max_context - 1}")
+        sampling, stopping = request.sampling, request.stopping
+        max_tokens = room if stopping.max_tokens is None else stopping.max_tokens
+        if max_tokens > room:
+            raise InvalidRequest(
+                "max_tokens",
+                f"must be in [1, {room}] beside a prompt of {len(token_ids)} tokens in a context of "
+                f"{self.max_context}, got {max_tokens}",
+            )
+        stop_ids = [*stopping.stop_token_ids, *(() if stopping.ignore_eos else eos_ids)]
+        return Submit(
+            handle=handle,
+            token_ids=token_ids,
+            max_length=len(token_ids) + max_tokens,
+            min_length=len(token_ids) + stopping.min_tokens,
+            stop_ids=list(dict.fromkeys(stop_ids)),
+            temperature=float(sampling.temperature),
+            top_p=float(sampling.top_p),
+            top_k=sampling.top_k,
+            min_p=float(sampling.min_p),
+            presence_penalty=float(sampling.presence_penalty),
+            frequency_penalty=float(sampling.frequency_penalty),
+            repetition_penalty=float(sampling.repetition_penalty),
+            seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
+            logit_bias={token: float(bias) for token, bias in sampling.logit_bias.items()},
+            logprobs=-1 if request.output.logprobs is None else request.output.logprobs,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            arrival=arrival,
+            deadline=request.deadline,
+        )
+
+    def _tokenize(self, request: Request) -> tuple[str, list[int]]:
+        """The prompt's field and its token ids."""
+        vocab_size = self.model_config.vocab_size
+        if request.token_ids is not None:
+            for token in request.token_ids:
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+                    raise InvalidRequest("token_ids", f"must be integers in [0, {vocab_size - 1}], got {token!r}")
+            return "token_ids", list(request.token_ids)
+        field = "prompt" if request.prompt is not None else "messages"
+        self._refuse_hopeless(field, request)
+        try:
+            if request.prompt is not None:
+                return field, self.tokenizer.encode(request.prompt)
+            return field, self.tokenizer.encode_chat([dict(message) for message in request.messages or ()])
+        except (ValueError, ChatTemplateError) as error:
+            raise InvalidRequest(field, str(error)) from error
+
+    def _refuse_hopeless(self, field: str, request: Request) -> None:
+        """Refuses text that cannot fit whatever its tokens are, without spending time on tokenizing it."""
+        text = request.prompt if request.prompt is not None else "".join(m["content"] for m in request.messages or ())
+        limit = self.max_context * self.tokenizer.longest_token
+        if len(text) > limit:
+            raise InvalidRequest(
+                field, f"has {len(text)} characters; no {self.max_context} tokens hold more than {limit}"
+            )

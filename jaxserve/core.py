@@ -1,0 +1,155 @@
+"""The core of an engine: the pipelined step loop on a thread of its own.
+
+    receive commands -> plan step N+1 -> dispatch it -> read step N -> retire it -> publish
+
+The device works on step N+1 while the host reads and publishes step N. The loop neither detokenizes nor speaks to
+clients: it takes messages in and gives one message out a step.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from jaxserve.config import EngineConfig
+from jaxserve.core_messages import Abort, Failed, Message, Progress, Ready, Shutdown, StepOutput, Submit
+from jaxserve.scheduler import Scheduler, StepPlan, TokenLogprobs
+
+log = logging.getLogger(__name__)
+
+Publish = Callable[[Message], None]
+
+
+class StepResults(Protocol):
+    """A read step."""
+
+    tokens: list[int]
+    flags: list[int]
+    logprobs: list[TokenLogprobs] | None
+
+
+class Runner(Protocol):
+    """What the loop needs of a device: `ModelRunner`, or a simulated one."""
+
+    compiles_after_warmup: int
+
+    def dispatch(self, plan: StepPlan) -> object:
+        """Starts a step; does not wait."""
+        ...
+
+    def read(self, pending: object) -> StepResults:
+        """Waits for a step."""
+        ...
+
+
+class CommandQueue:
+    """Commands from other threads to the loop; the loop takes all that are there, and sleeps when it has nothing to do."""
+
+    def __init__(self) -> None:
+        self._commands: deque[Message] = deque()
+        self._arrived = threading.Event()
+
+    def put(self, command: Message) -> None:
+        """Adds a command. Thread-safe; does not block."""
+        self._commands.append(command)
+        self._arrived.set()
+
+    def take(self, wait: bool, timeout: float | None = None) -> list[Message]:
+        """All commands so far; waits for one first if `wait`, up to `timeout` seconds."""
+        if wait:
+            self._arrived.wait(timeout)
+        self._arrived.clear()
+        commands = []
+        while self._commands:
+            commands.append(self._commands.popleft())
+        return commands
+
+
+class StepLoop:
+    """Runs scheduler and runner until told to shut down."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, pipeline_depth: int, publish: Publish, ready: Ready):
+        self.commands = CommandQueue()
+        self.ready = ready
+        self._scheduler = scheduler
+        self._runner = runner
+        self._depth = pipeline_depth
+        self._publish = publish
+        self._pending: deque[tuple[StepPlan, object]] = deque()
+
+    def run(self) -> None:
+        """The loop. An exception in it is fatal to the core and is published as Failed."""
+        try:
+            while self._receive():
+                plan = self._scheduler.plan(time.monotonic())
+                if plan is not None:
+                    self._pending.append((plan, self._runner.dispatch(plan)))
+                if self._pending and (plan is None or len(self._pending) > self._depth):
+                    self._retire()
+                else:
+                    self._publish_ended()
+            while self._pending:
+                self._retire()
+            self._publish_ended()
+        except Exception as error:
+            log.exception("the step loop failed")
+            self._publish(Failed(f"{type(error).__name__}: {error}"))
+
+    def _receive(self) -> bool:
+        """Handles the commands that have arrived; waits for one when there is nothing to do. False at Shutdown."""
+        scheduler = self._scheduler
+        idle = not scheduler.active and not self._pending
+        go_on = True
+        for command in self.commands.take(wait=idle):
+            match command:
+                case Submit():
+                    scheduler.submit(command)
+                case Abort(handle):
+                    scheduler.abort(handle, time.monotonic())
+                case Shutdown():
+                    scheduler.abort_all(time.monotonic())
+                    go_on = False
+                case _:
+                    raise TypeError(f"not a command: {command!r}")
+        scheduler.expire(time.monotonic())
+        return go_on
+
+    def _retire(self) -> None:
+        plan, pending = self._pending.popleft()
+        results = self._runner.read(pending)
+        outputs = self._scheduler.retire(plan, results.tokens, results.flags, results.logprobs, time.monotonic())
+        self._publish(
+            StepOutput(
+                self._scheduler.take_ended() + outputs, self._scheduler.gauges(self._runner.compiles_after_warmup)
+            )
+        )
+
+    def _publish_ended(self) -> None:
+        ended = self._scheduler.take_ended()
+        if ended:
+            self._publish(StepOutput(ended, self._scheduler.gauges(self._runner.compiles_after_warmup)))
+
+
+def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:
+    """Loads the model, compiles and warms up, telling of progress. Imports JAX only here, in the thread or process that
+    runs the core. Raises what loading raises."""
+    from jaxserve.checkpoints import load_model
+    from jaxserve.model_runner import ModelRunner, enable_compilation_cache
+
+    def progress(what: str, fraction: float | None) -> None:
+        publish(Progress(what, fraction))
+
+    enable_compilation_cache(config.compilation_cache)
+    model = load_model(config.model, config.dtype, config.quantization, progress)
+    runner = ModelRunner(model, config, progress)
+    scheduler = Scheduler(
+        slots=config.slots,
+        num_pages=runner.num_pages,
+        page_size=config.page_size,
+        prefill_chunks=config.prefill_chunks,
+        prefix_cache=config.prefix_cache,
+    )
+    ready = Ready(runner.platform, runner.device_kind, runner.max_context, runner.num_pages - 1, runner.attention.name)
+    return StepLoop(scheduler, runner, config.pipeline_depth, publish, ready)

@@ -1,0 +1,128 @@
+"""Where the core runs: a thread of this process, or a process of its own. Either way the same messages pass."""
+
+import json
+
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from typing import Protocol
+
+from jaxserve.config import EngineConfig
+from jaxserve.core import StepLoop, build_step_loop
+from jaxserve.core_messages import Failed, Message, Ready, Shutdown, decode, encode
+
+
+class Core(Protocol):
+    """A running core, seen from the front."""
+
+    def send(self, command: Message) -> None:
+        """Gives the core a command. Thread-safe."""
+        ...
+
+    def receive(self) -> Message | None:
+        """The core's next message; None once it has ended."""
+        ...
+
+    def join(self) -> None:
+        """Waits for the core to end after Shutdown."""
+        ...
+
+
+class CoreThread:
+    """A core on a thread of this process."""
+
+    def __init__(self, config: EngineConfig):
+        self._config = config
+        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._loop: StepLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="jaxserve-core", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._loop = build_step_loop(self._config, self._publish)
+        except Exception as error:
+            self._messages.put(Failed(str(error) or type(error).__name__))
+        else:
+            self._messages.put(self._loop.ready)
+            self._loop.run()
+        self._messages.put(None)
+
+    def _publish(self, message: Message) -> None:
+        self._messages.put(message)
+
+    def send(self, command: Message) -> None:
+        """Gives the core a command. Thread-safe."""
+        if self._loop is not None:
+            self._loop.commands.put(command)
+
+    def receive(self) -> Message | None:
+        """The core's next message; None once it has ended."""
+        return self._messages.get()
+
+    def join(self) -> None:
+        """Waits for the core to end after Shutdown."""
+        self._thread.join()
+
+
+class CoreProcess:
+    """A core in a process of its own, so that detokenizing and protocols do not share the step loop's GIL.
+
+    The two ends of a socket pair carry length-prefixed msgpack messages. The child ends when its end is closed, so no
+    orphan outlives this process.
+    """
+
+    def __init__(self, config: EngineConfig):
+        here, there = socket.socketpair()
+        self._connection = Connection(here.detach())
+        with there:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "jaxserve.core_process", str(there.fileno())],
+                pass_fds=[there.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._connection.send_bytes(json.dumps(asdict(config)).encode())
+        self._lock = threading.Lock()
+        self._stopping = False
+
+    def send(self, command: Message) -> None:
+        """Gives the core a command. Thread-safe. A command to a core that has ended is dropped: `receive` says so."""
+        data = encode(command)
+        with self._lock:
+            self._stopping = self._stopping or isinstance(command, Shutdown)
+            try:
+                self._connection.send_bytes(data)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+
+    def receive(self) -> Message | None:
+        """The core's next message; None once it has ended as told, Failed once if it ended by itself."""
+        try:
+            return decode(self._connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            if self._stopping:
+                return None
+            self._stopping = True
+            return Failed(f"the engine process ended with exit code {self._process.wait()}")
+
+    def join(self) -> None:
+        """Waits for the core to end after Shutdown; ends it if it hangs."""
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+
+def start_core(config: EngineConfig) -> Core:
+    """Starts the core that a configuration asks for; it then tells of Progress, and of Ready or Failed."""
+    return CoreProcess(config) if config.core == "process" else CoreThread(config)
