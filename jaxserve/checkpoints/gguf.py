@@ -1,0 +1,217 @@
+"""GGUF files: configuration and tokenizer from the metadata, tensors dequantized as they are read."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, quants
+
+from jaxserve.checkpoints.gguf_header import Header, TensorInfo, Value, read_header
+from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError, StoredTensor, read_bytes
+from jaxserve.models.config import (
+    FrequencyFactors,
+    LinearScaling,
+    ModelConfig,
+    RopeConfig,
+    RopeScaling,
+    UnsupportedModel,
+)
+from jaxserve.tokenizer_source import GGUFTokenizer, TokenizerSource
+
+TYPES = tuple(
+    GGMLQuantizationType[name] for name in "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K".split()
+)
+"""Tensor types that are read."""
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_GLOBAL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def open_gguf(file: Path) -> Checkpoint:
+    """Reads a GGUF file's header. Raises CheckpointError naming the file and the key or tensor at fault."""
+    header = read_header(file)
+    try:
+        config = model_config(file, header)
+    except UnsupportedModel as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    tensors = {
+        _hugging_face_name(name): _stored_tensor(file, name, info, config)
+        for name, info in header.tensors.items()
+        if name != _ROPE_FACTORS
+    }
+    return Checkpoint(file, config, tokenizer_source(file, header, config), tensors)
+
+
+class _Metadata:
+    """Typed access to metadata; an absent key without a default, or one of another type, is an error."""
+
+    def __init__(self, file: Path, values: dict[str, Value]):
+        self.file = file
+        self.values = values
+
+    def get[T](self, key: str, kind: Callable[..., T] | type[T], default: T | None = None) -> T | None:
+        value = self.values.get(key, default)
+        if value is None:
+            return None
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(kind, type) or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise CheckpointError(
+                f"{self.file}: metadata {key} is {value!r}, not of type {getattr(kind, '__name__', kind)}"
+            )
+        return value
+
+    def need[T](self, key: str, kind: type[T]) -> T:
+        value = self.get(key, kind)
+        if value is None:
+            raise CheckpointError(f"{self.file}: metadata {key} is missing")
+        return value
+
+
+def model_config(file: Path, header: Header) -> ModelConfig:
+    """The configuration in a GGUF header. Raises UnsupportedModel or CheckpointError."""
+    metadata = _Metadata(file, header.metadata)
+    family = metadata.need("general.architecture", str)
+    if family not in _ARCHITECTURES:
+        raise UnsupportedModel(f"architecture {family!r} is not one of {', '.join(_ARCHITECTURES)}")
+    if metadata.get(f"{family}.expert_count", int):
+        raise UnsupportedModel(f"architecture {family!r} with experts is not supported")
+    hidden_size = metadata.need(f"{family}.embedding_length", int)
+    num_q_heads = metadata.need(f"{family}.attention.head_count", int)
+    if num_q_heads < 1:
+        raise CheckpointError(f"{file}: metadata {family}.attention.head_count is {num_q_heads}")
+    head_dim = metadata.get(f"{family}.attention.key_length", int) or hidden_size // num_q_heads
+    for key in (f"{family}.attention.value_length", f"{family}.rope.dimension_count"):
+        if metadata.get(key, int, head_dim) != head_dim:
+            raise UnsupportedModel(f"{key} of {header.metadata[key]} differs from the head_dim of {head_dim}")
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise CheckpointError(f"{file}: tensor token_embd.weight is missing")
+    eos_ids = [metadata.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot")]
+    return ModelConfig(
+        family=family,
+        vocab_size=embedding.shape[0],
+        hidden_size=hidden_size,
+        intermediate_size=metadata.need(f"{family}.feed_forward_length", int),
+        num_layers=metadata.need(f"{family}.block_count", int),
+        num_q_heads=num_q_heads,
+        num_kv_heads=metadata.get(f"{family}.attention.head_count_kv", int) or num_q_heads,
+        head_dim=head_dim,
+        rms_norm_eps=metadata.need(f"{family}.attention.layer_norm_rms_epsilon", float),
+        rope=_rope(metadata, family, header.tensors.get(_ROPE_FACTORS)),
+        max_context=metadata.need(f"{family}.context_length", int),
+        tie_embeddings="output.weight" not in header.tensors,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        sliding_window=metadata.get(f"{family}.attention.sliding_window", int) or None,
+        eos_ids=tuple(dict.fromkeys(id for id in eos_ids if id is not None)),
+        bos_id=metadata.get("tokenizer.ggml.bos_token_id", int),
+    )
+
+
+def _rope(metadata: _Metadata, family: str, factors: TensorInfo | None) -> RopeConfig:
+    theta = metadata.get(f"{family}.rope.freq_base", float) or 10000.0
+    kind = metadata.get(f"{family}.rope.scaling.type", str) or "none"
+    scaling: RopeScaling | None = None
+    if kind == "linear":
+        scaling = LinearScaling(metadata.need(f"{family}.rope.scaling.factor", float))
+    elif kind != "none":
+        raise UnsupportedModel(f"rope scaling {kind!r} is not supported")
+    elif (factor := metadata.get(f"{family}.rope.scale_linear", float)) is not None and factor != 1.0:
+        scaling = LinearScaling(factor)
+    if factors is not None:
+        if scaling is not None:
+            raise UnsupportedModel(f"rope scaling {kind!r} together with {_ROPE_FACTORS} is not supported")
+        values = _read(metadata.file, _ROPE_FACTORS, factors, None)
+        scaling = FrequencyFactors(tuple(float(value) for value in values.ravel()))
+    return RopeConfig(theta, scaling)
+
+
+def _hugging_face_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; a name without a counterpart is kept."""
+    if name in _GLOBAL_NAMES:
+        return _GLOBAL_NAMES[name]
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    return name
+
+
+def _stored_tensor(file: Path, name: str, info: TensorInfo, config: ModelConfig) -> StoredTensor:
+    heads = None
+    if config.family == "llama":
+        # The converter of llama.cpp reorders the rows of q and k for interleaved rotary pairs, in this family alone.
+        heads = {"attn_q": config.num_q_heads, "attn_k": config.num_kv_heads}.get(name.split(".")[-2])
+    return StoredTensor(file, info.shape, info.type.name, partial(_read, file, name, info, heads))
+
+
+def _read(file: Path, name: str, info: TensorInfo, interleaved_heads: int | None) -> np.ndarray:
+    """float32 of `info.shape`, rows of interleaved heads put back in order: even elements, then odd ones."""
+    if info.type not in TYPES:
+        raise CheckpointError(f"{file}: tensor {name} has the unsupported type {info.type.name}")
+    raw = read_bytes(file, info.offset, info.size, name)
+    raw = raw.reshape(*info.shape[:-1], -1)
+    if interleaved_heads is not None:
+        rows = raw.reshape(interleaved_heads, -1, 2, raw.shape[-1])
+        raw = rows.swapaxes(1, 2).reshape(raw.shape)
+    if info.type == GGMLQuantizationType.F32:
+        return raw.view(np.float32)
+    if info.type == GGMLQuantizationType.F16:
+        return raw.view(np.float16)
+    return quants.dequantize(raw, info.type)
+
+
+def tokenizer_source(file: Path, header: Header, config: ModelConfig) -> TokenizerSource:
+    """The tokenizer in a GGUF header. Raises CheckpointError."""
+    metadata = _Metadata(file, header.metadata)
+
+    def key(name: str) -> str:
+        return f"tokenizer.ggml.{name}"
+
+    tokens = metadata.need(key("tokens"), list)
+    special = {}
+    for name, gguf_name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = metadata.get(key(f"{gguf_name}_token_id"), int)
+        if token is not None:
+            if not 0 <= token < len(tokens):
+                raise CheckpointError(f"{file}: {key(f'{gguf_name}_token_id')} is {token} of {len(tokens)} tokens")
+            special[f"{name}_token"] = tokens[token]
+    return TokenizerSource(
+        tokenizer=GGUFTokenizer(
+            model=metadata.need(key("model"), str),
+            pre=metadata.get(key("pre"), str),
+            tokens=tuple(tokens),
+            token_types=tuple(metadata.get(key("token_type"), list) or ()),
+            scores=tuple(metadata.get(key("scores"), list) or ()),
+            merges=tuple(metadata.get(key("merges"), list) or ()),
+            unknown_id=metadata.get(key("unknown_token_id"), int),
+            padding_id=metadata.get(key("padding_token_id"), int),
+            add_space_prefix=metadata.get(key("add_space_prefix"), bool),
+        ),
+        vocab_size=config.vocab_size,
+        bos_id=config.bos_id,
+        eos_ids=config.eos_ids,
+        add_bos=metadata.get(key("add_bos_token"), bool),
+        add_eos=metadata.get(key("add_eos_token"), bool),
+        chat_template=metadata.get("tokenizer.chat_template", str),
+        special_tokens=special,
+    )
