@@ -14,7 +14,18 @@ from collections.abc import Callable
 from typing import Protocol
 
 from jaxserve.config import EngineConfig
-from jaxserve.core_messages import Abort, Failed, Message, Progress, Ready, Shutdown, StepOutput, Submit
+from jaxserve.core_messages import (
+    Abort,
+    Failed,
+    Message,
+    Progress,
+    Ready,
+    SequenceOutput,
+    Shutdown,
+    StepOutput,
+    StepRecord,
+    Submit,
+)
 from jaxserve.scheduler import Scheduler, StepPlan, TokenLogprobs
 
 log = logging.getLogger(__name__)
@@ -77,15 +88,18 @@ class StepLoop:
         self._runner = runner
         self._depth = pipeline_depth
         self._publish = publish
-        self._pending: deque[tuple[StepPlan, object]] = deque()
+        self._pending: deque[tuple[StepPlan, object, float]] = deque()
+        self._host_since = 0.0
 
     def run(self) -> None:
         """The loop. An exception in it is fatal to the core and is published as Failed."""
         try:
+            self._host_since = time.monotonic()
             while self._receive():
                 plan = self._scheduler.plan(time.monotonic())
                 if plan is not None:
-                    self._pending.append((plan, self._runner.dispatch(plan)))
+                    pending = self._runner.dispatch(plan)
+                    self._pending.append((plan, pending, time.monotonic()))
                 if self._pending and (plan is None or len(self._pending) > self._depth):
                     self._retire()
                 else:
@@ -102,7 +116,10 @@ class StepLoop:
         scheduler = self._scheduler
         idle = not scheduler.active and not self._pending
         go_on = True
-        for command in self.commands.take(wait=idle):
+        commands = self.commands.take(wait=idle)
+        if idle:
+            self._host_since = time.monotonic()
+        for command in commands:
             match command:
                 case Submit():
                     scheduler.submit(command)
@@ -117,19 +134,25 @@ class StepLoop:
         return go_on
 
     def _retire(self) -> None:
-        plan, pending = self._pending.popleft()
+        plan, pending, dispatched = self._pending.popleft()
+        waited = time.monotonic()
         results = self._runner.read(pending)
-        outputs = self._scheduler.retire(plan, results.tokens, results.flags, results.logprobs, time.monotonic())
-        self._publish(
-            StepOutput(
-                self._scheduler.take_ended() + outputs, self._scheduler.gauges(self._runner.compiles_after_warmup)
-            )
+        now = time.monotonic()
+        host_seconds, self._host_since = waited - self._host_since, now
+        outputs = self._scheduler.retire(plan, results.tokens, results.flags, results.logprobs, now)
+        record = StepRecord(
+            plan.step, len(plan.sequences), plan.chunk_tokens, dispatched, now, host_seconds, now - waited
         )
+        self._send(self._scheduler.take_ended() + outputs, record)
 
     def _publish_ended(self) -> None:
         ended = self._scheduler.take_ended()
         if ended:
-            self._publish(StepOutput(ended, self._scheduler.gauges(self._runner.compiles_after_warmup)))
+            self._send(ended, None)
+
+    def _send(self, outputs: list[SequenceOutput], record: StepRecord | None) -> None:
+        gauges = self._scheduler.gauges(self._runner.compiles_after_warmup)
+        self._publish(StepOutput(outputs, gauges, record))
 
 
 def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:

@@ -115,11 +115,31 @@ class Gauges:
 
 
 @dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step was, and when. Times are monotonic seconds."""
+
+    step: int
+    sequences: int
+    """Sequences that took part."""
+    chunk_tokens: int
+    """Prompt tokens that rode along."""
+    dispatched: float
+    """Given to the device."""
+    retired: float
+    """Its tokens were on the host."""
+    host_seconds: float
+    """The loop's own work since the last step: receive, plan, pack, dispatch, retire, publish; waits excluded."""
+    wait_seconds: float
+    """Waiting for the device."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
-    """All that one step, or a change of the queue, gave."""
+    """All that one step gave, or, where there is no record, a change of the queue."""
 
     outputs: list[SequenceOutput]
     gauges: Gauges
+    record: StepRecord | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +161,8 @@ def _row(message: Any) -> list[Any]:
 def encode(message: Message) -> bytes:
     """One msgpack array: the type's number, then its fields in order."""
     if isinstance(message, StepOutput):
-        body = [[_row(output) for output in message.outputs], _row(message.gauges)]
+        record = message.record and _row(message.record)
+        body = [[_row(output) for output in message.outputs], _row(message.gauges), record]
     else:
         body = _row(message)
     return msgpack.packb([_NUMBER[type(message)], *body])
@@ -151,6 +172,8 @@ def decode(data: bytes) -> Message:
     """Inverse of `encode`. Raises ValueError for bytes that are no message."""
     number, *body = msgpack.unpackb(data, strict_map_key=False)
     if number == _NUMBER[StepOutput]:
-        outputs, gauges = body
-        return StepOutput([SequenceOutput(*output) for output in outputs], Gauges(*gauges))
+        outputs, gauges, record = body
+        return StepOutput(
+            [SequenceOutput(*output) for output in outputs], Gauges(*gauges), record and StepRecord(*record)
+        )
     return _TYPES[number](*body)

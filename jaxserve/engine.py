@@ -10,6 +10,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
@@ -18,7 +19,18 @@ from jaxserve.admission import Admission
 from jaxserve.checkpoints import read_metadata
 from jaxserve.config import EngineConfig
 from jaxserve.core_client import start_core
-from jaxserve.core_messages import Abort, Failed, Gauges, Progress, Ready, SequenceOutput, Shutdown, StepOutput, Submit
+from jaxserve.core_messages import (
+    Abort,
+    Failed,
+    Gauges,
+    Progress,
+    Ready,
+    SequenceOutput,
+    Shutdown,
+    StepOutput,
+    StepRecord,
+    Submit,
+)
 from jaxserve.request import (
     Completion,
     Delta,
@@ -45,6 +57,9 @@ ProgressCallback = Callable[[str, float | None], None]
 
 Prompt = str | Request | Mapping[str, Any]
 """Text, a request, or a mapping of a request's API names."""
+
+STEP_RECORDS = 4096
+"""Steps whose records are kept."""
 
 RETRY_AFTER = 1.0
 """Seconds after which a refused client is told to try again."""
@@ -125,6 +140,8 @@ class Engine:
         self._failure: str | None = None
         pages = self.device.num_pages
         self._gauges = Gauges(0, 0, 0, pages, 0, 0, 0, 0, 0, 0, 0)
+        self.step_records: deque[StepRecord] = deque(maxlen=STEP_RECORDS)
+        """The latest steps, oldest first."""
         self._delivery = threading.Thread(target=self._deliver, name="jaxserve-delivery", daemon=True)
         self._delivery.start()
         atexit.register(self.shutdown)
@@ -293,8 +310,10 @@ class Engine:
         """Runs on the delivery thread until the core ends."""
         while (message := self._core.receive()) is not None:
             match message:
-                case StepOutput(outputs, gauges):
+                case StepOutput(outputs, gauges, record):
                     self._gauges = gauges
+                    if record is not None:
+                        self.step_records.append(record)
                     touched = [entry.stream for output in outputs if (entry := self._deliver_output(output))]
                     _wake(touched)
                 case Failed(error):
