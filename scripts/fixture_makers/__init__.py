@@ -1,0 +1,1 @@
+"""What `make_fixtures.py` runs."""
