@@ -1,0 +1,167 @@
+"""The client for asyncio."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from jaxserve.request import Completion, Delta, EngineUnavailable, Event
+from rpc.client.calls import (
+    CHANNEL_OPTIONS,
+    DEFAULT_ADDRESS,
+    READY_INTERVAL,
+    ChatMessage,
+    Ending,
+    Prompt,
+    mapped_errors,
+    prepare,
+    tokenize_request,
+)
+from rpc.convert import completions_from_proto, event_from_proto
+from rpc.v1 import jaxserve_pb2 as pb
+from rpc.v1 import jaxserve_pb2_grpc
+
+
+class AsyncGeneration(Ending):
+    """The deltas of one request. Iterate once, or `await text()`; leaving the loop cancels the request."""
+
+    def __init__(self, call: "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]", request_id: str):
+        super().__init__(request_id)
+        self._call = call
+        self._cancelled = False
+
+    async def events(self) -> AsyncGenerator[Event]:
+        """Everything the server sends: Started, Deltas, Finished."""
+        try:
+            with mapped_errors():
+                async for response in self._call:
+                    event = event_from_proto(response)
+                    self.note(event)
+                    if event is not None:
+                        yield event
+        except asyncio.CancelledError:
+            # grpc.aio raises the same for a call that is cancelled as asyncio does for the task that reads it.
+            if not self._cancelled:
+                raise
+        finally:
+            self._call.cancel()  # no-op once the call has ended
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        # aclosing: a generator inside another is else closed late when the loop over the outer one is left.
+        async with aclosing(self.events()) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    yield event
+
+    async def text(self) -> str:
+        """Waits for the end and returns all text."""
+        return "".join([delta.text async for delta in self])
+
+    def cancel(self) -> None:
+        """Ends the request on the server, and the iteration without an error."""
+        self._cancelled = True
+        self._call.cancel()
+
+
+class AsyncClient:
+    """A client for asyncio. Use it as an async context manager, within one event loop."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, credentials: grpc.ChannelCredentials | None = None):
+        """`credentials`: of a TLS connection; None is plain text."""
+        self.address = address
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        self._inference = jaxserve_pb2_grpc.InferenceStub(self._channel)
+        self._control = jaxserve_pb2_grpc.ControlStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancels open calls and disconnects."""
+        await self._channel.close()
+
+    async def wait_until_ready(self, timeout: float = 120.0) -> None:
+        """Waits until the server has loaded its model. Raises TimeoutError after `timeout` seconds."""
+        async with asyncio.timeout(timeout):
+            while not await self.is_ready():
+                await asyncio.sleep(READY_INTERVAL)
+
+    async def is_ready(self) -> bool:
+        """Whether there is a server and it takes requests now."""
+        try:
+            with mapped_errors():
+                answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=5.0)
+        except (EngineUnavailable, TimeoutError):
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **fields: object
+    ) -> AsyncGeneration:
+        """Starts a request; iterate over what is returned. Nothing is sent before the event loop runs.
+
+        Args:
+            prompt: text, a Request, or a mapping of API names (`token_ids`, `messages`, ...).
+            timeout: seconds until the server stops the work and TimeoutError is raised.
+            fields: sampling, stopping and output fields by their API names: `max_tokens`, `temperature`, `stop`, ...
+        """
+        message, limit = prepare(prompt, fields, timeout)
+        return AsyncGeneration(self._inference.Generate(message, timeout=limit), message.request_id)
+
+    def chat(
+        self, messages: Sequence[ChatMessage], *, timeout: float | None = None, **fields: object
+    ) -> AsyncGeneration:
+        """As `generate`, for a conversation in the model's chat template."""
+        return self.generate({"messages": messages}, timeout=timeout, **fields)
+
+    async def generate_once(
+        self, prompt: Prompt, *, timeout: float | None = None, **fields: object
+    ) -> Completion:
+        """As `generate`, with the whole sequence in one answer."""
+        message, limit = prepare(prompt, fields, timeout)
+        with mapped_errors():
+            return completions_from_proto(await self._inference.GenerateOnce(message, timeout=limit))[0]
+
+    async def abort(self, request_id: str) -> bool:
+        """Ends a request with finish reason abort; False where none with this id is active."""
+        with mapped_errors():
+            return (await self._control.Abort(pb.AbortRequest(request_id=request_id))).aborted
+
+    async def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
+        """Token ids of text, or of a conversation in the model's template."""
+        with mapped_errors():
+            return list((await self._control.Tokenize(tokenize_request(prompt))).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        with mapped_errors():
+            return (await self._control.Detokenize(pb.DetokenizeRequest(token_ids=token_ids))).text
+
+    async def model_info(self) -> pb.GetModelInfoResponse:
+        """The model and its limits."""
+        with mapped_errors():
+            return await self._control.GetModelInfo(pb.GetModelInfoRequest())
+
+    async def server_info(self) -> pb.GetServerInfoResponse:
+        """Version, device, limits and state of the server."""
+        with mapped_errors():
+            return await self._control.GetServerInfo(pb.GetServerInfoRequest())
+
+    async def loads(self) -> pb.GetLoadsResponse:
+        """What the server is doing now."""
+        with mapped_errors():
+            return await self._control.GetLoads(pb.GetLoadsRequest())

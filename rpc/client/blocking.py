@@ -1,0 +1,163 @@
+"""The client for plain code."""
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from jaxserve.request import Completion, Delta, EngineUnavailable, Event
+from rpc.client.calls import (
+    CHANNEL_OPTIONS,
+    DEFAULT_ADDRESS,
+    READY_INTERVAL,
+    ChatMessage,
+    Ending,
+    Prompt,
+    mapped_errors,
+    prepare,
+    tokenize_request,
+)
+from rpc.convert import completions_from_proto, event_from_proto
+from rpc.errors import RpcFailed
+from rpc.v1 import jaxserve_pb2 as pb
+from rpc.v1 import jaxserve_pb2_grpc
+
+
+class Generation(Ending):
+    """The deltas of one request. Iterate once, or call `text()`; leaving the loop cancels the request."""
+
+    def __init__(self, call: "grpc.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]", request_id: str):
+        super().__init__(request_id)
+        self._call = call
+        self._cancelled = False
+
+    def events(self) -> Generator[Event]:
+        """Everything the server sends: Started, Deltas, Finished."""
+        try:
+            with mapped_errors():
+                for response in self._call:
+                    event = event_from_proto(response)
+                    self.note(event)
+                    if event is not None:
+                        yield event
+        except RpcFailed as error:
+            if not (self._cancelled and error.code is grpc.StatusCode.CANCELLED):
+                raise
+        finally:
+            self._call.cancel()  # no-op once the call has ended
+
+    def __iter__(self) -> Iterator[Delta]:
+        return (event for event in self.events() if isinstance(event, Delta))
+
+    def text(self) -> str:
+        """Waits for the end and returns all text."""
+        return "".join(delta.text for delta in self)
+
+    def cancel(self) -> None:
+        """Ends the request on the server, and the iteration without an error. May be called from another thread."""
+        self._cancelled = True
+        self._call.cancel()
+
+
+class Client:
+    """A client for plain code. Use it as a context manager; its methods may be called from any thread."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, credentials: grpc.ChannelCredentials | None = None):
+        """`credentials`: of a TLS connection; None is plain text."""
+        self.address = address
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        self._inference = jaxserve_pb2_grpc.InferenceStub(self._channel)
+        self._control = jaxserve_pb2_grpc.ControlStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancels open calls and disconnects."""
+        self._channel.close()
+
+    def wait_until_ready(self, timeout: float = 120.0) -> None:
+        """Waits until the server has loaded its model. Raises TimeoutError after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not self.is_ready():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the server at {self.address} was not ready after {timeout:g} s")
+            time.sleep(READY_INTERVAL)
+
+    def is_ready(self) -> bool:
+        """Whether there is a server and it takes requests now."""
+        try:
+            with mapped_errors():
+                answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=5.0)
+        except (EngineUnavailable, TimeoutError):
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **fields: object
+    ) -> Generation:
+        """Starts a request; iterate over what is returned.
+
+        Args:
+            prompt: text, a Request, or a mapping of API names (`token_ids`, `messages`, ...).
+            timeout: seconds until the server stops the work and TimeoutError is raised.
+            fields: sampling, stopping and output fields by their API names: `max_tokens`, `temperature`, `stop`, ...
+        """
+        message, limit = prepare(prompt, fields, timeout)
+        return Generation(self._inference.Generate(message, timeout=limit), message.request_id)
+
+    def chat(
+        self, messages: Sequence[ChatMessage], *, timeout: float | None = None, **fields: object
+    ) -> Generation:
+        """As `generate`, for a conversation in the model's chat template."""
+        return self.generate({"messages": messages}, timeout=timeout, **fields)
+
+    def generate_once(
+        self, prompt: Prompt, *, timeout: float | None = None, **fields: object
+    ) -> Completion:
+        """As `generate`, with the whole sequence in one answer."""
+        message, limit = prepare(prompt, fields, timeout)
+        with mapped_errors():
+            return completions_from_proto(self._inference.GenerateOnce(message, timeout=limit))[0]
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request with finish reason abort; False where none with this id is active."""
+        with mapped_errors():
+            return self._control.Abort(pb.AbortRequest(request_id=request_id)).aborted
+
+    def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
+        """Token ids of text, or of a conversation in the model's template."""
+        with mapped_errors():
+            return list(self._control.Tokenize(tokenize_request(prompt)).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        with mapped_errors():
+            return self._control.Detokenize(pb.DetokenizeRequest(token_ids=token_ids)).text
+
+    def model_info(self) -> pb.GetModelInfoResponse:
+        """The model and its limits."""
+        with mapped_errors():
+            return self._control.GetModelInfo(pb.GetModelInfoRequest())
+
+    def server_info(self) -> pb.GetServerInfoResponse:
+        """Version, device, limits and state of the server."""
+        with mapped_errors():
+            return self._control.GetServerInfo(pb.GetServerInfoRequest())
+
+    def loads(self) -> pb.GetLoadsResponse:
+        """What the server is doing now."""
+        with mapped_errors():
+            return self._control.GetLoads(pb.GetLoadsRequest())

@@ -1,0 +1,99 @@
+"""What both clients share: the channel, from arguments to a request message, from a failed call to an exception."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import grpc
+import grpc.aio
+
+from jaxserve.request import Event, Finished, InvalidRequest, Request, Started
+from rpc.convert import request_to_proto
+from rpc.errors import error_of
+from rpc.v1 import jaxserve_pb2 as pb
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+ChatMessage = Mapping[str, str]
+"""`role` and `content`."""
+
+Prompt = str | Request | Mapping[str, object]
+"""Text, a request, or a mapping of a request's API names (`prompt`, `token_ids`, `messages`, ...)."""
+
+READY_INTERVAL = 0.1
+"""Seconds between looks whether a server is ready."""
+
+CHANNEL_OPTIONS = [
+    # An answer's size follows from the request; the server limits that.
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A server that vanishes is noticed while a call is open.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # One that is still starting is found soon after it listens.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # No environment variable sends a request elsewhere.
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+def build_request(prompt: Prompt, fields: Mapping[str, object]) -> Request:
+    """A request from text, a mapping of API names, or a Request; `fields` are sampling, stopping and output fields by
+    their API names. Raises InvalidRequest for a name that is no field."""
+    if isinstance(prompt, Request):
+        if fields:
+            raise InvalidRequest(next(iter(fields)), "a Request carries its own fields")
+        return prompt
+    return Request.from_json({"prompt": prompt, **fields} if isinstance(prompt, str) else {**fields, **prompt})
+
+
+def prepare(
+    prompt: Prompt, fields: Mapping[str, object], timeout: float | None
+) -> tuple[pb.GenerateRequest, float | None]:
+    """The message, and the seconds the call may take: the smaller of the timeout and the request's deadline."""
+    request = build_request(prompt, fields)
+    limits = [timeout] if timeout is not None else []
+    if request.deadline is not None:
+        limits.append(request.deadline - time.monotonic())
+    return request_to_proto(replace(request, deadline=None)), min(limits, default=None)
+
+
+@contextmanager
+def mapped_errors() -> Iterator[None]:
+    """Raises the exception that a failed call stands for."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise error_of(error.code(), error.details() or "", tuple(error.trailing_metadata())) from error
+    except grpc.RpcError as error:
+        # What a synchronous call raises is the call itself.
+        raise error_of(error.code(), error.details() or "", tuple(error.trailing_metadata() or ())) from error  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Ending:
+    """What a stream tells besides its deltas."""
+
+    def __init__(self, request_id: str):
+        self.request_id = request_id
+        self.started: Started | None = None
+        """Prompt tokens, cached tokens and the seed; None before the first event."""
+        self.finished: Finished | None = None
+        """Finish reason, usage and timings; None until the stream has ended."""
+
+    def note(self, event: Event | None) -> None:
+        """Keeps what is no delta."""
+        if isinstance(event, Started):
+            self.started = event
+        elif isinstance(event, Finished):
+            self.finished = event
+
+
+def tokenize_request(prompt: str | Sequence[ChatMessage]) -> pb.TokenizeRequest:
+    """The message that tokenizes text or a conversation."""
+    if isinstance(prompt, str):
+        return pb.TokenizeRequest(text=prompt)
+    chat = pb.ChatMessages(messages=[pb.ChatMessage(**message) for message in prompt])
+    return pb.TokenizeRequest(messages=chat)

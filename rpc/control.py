@@ -1,0 +1,154 @@
+"""`jaxserve.v1.Control`: everything around generating."""
+
+import asyncio
+import time
+from concurrent.futures import Executor
+from importlib.metadata import PackageNotFoundError, version
+
+import grpc.aio
+
+from jaxserve import request as limits
+from jaxserve.request import InvalidRequest
+from rpc import errors
+from rpc.convert import messages_from_proto
+from rpc.lifecycle import Lifecycle
+from rpc.open_calls import OpenCalls
+from rpc.served_engine import ServedEngine
+from rpc.v1 import jaxserve_pb2 as pb
+from rpc.v1 import jaxserve_pb2_grpc
+
+
+class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
+    """Questions that start no work on the device, and Abort. They are answered while draining, too."""
+
+    def __init__(self, lifecycle: Lifecycle, calls: OpenCalls, tokenizing: Executor, max_request_bytes: int):
+        self._lifecycle = lifecycle
+        self._calls = calls
+        self._tokenizing = tokenizing
+        self._max_request_bytes = max_request_bytes
+        self._began = time.monotonic()
+
+    @errors.answered
+    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
+        engine = self._lifecycle.engine
+        return pb.AbortResponse(aborted=engine is not None and engine.abort(request.request_id))
+
+    @errors.answered
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetModelInfoResponse:
+        return _model_info(self._lifecycle.loaded_engine())
+
+    @errors.answered
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetServerInfoResponse:
+        info = pb.GetServerInfoResponse(
+            version=_installed_version("jaxserve"),
+            state=self._lifecycle.state,
+            uptime=time.monotonic() - self._began,
+        )
+        engine = self._lifecycle.engine
+        if engine is not None:
+            info.device.platform = engine.device.platform
+            info.device.kind = engine.device.device_kind
+            info.device.attention = engine.device.attention
+            info.device.jax_version = _installed_version("jax")
+            info.limits.CopyFrom(_limits(engine, self._max_request_bytes))
+        return info
+
+    @errors.answered
+    async def GetLoads(self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadsResponse:
+        loads = self._lifecycle.loaded_engine().loads()
+        return pb.GetLoadsResponse(
+            running=loads.running,
+            waiting=loads.waiting,
+            slots=loads.slots,
+            free_pages=loads.available_pages - loads.cached_pages,
+            cached_pages=loads.cached_pages,
+            available_pages=loads.available_pages,
+            total_pages=loads.total_pages,
+            steps=loads.steps,
+            preemptions=loads.preemptions,
+            prefix_queries=loads.prefix_queries,
+            prefix_hits=loads.prefix_hits,
+            overrun_tokens=loads.overrun_tokens,
+            compiles_after_warmup=loads.compiles_after_warmup,
+            open_calls=len(self._calls),
+        )
+
+    @errors.answered
+    async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        engine = self._lifecycle.loaded_engine()
+        loop = asyncio.get_running_loop()
+        return pb.TokenizeResponse(token_ids=await loop.run_in_executor(self._tokenizing, _tokenize, engine, request))
+
+    @errors.answered
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        engine = self._lifecycle.loaded_engine()
+        loop = asyncio.get_running_loop()
+        return pb.DetokenizeResponse(text=await loop.run_in_executor(self._tokenizing, _detokenize, engine, request))
+
+
+def _installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout
+        return "unknown"
+
+
+def _model_info(engine: ServedEngine) -> pb.GetModelInfoResponse:
+    model = engine.model_config
+    return pb.GetModelInfoResponse(
+        model=engine.model_name,
+        family=model.family,
+        vocab_size=model.vocab_size,
+        max_context=engine.max_context,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_q_heads=model.num_q_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        eos_ids=model.eos_ids,
+        bos_id=model.bos_id,
+        dtype=engine.config.dtype,
+        quantization=engine.config.quantization,
+    )
+
+
+def _limits(engine: ServedEngine, max_request_bytes: int) -> pb.Limits:
+    return pb.Limits(
+        max_context=engine.max_context,
+        slots=engine.config.slots,
+        max_waiting=engine.config.max_waiting,
+        max_request_bytes=max_request_bytes,
+        stream_buffer_tokens=engine.config.stream_buffer_tokens,
+        max_logprobs=limits.MAX_LOGPROBS,
+        max_logit_bias=limits.MAX_LOGIT_BIAS,
+        max_stop_strings=limits.MAX_STOP_STRINGS,
+        max_stop_string_length=limits.MAX_STOP_STRING_LENGTH,
+        max_stop_token_ids=limits.MAX_STOP_TOKEN_IDS,
+        max_request_id_length=limits.MAX_REQUEST_ID_LENGTH,
+    )
+
+
+def _tokenize(engine: ServedEngine, request: pb.TokenizeRequest) -> list[int]:
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise InvalidRequest("prompt", "one of text and messages must be set")
+    if kind == "text":
+        return engine.tokenizer.encode(request.text)
+    try:
+        return engine.tokenizer.encode_chat(list(messages_from_proto(request.messages)))
+    except ValueError as error:
+        raise InvalidRequest("messages", str(error)) from error
+
+
+def _detokenize(engine: ServedEngine, request: pb.DetokenizeRequest) -> str:
+    vocab_size = engine.model_config.vocab_size
+    for token in request.token_ids:
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest("token_ids", f"must be in [0, {vocab_size - 1}], got {token}")
+    return engine.tokenizer.decode(list(request.token_ids))

@@ -1,0 +1,297 @@
+"""Between the messages of `jaxserve.v1` and the plain data of `jaxserve.request`, both ways.
+
+Only shapes are converted here: the engine checks every value against its model's limits.
+"""
+
+from collections.abc import Callable, Sequence
+
+from google.protobuf.message import Message
+
+from jaxserve.request import (
+    Completion,
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    InvalidRequest,
+    OutputParams,
+    Request,
+    SamplingParams,
+    Started,
+    StoppingParams,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from rpc.v1 import jaxserve_pb2 as pb
+
+_SAMPLING_SCALARS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "n",
+)
+_STOPPING_SCALARS = ("max_tokens", "min_tokens", "include_stop", "ignore_eos")
+_OUTPUT_SCALARS = ("logprobs", "return_text", "return_token_ids")
+
+
+def _set_fields(message: Message, names: Sequence[str]) -> dict[str, int | float | bool]:
+    """The optional scalars that are set, so that the unset ones take the defaults of the dataclass."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def messages_from_proto(chat: pb.ChatMessages) -> tuple[dict[str, str], ...]:
+    """Chat messages as the tokenizer's template takes them."""
+    return tuple({"role": message.role, "content": message.content} for message in chat.messages)
+
+
+def request_from_proto(message: pb.GenerateRequest, deadline: float | None = None) -> Request:
+    """Builds the engine's request.
+
+    Args:
+        deadline: `time.monotonic()` seconds at which the call ends; None where it has none.
+
+    Raises:
+        InvalidRequest: for a field that no engine supports yet.
+    """
+    constraint = message.constraint.WhichOneof("constraint")
+    if constraint is not None:
+        raise InvalidRequest("constraint", f"{constraint} is not supported yet")
+    if message.HasField("constraint"):
+        raise InvalidRequest("constraint", "is set without a constraint, and constraints are not supported yet")
+    if message.output.HasField("prompt_logprobs"):
+        raise InvalidRequest("prompt_logprobs", "is not supported yet")
+    kind = message.WhichOneof("prompt")
+    identity = {"request_id": message.request_id} if message.request_id else {}
+    return Request(
+        prompt=message.text if kind == "text" else None,
+        token_ids=tuple(message.token_ids.ids) if kind == "token_ids" else None,
+        messages=messages_from_proto(message.messages) if kind == "messages" else None,
+        sampling=SamplingParams(
+            **_set_fields(message.sampling, _SAMPLING_SCALARS),  # pyright: ignore[reportArgumentType]
+            logit_bias=dict(message.sampling.logit_bias),
+        ),
+        stopping=StoppingParams(
+            **_set_fields(message.stopping, _STOPPING_SCALARS),  # pyright: ignore[reportArgumentType]
+            stop=tuple(message.stopping.stop),
+            stop_token_ids=tuple(message.stopping.stop_token_ids),
+        ),
+        output=OutputParams(**_set_fields(message.output, _OUTPUT_SCALARS)),  # pyright: ignore[reportArgumentType]
+        model=message.model or None,
+        priority=message.priority,
+        cache_salt=message.cache_salt,
+        deadline=deadline,
+        **identity,
+    )
+
+
+def _assign(field: str, assign: Callable[[], object]) -> None:
+    """Runs one assignment to a message, and names the field where protobuf refuses the value."""
+    try:
+        assign()
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise InvalidRequest(field, str(error)) from None
+
+
+def _assign_scalars(message: Message, params: object, defaults: object, names: Sequence[str]) -> None:
+    for name in names:
+        value = getattr(params, name)
+        if value is not None and value != getattr(defaults, name):
+            _assign(name, lambda name=name, value=value: setattr(message, name, value))
+
+
+def request_to_proto(request: Request) -> pb.GenerateRequest:
+    """Builds the message of a request. Values equal to their default are left out; the deadline is the call's.
+
+    Raises:
+        InvalidRequest: for a value that its field cannot carry.
+    """
+    message = pb.GenerateRequest(request_id=request.request_id, model=request.model or "")
+    if request.prompt is not None:
+        _assign("prompt", lambda: setattr(message, "text", request.prompt))
+    if request.token_ids is not None:
+        message.token_ids.SetInParent()
+        _assign("token_ids", lambda: message.token_ids.ids.extend(request.token_ids or ()))
+    if request.messages is not None:
+        message.messages.SetInParent()
+        for chat_message in request.messages:
+            _assign("messages", lambda fields=chat_message: message.messages.messages.add(**fields))
+    _assign_scalars(message.sampling, request.sampling, SamplingParams(), _SAMPLING_SCALARS)
+    for token, bias in request.sampling.logit_bias.items():
+        _assign("logit_bias", lambda token=token, bias=bias: message.sampling.logit_bias.update({token: bias}))
+    _assign_scalars(message.stopping, request.stopping, StoppingParams(), _STOPPING_SCALARS)
+    _assign("stop", lambda: message.stopping.stop.extend(request.stopping.stop))
+    _assign("stop_token_ids", lambda: message.stopping.stop_token_ids.extend(request.stopping.stop_token_ids))
+    _assign_scalars(message.output, request.output, OutputParams(), _OUTPUT_SCALARS)
+    _assign("priority", lambda: setattr(message, "priority", request.priority))
+    _assign("cache_salt", lambda: setattr(message, "cache_salt", request.cache_salt))
+    return message
+
+
+def _logprobs_to_proto(logprobs: Sequence[TokenLogprob]) -> list[pb.TokenLogprob]:
+    return [
+        pb.TokenLogprob(
+            token_id=entry.token_id,
+            logprob=entry.logprob,
+            top=[pb.TopLogprob(token_id=token, logprob=logprob) for token, logprob in entry.top],
+        )
+        for entry in logprobs
+    ]
+
+
+def _logprobs_from_proto(logprobs: Sequence[pb.TokenLogprob]) -> tuple[TokenLogprob, ...] | None:
+    if not logprobs:
+        return None
+    return tuple(
+        TokenLogprob(entry.token_id, entry.logprob, tuple((top.token_id, top.logprob) for top in entry.top))
+        for entry in logprobs
+    )
+
+
+def usage_to_proto(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+    )
+
+
+def timings_to_proto(timings: Timings) -> pb.Timings:
+    return pb.Timings(queue=timings.queue, prefill=timings.prefill, decode=timings.decode, total=timings.total)
+
+
+def event_to_proto(event: Event) -> pb.GenerateResponse:
+    """One message of a stream. Deltas come first and are built in place: this runs once for every token."""
+    response = pb.GenerateResponse(request_id=event.request_id)
+    if isinstance(event, Delta):
+        delta = response.delta
+        delta.SetInParent()
+        delta.index = event.index
+        delta.token_ids.extend(event.token_ids)
+        delta.text = event.text
+        if event.logprobs:
+            delta.logprobs.extend(_logprobs_to_proto(event.logprobs))
+    elif isinstance(event, Started):
+        response.started.SetInParent()
+        response.started.prompt_tokens = event.prompt_tokens
+        response.started.cached_tokens = event.cached_tokens
+        response.started.seed = event.seed
+    else:
+        finished = response.finished
+        finished.index = event.index
+        finished.finish_reason = event.finish_reason
+        _set_matched_stop(finished, event.matched_stop)
+        finished.usage.CopyFrom(usage_to_proto(event.usage))
+        finished.timings.CopyFrom(timings_to_proto(event.timings))
+        finished.error = event.error or ""
+    return response
+
+
+def _set_matched_stop(message: pb.Finished | pb.GenerateOutput, matched: str | int | None) -> None:
+    if isinstance(matched, str):
+        message.stop_string = matched
+    elif matched is not None:
+        message.stop_token_id = matched
+
+
+def _matched_stop(message: pb.Finished | pb.GenerateOutput) -> str | int | None:
+    name = message.WhichOneof("matched_stop")
+    return None if name is None else getattr(message, name)
+
+
+def usage_from_proto(usage: pb.Usage) -> Usage:
+    return Usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+
+
+def timings_from_proto(timings: pb.Timings) -> Timings:
+    return Timings(timings.queue, timings.prefill, timings.decode, timings.total)
+
+
+def event_from_proto(response: pb.GenerateResponse) -> Event | None:
+    """The event in a message; None for an event of a newer server."""
+    kind = response.WhichOneof("event")
+    if kind == "delta":
+        delta = response.delta
+        return Delta(
+            request_id=response.request_id,
+            index=delta.index,
+            token_ids=tuple(delta.token_ids),
+            text=delta.text,
+            logprobs=_logprobs_from_proto(delta.logprobs),
+        )
+    if kind == "started":
+        started = response.started
+        return Started(response.request_id, started.prompt_tokens, started.cached_tokens, started.seed)
+    if kind == "finished":
+        finished = response.finished
+        return Finished(
+            request_id=response.request_id,
+            index=finished.index,
+            finish_reason=FinishReason(finished.finish_reason),
+            usage=usage_from_proto(finished.usage),
+            timings=timings_from_proto(finished.timings),
+            matched_stop=_matched_stop(finished),
+            error=finished.error or None,
+        )
+    return None
+
+
+class OutputCollector:
+    """Gathers the events of one request into a GenerateOnceResponse."""
+
+    def __init__(self, request_id: str):
+        self._response = pb.GenerateOnceResponse(request_id=request_id)
+        self._outputs: dict[int, pb.GenerateOutput] = {}
+        self._texts: dict[int, list[str]] = {}
+
+    def add(self, event: Event) -> None:
+        """Takes the next event of the stream."""
+        if isinstance(event, Started):
+            self._response.seed = event.seed
+            return
+        output = self._outputs.setdefault(event.index, pb.GenerateOutput(index=event.index))
+        texts = self._texts.setdefault(event.index, [])
+        if isinstance(event, Delta):
+            output.token_ids.extend(event.token_ids)
+            texts.append(event.text)
+            if event.logprobs:
+                output.logprobs.extend(_logprobs_to_proto(event.logprobs))
+            return
+        output.text = "".join(texts)
+        output.finish_reason = event.finish_reason
+        _set_matched_stop(output, event.matched_stop)
+        usage = self._response.usage
+        # The prompt is shared by all sequences and counts once.
+        usage.prompt_tokens = event.usage.prompt_tokens
+        usage.cached_tokens = event.usage.cached_tokens
+        usage.completion_tokens += event.usage.completion_tokens
+        if event.timings.total >= self._response.timings.total:
+            self._response.timings.CopyFrom(timings_to_proto(event.timings))
+
+    def response(self) -> pb.GenerateOnceResponse:
+        """The answer, once every sequence has finished."""
+        self._response.outputs.extend(self._outputs[index] for index in sorted(self._outputs))
+        return self._response
+
+
+def completions_from_proto(response: pb.GenerateOnceResponse) -> list[Completion]:
+    """The sequences of an answer. Usage and timings are those of the whole request."""
+    return [
+        Completion(
+            request_id=response.request_id,
+            index=output.index,
+            token_ids=tuple(output.token_ids),
+            text=output.text,
+            logprobs=_logprobs_from_proto(output.logprobs),
+            finish_reason=FinishReason(output.finish_reason),
+            usage=usage_from_proto(response.usage),
+            timings=timings_from_proto(response.timings),
+            matched_stop=_matched_stop(output),
+        )
+        for output in response.outputs
+    ]

@@ -1,0 +1,203 @@
+"""Errors on the wire: exceptions to gRPC statuses with google.rpc details on the server, and back in the client."""
+
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from jaxserve.request import (
+    DuplicateRequestId,
+    EngineUnavailable,
+    InvalidRequest,
+    ModelNotFound,
+    QueueFull,
+    RequestError,
+)
+from rpc.v1 import jaxserve_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+DOMAIN = "jaxserve"
+"""`ErrorInfo.domain` of every error."""
+
+DETAILS_KEY = "grpc-status-details-bin"
+
+_NESTED_FIELDS = {
+    field.name: f"{part}.{field.name}"
+    for part, message in (("sampling", pb.Sampling), ("stopping", pb.Stopping), ("output", pb.Output))
+    for field in message.DESCRIPTOR.fields
+}
+
+
+class DeadlineExceeded(Exception):
+    """The call's deadline passed before the request ended."""
+
+
+class RequestFailed(Exception):
+    """The engine failed this request while it ran."""
+
+
+class RpcFailed(Exception):
+    """A call failed in a way that has no class of its own.
+
+    Attributes:
+        code: the gRPC status.
+        details: the server's message.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str):
+        super().__init__(f"{code.name}: {details}")
+        self.code = code
+        self.details = details
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A status with its details, ready to be sent."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    """`ErrorInfo.reason`: stable, in upper case."""
+    metadata: tuple[tuple[str, str], ...] = ()
+    details: tuple[Message, ...] = ()
+
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=dict(self.metadata))
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        for detail in (info, *self.details):
+            packed = AnyMessage()
+            packed.Pack(detail)
+            status.details.append(packed)
+        return tuple(rpc_status.to_status(status).trailing_metadata)
+
+
+def field_path(field: str, request: Message) -> str:
+    """Where a field with this API name lies in the request message, as BadRequest wants it."""
+    if field == "prompt":
+        return request.WhichOneof("prompt") or "prompt"
+    if isinstance(request, pb.GenerateRequest):
+        return _NESTED_FIELDS.get(field, field)
+    return field
+
+
+def api_name(path: str) -> str:
+    """The API name of a field path: the inverse of `field_path`."""
+    name = path.rpartition(".")[2]
+    return "prompt" if name == "text" else name
+
+
+def failure_of(error: Exception, request: Message) -> Failure | None:
+    """The status of an exception; None for one that nobody expected."""
+    code = grpc.StatusCode
+    match error:
+        case InvalidRequest():
+            violation = error_details_pb2.BadRequest.FieldViolation(
+                field=field_path(error.field, request), description=error.reason
+            )
+            message = f"{violation.field}: {error.reason}"
+            details = (error_details_pb2.BadRequest(field_violations=[violation]),)
+            return Failure(code.INVALID_ARGUMENT, message, "INVALID_REQUEST", details=details)
+        case QueueFull():
+            delay = Duration()
+            delay.FromNanoseconds(int(error.retry_after * 1e9))
+            return Failure(
+                code.RESOURCE_EXHAUSTED,
+                str(error),
+                "QUEUE_FULL",
+                metadata=(("limit", str(error.limit)),),
+                details=(error_details_pb2.RetryInfo(retry_delay=delay),),
+            )
+        case ModelNotFound():
+            return Failure(code.NOT_FOUND, str(error), "MODEL_NOT_FOUND")
+        case DuplicateRequestId():
+            return Failure(code.ALREADY_EXISTS, str(error), "DUPLICATE_REQUEST_ID")
+        case EngineUnavailable():
+            return Failure(code.UNAVAILABLE, str(error), "ENGINE_UNAVAILABLE")
+        case DeadlineExceeded():
+            return Failure(code.DEADLINE_EXCEEDED, str(error), "DEADLINE_EXCEEDED")
+        case RequestFailed():
+            return Failure(code.INTERNAL, str(error), "REQUEST_FAILED")
+    return None
+
+
+async def abort(context: grpc.aio.ServicerContext, error: Exception, request: Message) -> NoReturn:
+    """Ends a call with the status of an exception. One that nobody expected is logged, and INTERNAL."""
+    failure = failure_of(error, request)
+    if failure is None:
+        name = request.request_id if isinstance(request, pb.GenerateRequest) else f"({type(request).__name__})"
+        logger.error("request %s failed: %r", name, error, exc_info=error, extra={"request_id": name})
+        failure = Failure(grpc.StatusCode.INTERNAL, f"internal error in request {name}", "INTERNAL")
+    await context.abort(failure.code, failure.message, failure.trailing_metadata())
+    raise AssertionError("abort returned")
+
+
+def answered[Servicer, Request: Message, Response](
+    handler: Callable[[Servicer, Request, grpc.aio.ServicerContext], Awaitable[Response]],
+) -> Callable[[Servicer, Request, grpc.aio.ServicerContext], Awaitable[Response]]:
+    """Makes a handler end its call with the status of what it raises."""
+
+    @functools.wraps(handler)
+    async def respond(self: Servicer, request: Request, context: grpc.aio.ServicerContext) -> Response:
+        try:
+            return await handler(self, request, context)
+        except grpc.aio.BaseError:
+            raise  # the transport's own: the call is gone or has its status
+        except Exception as error:
+            await abort(context, error, request)
+
+    return respond
+
+
+def _details[M: Message](trailing_metadata: Iterable[tuple[str, str | bytes]], kind: type[M]) -> list[M]:
+    """The details of one kind in a call's trailing metadata; none where a server sends none, or garbage."""
+    found: list[M] = []
+    for key, value in trailing_metadata:
+        if key != DETAILS_KEY or not isinstance(value, bytes):
+            continue
+        try:
+            status = status_pb2.Status.FromString(value)
+            for packed in status.details:
+                detail = kind()
+                if packed.Unpack(detail):
+                    found.append(detail)
+        except DecodeError:
+            logger.warning("unreadable error details from the server")
+    return found
+
+
+_BY_CODE: dict[grpc.StatusCode, type[RequestError] | type[TimeoutError]] = {
+    grpc.StatusCode.NOT_FOUND: ModelNotFound,
+    grpc.StatusCode.ALREADY_EXISTS: DuplicateRequestId,
+    grpc.StatusCode.UNAVAILABLE: EngineUnavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: TimeoutError,
+}
+
+
+def error_of(
+    code: grpc.StatusCode, message: str, trailing_metadata: Iterable[tuple[str, str | bytes]] = ()
+) -> Exception:
+    """The exception for a failed call: the same classes that an engine raises in its own process, TimeoutError for
+    a deadline, RpcFailed for what has no class of its own."""
+    metadata = tuple(trailing_metadata)
+    if code == grpc.StatusCode.INVALID_ARGUMENT:
+        for bad_request in _details(metadata, error_details_pb2.BadRequest):
+            for violation in bad_request.field_violations:
+                return InvalidRequest(api_name(violation.field), violation.description)
+        return InvalidRequest("request", message)
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        for retry in _details(metadata, error_details_pb2.RetryInfo):
+            limits = [info.metadata["limit"] for info in _details(metadata, error_details_pb2.ErrorInfo)]
+            return QueueFull(int(limits[0]) if limits else 0, retry.retry_delay.ToNanoseconds() / 1e9)
+        if "message larger than max" in message:  # gRPC's own refusal, which carries no details
+            return InvalidRequest("request", f"is larger than the server takes: {message}")
+    return _BY_CODE[code](message) if code in _BY_CODE else RpcFailed(code, message)

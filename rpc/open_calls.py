@@ -1,0 +1,78 @@
+"""The generate calls that are open on a server: what a drain waits for, and which of them have stalled."""
+
+import asyncio
+import logging
+import time
+
+import grpc.aio
+
+from rpc.served_engine import EventStream
+
+logger = logging.getLogger(__name__)
+
+
+class OpenCall:
+    """One Generate or GenerateOnce call."""
+
+    __slots__ = ("request_id", "stalled", "stream", "write_began")
+
+    def __init__(self, request_id: str):
+        self.request_id = request_id
+        self.stream: EventStream | None = None
+        self.write_began: float | None = None
+        """`time.monotonic()` seconds when the write in progress began; None between writes."""
+        self.stalled = False
+
+
+class OpenCalls:
+    """Every open generate call, from its handler's start until its status is on the wire."""
+
+    def __init__(self, stall_limit: float):
+        """`stall_limit`: seconds one write may wait for its reader before the request is aborted."""
+        self._stall_limit = stall_limit
+        self._calls: set[OpenCall] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def open(self, request_id: str, context: grpc.aio.ServicerContext) -> OpenCall:
+        """Takes up a call until the RPC is done, which is later than its handler: the status is sent in between."""
+        call = OpenCall(request_id)
+        self._calls.add(call)
+        self._idle.clear()
+        context.add_done_callback(lambda _: self._close(call))
+        return call
+
+    def _close(self, call: OpenCall) -> None:
+        self._calls.discard(call)
+        if not self._calls:
+            self._idle.set()
+
+    async def wait_until_none(self, timeout: float) -> bool:
+        """Waits until no call is open; False if some still are after `timeout` seconds."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), max(timeout, 0.0))
+        except TimeoutError:
+            return False
+        return True
+
+    def abort_stalled(self) -> None:
+        """Aborts requests whose reader has not taken a message within the stall limit, and stops waiting for them.
+
+        The pages are free at once. The call itself stays with its transport: a reader that wakes up gets what is
+        left and `finish_reason` abort; one that never does costs one message and ends with its connection.
+        """
+        now = time.monotonic()
+        for call in [call for call in self._calls if call.write_began is not None]:
+            if now - (call.write_began or now) > self._stall_limit and call.stream is not None:
+                logger.warning(
+                    "request %s aborted: its client read nothing for %g s",
+                    call.request_id,
+                    self._stall_limit,
+                    extra={"request_id": call.request_id},
+                )
+                call.stalled = True
+                call.stream.cancel()
+                self._close(call)

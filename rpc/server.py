@@ -1,0 +1,290 @@
+"""The gRPC server: a port that answers from the first moment, and a process that leaves in good order.
+
+    listen, health NOT_SERVING -> load the engine in a thread -> SERVING -> signal -> NOT_SERVING, drain -> stop, exit
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import IntEnum
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from rpc.control import ControlServicer
+from rpc.lifecycle import Lifecycle, State
+from rpc.malformed import MalformedRequests
+from rpc.open_calls import OpenCalls
+from rpc.served_engine import ServedEngine
+from rpc.servicer import InferenceServicer
+from rpc.v1 import jaxserve_pb2 as pb
+from rpc.v1 import jaxserve_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
+"""Full names of the services of jaxserve.v1."""
+
+WATCH_INTERVAL = 0.2
+"""Seconds between looks at the engine's health and at stalled readers."""
+FLUSH_TIME = 0.5
+"""Seconds that calls other than Generate, a health Watch among them, may take when the server stops."""
+ABORT_TIME = 5.0
+"""Seconds for aborted calls to tell their clients so, past the grace."""
+
+
+class ExitCode(IntEnum):
+    """What `serve` returns, for the process to exit with."""
+
+    DRAINED = 0
+    """Every accepted request finished, or there was none."""
+    ABORTED = 3
+    """The grace passed, or a second signal came, and requests in flight were aborted."""
+
+
+Report = Callable[[dict[str, object]], None]
+"""Told what becomes of the server: `event` is listening, ready, draining or stopped."""
+
+
+def print_report(report: dict[str, object]) -> None:
+    """Writes one JSON line to standard output."""
+    print(json.dumps(report), flush=True)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything that shapes a server, but for its engine."""
+
+    host: str = "127.0.0.1"
+    """Address to bind. Anything but loopback lets others in: there is no authentication yet."""
+    port: int = 50051
+    """0 takes a free one, named in the report."""
+    grace: float = 30.0
+    """Seconds that requests in flight have to finish once a signal asks the server to stop."""
+    longest_context: int = 8192
+    """Tokens of the longest prompt to expect; bounds the size of a request message."""
+    max_concurrent_streams: int = 4096
+    """Calls at once on one connection; further ones wait in the client. Above the engine's queue, so that the queue's
+    bound answers and a health check never waits."""
+    keepalive_interval: float = 20.0
+    """Seconds of silence after which the server pings a client with open calls."""
+    keepalive_timeout: float = 10.0
+    """Seconds without an answer to that ping after which the client is gone and its calls are cancelled."""
+    stall_limit: float = 60.0
+    """Seconds a client may leave a message unread before its request is aborted."""
+
+    @property
+    def max_request_bytes(self) -> int:
+        """Bytes of one request message: 64 a token, for text of long tokens, and 1 MiB for all else."""
+        return (1 << 20) + 64 * self.longest_context
+
+    def channel_options(self) -> list[tuple[str, int]]:
+        """The options of the gRPC server."""
+        return [
+            ("grpc.max_receive_message_length", self.max_request_bytes),
+            ("grpc.max_concurrent_streams", self.max_concurrent_streams),
+            # A second server on the port must fail to bind, not share its connections.
+            ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", round(self.keepalive_interval * 1000)),
+            ("grpc.keepalive_timeout_ms", round(self.keepalive_timeout * 1000)),
+            ("grpc.http2.max_pings_without_data", 0),
+            # What clients may send: a ping every 10 s, and only while a call is open.
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 0),
+        ]
+
+
+class Server:
+    """One gRPC server on the running event loop. `start`, then `load` or `attach`, then `stop`."""
+
+    def __init__(self, config: ServerConfig = ServerConfig(), report: Report = print_report):
+        self.config = config
+        self.port = 0
+        """The port that is bound, after `start`."""
+        self.lifecycle = Lifecycle(SERVICES)
+        self.calls = OpenCalls(config.stall_limit)
+        self._report = report
+        self._tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="jaxserve-tokenize")
+        self._hurry = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
+        self._began = time.monotonic()
+        self._server = grpc.aio.server(
+            interceptors=[MalformedRequests("/jaxserve.v1.")], options=config.channel_options()
+        )
+        self._add_services()
+
+    def _add_services(self) -> None:
+        inference = InferenceServicer(self.lifecycle, self.calls, self._tokenizing)
+        control = ControlServicer(self.lifecycle, self.calls, self._tokenizing, self.config.max_request_bytes)
+        jaxserve_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
+        jaxserve_pb2_grpc.add_ControlServicer_to_server(control, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.lifecycle.health, self._server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> None:
+        """Binds the port and answers. Raises RuntimeError where the port cannot be had."""
+        await self.lifecycle.move_to(State.LOADING)
+        self.port = self._server.add_insecure_port(f"{self.config.host}:{self.config.port}")
+        await self._server.start()
+        self._watching = asyncio.create_task(self._watch())
+        self._report(
+            {"event": "listening", "protocol": "grpc", "address": f"{self.config.host}:{self.port}", "port": self.port}
+        )
+
+    async def attach(self, engine: ServedEngine) -> None:
+        """Serves an engine that is ready."""
+        self.lifecycle.engine = engine
+        await self.lifecycle.move_to(State.READY)
+        self._report(
+            {"event": "ready", "model": engine.model_name, "seconds": round(time.monotonic() - self._began, 3)}
+        )
+
+    async def load(self, engine_factory: Callable[[], ServedEngine]) -> None:
+        """Makes the engine in a thread of its own and serves it. Raises what the factory raises."""
+        try:
+            engine = await _in_daemon_thread(engine_factory, "jaxserve-load")
+        except Exception:
+            await self.lifecycle.move_to(State.FAILED)
+            raise
+        await self.attach(engine)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            self.calls.abort_stalled()
+            await self.lifecycle.follow_engine_health()
+
+    def hurry(self) -> None:
+        """Cuts the grace of a `stop` in progress."""
+        self._hurry.set()
+
+    async def stop(self, grace: float | None = None) -> bool:
+        """Refuses new requests, lets those in flight finish, and stops; the engine as well.
+
+        Args:
+            grace: seconds for requests in flight; None takes the configured ones. Past them, or after `hurry`, what
+                is left is aborted and its clients are told UNAVAILABLE.
+
+        Returns:
+            Whether every request finished by itself.
+        """
+        deadline = time.monotonic() + (self.config.grace if grace is None else grace)
+        engine = self.lifecycle.engine
+        await self.lifecycle.move_to(State.DRAINING)
+        self._report({"event": "draining", "open_calls": len(self.calls)})
+        if engine is not None:
+            engine.drain()
+        drained = await self._wait_for_calls(deadline)
+        await self.lifecycle.move_to(State.STOPPED)
+        if engine is not None:
+            await _in_daemon_thread(lambda: engine.shutdown(0.0), "jaxserve-shutdown")
+        if not drained:
+            await self.calls.wait_until_none(ABORT_TIME)
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._server.stop(FLUSH_TIME)
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        return drained
+
+    async def _wait_for_calls(self, deadline: float) -> bool:
+        waiting = asyncio.create_task(self.calls.wait_until_none(deadline - time.monotonic()))
+        hurrying = asyncio.create_task(self._hurry.wait())
+        done, pending = await asyncio.wait((waiting, hurrying), return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        return waiting in done and waiting.result()
+
+
+async def _in_daemon_thread[Result](work: Callable[[], Result], name: str) -> Result:
+    """Runs blocking work in a thread that does not keep the process from ending, as an executor's would."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def settle(result: Result | None, error: BaseException | None) -> None:
+        if future.done():
+            return  # nobody waits any more
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # pyright: ignore[reportArgumentType]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as raised:
+            error = raised
+        loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return await future
+
+
+def serve(
+    engine_factory: Callable[[], ServedEngine],
+    host: str = ServerConfig.host,
+    port: int = ServerConfig.port,
+    grace: float = ServerConfig.grace,
+    *,
+    longest_context: int = ServerConfig.longest_context,
+    report: Report = print_report,
+) -> int:
+    """Serves an engine until SIGTERM or SIGINT, and returns the exit code, an `ExitCode`.
+
+    The port answers health checks NOT_SERVING while `engine_factory` runs in a thread. The first signal drains for up
+    to `grace` seconds; a second one aborts what is left. A signal while the engine still loads ends the process from
+    here with DRAINED, since native code that loads or compiles cannot be stopped.
+
+    Raises:
+        RuntimeError: the port cannot be had.
+        Exception: what `engine_factory` raises.
+    """
+    config = ServerConfig(host=host, port=port, grace=grace, longest_context=longest_context)
+    code, loading = asyncio.run(_serve(engine_factory, config, report))
+    if loading:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+async def _serve(
+    engine_factory: Callable[[], ServedEngine], config: ServerConfig, report: Report
+) -> tuple[ExitCode, bool]:
+    """Returns the exit code, and whether the engine was still loading."""
+    server = Server(config, report)
+    stopping = asyncio.Event()
+
+    def on_signal() -> None:
+        if stopping.is_set():
+            server.hurry()
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await server.start()
+    loading = asyncio.create_task(server.load(engine_factory))
+    asked = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait((loading, asked), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            await asked
+        still_loading = not loading.done()
+    finally:
+        loading.cancel()
+        asked.cancel()
+        drained = await server.stop()
+    code = ExitCode.DRAINED if drained else ExitCode.ABORTED
+    report({"event": "stopped", "exit_code": int(code)})
+    return code, still_loading
