@@ -1,0 +1,141 @@
+"""Compiles the C++ kernels in `native/` on first use and registers them as XLA FFI targets.
+
+All of them become one shared object, built for this machine's processor and kept in the user's cache folder under a
+hash of everything it depends on, so that a changed source, compiler, jaxlib or processor never meets an old build.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import jax
+import jaxlib
+
+SOURCES = Path(__file__).parent / "native"
+_COMPILERS = ("c++", "g++", "clang++")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
+_COMPILE_SECONDS = 120
+
+
+class NativeUnavailable(RuntimeError):
+    """The native kernels cannot be built or loaded here; the message says why."""
+
+
+@cache
+def _loaded(arch: str) -> ctypes.CDLL | NativeUnavailable:
+    try:
+        return ctypes.CDLL(str(build(arch)))
+    except NativeUnavailable as reason:
+        return reason
+    except OSError as error:
+        return NativeUnavailable(f"the native kernels do not load: {error}")
+
+
+def load(arch: str = "native") -> ctypes.CDLL:
+    """The kernels' shared object, compiled if need be; raises NativeUnavailable, at once on a second try.
+
+    Args:
+        arch: the processor to compile for, as the compiler's -march (-mcpu on ARM); tests name older ones.
+    """
+    library = _loaded(arch)
+    if isinstance(library, NativeUnavailable):
+        raise library
+    return library
+
+
+@cache
+def register(symbol: str, arch: str = "native") -> str:
+    """Registers an exported FFI handler with XLA on CPU and returns its target name. Raises NativeUnavailable."""
+    target = f"jaxserve.{symbol}" if arch == "native" else f"jaxserve.{symbol}.{arch}"
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(load(arch), symbol)), platform="cpu")
+    return target
+
+
+def build(arch: str = "native", folder: Path | None = None) -> Path:
+    """The shared object's path: from the cache, or compiled now. Raises NativeUnavailable with the compiler's words.
+
+    Args:
+        arch: as for `load`.
+        folder: of the cache; None takes the user's.
+    """
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise NativeUnavailable(f"no C++ compiler found; looked for {', '.join(_COMPILERS)}")
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    command = [compiler, *_FLAGS, f"-mcpu={arch}" if arm else f"-march={arch}", f"-I{jax.ffi.include_dir()}"]
+    folder = _cache_folder() if folder is None else folder
+    library = folder / f"kernels-{_key(command)}.so"
+    if not library.exists():
+        _compile(command, library)
+    return library
+
+
+def _compile(command: Sequence[str], library: Path) -> None:
+    """Compiles each source in a process of its own, links, and renames into place: another process may do the same."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        sources = sorted(SOURCES.glob("*.cc"))
+        objects = [f"{scratch}/{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            jobs = [
+                pool.submit(_run, [*command, "-c", str(source), "-o", made])
+                for source, made in zip(sources, objects, strict=True)
+            ]
+            for job in jobs:
+                job.result()
+        linked = f"{scratch}/kernels.so"
+        _run([*command, "-shared", *objects, "-o", linked])
+        os.replace(linked, library)
+
+
+def _run(command: Sequence[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailable(f"the C++ compiler does not run: {error}") from error
+    if done.returncode:
+        raise NativeUnavailable(f"the native kernels do not compile: {done.stderr[-2000:]}")
+
+
+def _key(command: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for part in (*command, jaxlib.__version__, _compiler_version(command[0]), _processor()):
+        digest.update(part.encode() + b"\0")
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".cc", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+@cache
+def _compiler_version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.platform() + platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part", "CPU implementer")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _cache_folder() -> Path:
+    """The user's own folder, or a private temporary one where there is no writable home."""
+    try:
+        folder = Path.home() / ".cache" / "jaxserve" / "native"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return Path(tempfile.mkdtemp(prefix="jaxserve-native-"))
