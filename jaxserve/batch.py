@@ -62,12 +62,12 @@ def features(submit: Submit) -> int:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Upload:
-    """A step's input, on the device. A row without a sequence has `slot` past the end, so that its writes are dropped."""
+    """A step's input, on the device. A row without a sequence has `slot` past the end: its writes are dropped."""
 
     slot: Int32[Array, " row"]
     decodes: Bool[Array, " row"]
     sample_index: Int32[Array, " row"]
-    """Index in the chunk of the token whose logits the row samples from; -1 for a row that decodes or does not sample."""
+    """Index in the chunk of the token whose logits the row samples from; -1 if it decodes or does not sample."""
     length: Int32[Array, " row"]
     """Tokens of the sequence that are computed once the step is done: the position of the token that it may give."""
     max_length: Int32[Array, " row"]

@@ -56,7 +56,7 @@ class Runner(Protocol):
 
 
 class CommandQueue:
-    """Commands from other threads to the loop; the loop takes all that are there, and sleeps when it has nothing to do."""
+    """Commands from other threads to the loop, which takes all that are there and sleeps when it has nothing to do."""
 
     def __init__(self) -> None:
         self._commands: deque[Message] = deque()

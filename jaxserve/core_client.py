@@ -1,7 +1,7 @@
 """Where the core runs: a thread of this process, or a process of its own. Either way the same messages pass."""
 
+import contextlib
 import json
-
 import queue
 import socket
 import subprocess
@@ -13,7 +13,7 @@ from typing import Protocol
 
 from jaxserve.config import EngineConfig
 from jaxserve.core import StepLoop, build_step_loop
-from jaxserve.core_messages import Failed, Message, Ready, Shutdown, decode, encode
+from jaxserve.core_messages import Failed, Message, Shutdown, decode, encode
 
 
 class Core(Protocol):
@@ -94,10 +94,8 @@ class CoreProcess:
         data = encode(command)
         with self._lock:
             self._stopping = self._stopping or isinstance(command, Shutdown)
-            try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._connection.send_bytes(data)
-            except (BrokenPipeError, ConnectionResetError):
-                pass
 
     def receive(self) -> Message | None:
         """The core's next message; None once it has ended as told, Failed once if it ended by itself."""

@@ -90,7 +90,7 @@ class SequenceOutput:
     completion_tokens: int = 0
     """Tokens generated so far, a stop id included."""
     times: tuple[float, float, float] | None = None
-    """Monotonic seconds of first scheduling, first token and now, in the first and last output; 0 where it never was."""
+    """Monotonic seconds of first scheduling, first token and now, in the first and last output; 0 if it never was."""
     error: str | None = None
 
 
@@ -165,7 +165,9 @@ def encode(message: Message) -> bytes:
         body = [[_row(output) for output in message.outputs], _row(message.gauges), record]
     else:
         body = _row(message)
-    return msgpack.packb([_NUMBER[type(message)], *body])
+    data = msgpack.packb([_NUMBER[type(message)], *body])
+    assert data is not None
+    return data
 
 
 def decode(data: bytes) -> Message:

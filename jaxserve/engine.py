@@ -1,7 +1,7 @@
 """The engine as its users see it: requests in, streams of events out.
 
-The core (a thread or a process, see `core_client`) runs the step loop. Here, requests are validated and tokenized on the
-caller's thread, and one delivery thread turns each step's tokens into text and hands them to the requests' own streams.
+The core (a thread or a process, see `core_client`) runs the step loop. Here, requests are validated and tokenized on
+the caller's thread, and one delivery thread turns each step's tokens into text for the requests' own streams.
 """
 
 import asyncio
@@ -13,10 +13,11 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, overload
 
 from jaxserve.admission import Admission
-from jaxserve.checkpoints import read_metadata
+from jaxserve.checkpoints import open_checkpoint
 from jaxserve.config import EngineConfig
 from jaxserve.core_client import start_core
 from jaxserve.core_messages import (
@@ -124,10 +125,10 @@ class Engine:
     def __init__(self, config: EngineConfig | None = None, *, progress: ProgressCallback | None = None, **fields: Any):
         self.config = replace(config or EngineConfig(), **fields)
         self._core = start_core(self.config)
-        metadata = read_metadata(self.config.model)
-        self.model_config = metadata.config
-        self.model_name = self.config.served_model_name or metadata.name
-        self.tokenizer = Tokenizer.from_source(metadata.tokenizer)
+        checkpoint = open_checkpoint(self.config.model)
+        self.model_config = checkpoint.config
+        self.model_name = self.config.served_model_name or Path(self.config.model).stem
+        self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)
         self.device = self._await_ready(progress or (lambda what, fraction: None))
         self.max_context = self.device.max_context
         self._admission = Admission(self.model_name, self.model_config, self.tokenizer, self.max_context)
@@ -352,7 +353,7 @@ class Engine:
         entry.tokens += len(token_ids)
         logprobs = None
         if output.logprobs is not None:
-            logprobs = [TokenLogprob(t, p, tuple(map(tuple, top))) for t, p, top in output.logprobs[: len(token_ids)]]
+            logprobs = [TokenLogprob(t, p, tuple((i, v) for i, v in top)) for t, p, top in output.logprobs[: len(token_ids)]]
         wanted = entry.request.output
         unread = entry.stream.push(
             token_ids if wanted.return_token_ids else [], text if wanted.return_text else "", logprobs

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _compiles = 0
 
 
-def _count_compile(event: str, _seconds: float, **_: object) -> None:
+def _count_compile(event: str, duration_secs: float, **_: str | int) -> None:
     global _compiles
     if event == "/jax/core/compile/backend_compile_duration":
         _compiles += 1

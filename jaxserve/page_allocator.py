@@ -27,8 +27,8 @@ def next_key(parent: PageKey, token_ids: Sequence[int]) -> PageKey:
 class PageAllocator:
     """Hands out pages 1..num_pages-1.
 
-    A page is in exactly one of three states: free, held (reference count of one or more), or cached (count zero, content
-    kept for a later hit, evicted least recently used first). A double release raises.
+    A page is in exactly one of three states: free, held (reference count of one or more), or cached (count zero,
+    content kept for a later hit, evicted least recently used first). A double release raises.
     """
 
     def __init__(self, num_pages: int):
@@ -57,7 +57,8 @@ class PageAllocator:
         return {page for page in range(1, self.num_pages) if self._references[page] > 0}
 
     def allocate(self, count: int) -> list[int] | None:
-        """Takes `count` pages with a reference each, evicting cached ones as needed; None, and no change, if too few."""
+        """Takes `count` pages with a reference each, evicting cached ones as needed; None, and no change, if there are
+        too few."""
         if count > self.available:
             return None
         pages = []

@@ -1,7 +1,7 @@
 """From logits to tokens: every parameter per row, everything on the device.
 
-Order: logit bias, penalties, temperature, top-k, top-p, min-p, then one uniform number a row, from a key folded from the
-request's seed and the token's position, inverts the distribution. A step in which no row needs a feature skips it.
+Order: logit bias, penalties, temperature, top-k, top-p, min-p, then one uniform number a row, from a key folded from
+the request's seed and the token's position, inverts the distribution. A step in which no row needs a feature skips it.
 """
 
 import jax
@@ -142,7 +142,7 @@ def _uniform(seed: Int32[Array, " row"], position: Int32[Array, " row"]) -> Floa
 def report_logprobs(
     logits: Logits, tokens: Int32[Array, " row"], rows: Upload
 ) -> tuple[Float[Array, "row reported"], Int32[Array, "row reported"]]:
-    """Log-probabilities and ids of the chosen token and the MAX_LOGPROBS likeliest, from raw logits; zeros if unasked."""
+    """Log-probabilities and ids of the chosen token and the likeliest, from raw logits; zeros if no row asks."""
 
     def report(logits: Logits, tokens: Array) -> tuple[Array, Array]:
         best = jnp.max(logits, axis=-1)

@@ -1,7 +1,7 @@
 """Policy: which sequences take part in the next step, and what a retired step means for them.
 
-`plan()` is called for step N+1 before step N is read, so a sequence's end by a stop id is seen one step late; the row is
-masked on the device meanwhile. Everything else (lengths, pages, prompts) is known ahead. This module knows no device.
+`plan()` is called for step N+1 before step N is read, so a sequence's end by a stop id is seen one step late; the row
+is masked on the device meanwhile. Everything else (lengths, pages, prompts) is known ahead. No device is known here.
 """
 
 import heapq
@@ -232,8 +232,8 @@ class Scheduler:
         return next((chunk for chunk in self.prefill_chunks if chunk >= tokens), self.prefill_chunks[-1])
 
     def _make_room(self) -> None:
-        """Gives each decoding sequence the page of its next token. Where none is left the last in order gives way; pages
-        that come back when a step in flight retires are waited for instead."""
+        """Gives each decoding sequence the page of its next token. Where none is left the last in order gives way;
+        pages that come back when a step in flight retires are waited for instead."""
         allocator, page_size = self.allocator, self.page_size
         tight = allocator.available < len(self.running)
         for sequence in sorted(self.running, key=_order) if tight else self.running:
@@ -322,7 +322,8 @@ class Scheduler:
             elif flags[row]:
                 if self.prefix_cache and sequence.pages and not flags[row] & FAILED:
                     self._register(sequence, plan.ends[row])
-                outputs.append(self._accept(sequence, tokens[row], flags[row], logprobs and logprobs[row], now))
+                reported = None if logprobs is None else logprobs[row]
+                outputs.append(self._accept(sequence, tokens[row], flags[row], reported, now))
             else:
                 assert not plan.decodes[row] and plan.sample_index[row] < 0, "a row ended unseen"
         return outputs

@@ -1,9 +1,9 @@
 """Offline throughput of the engine, beside the bare matrix products of its step, in one run.
 
-    python scripts/bench_offline.py --model smollm2-135m --requests 32 --prompt-len 128 --output-len 64 --slots 32 --json
+    python scripts/bench_offline.py --requests 32 --prompt-len 128 --output-len 64 --slots 32 --json
 
-Requests are random token ids, all submitted at once; greedy; every request runs to its full length. Rounds are repeated
-and medians taken. With --json the last line is one JSON object.
+Requests are random token ids, all submitted at once; greedy; every request runs to its full length. Rounds are
+repeated and medians taken. With --json the last line is one JSON object.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import random
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -79,7 +80,7 @@ def median_interval(records: list[StepRecord], rows: int | None, mixed: bool) ->
     """Median milliseconds between a step of the kind retiring and the step before it; None if there was none."""
     intervals = [
         1e3 * (step.retired - before.retired)
-        for before, step in zip(records, records[1:], strict=False)
+        for before, step in pairwise(records)
         if (step.chunk_tokens > 0) == mixed
         and (rows is None or step.sequences == rows)
         and step.step == before.step + 1
