@@ -48,6 +48,8 @@ class EngineConfig:
     """Tokens a client may leave unread before its request is aborted."""
     core: CoreKind = "thread"
     """Where the step loop runs: a thread of this process, or a process of its own (a served engine)."""
+    simulated_step_ms: float | None = None
+    """Replaces the device by one that takes this many milliseconds a step and gives scripted tokens."""
     compilation_cache: str | None = "~/.cache/jaxserve/xla"
     """Folder of the persistent compilation cache; None turns it off."""
 

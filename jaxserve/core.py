@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxserve.config import EngineConfig
 from jaxserve.core_messages import (
@@ -26,25 +26,32 @@ from jaxserve.core_messages import (
     StepRecord,
     Submit,
 )
-from jaxserve.scheduler import Scheduler, StepPlan, TokenLogprobs
+from jaxserve.scheduler import Scheduler, StepPlan, StepResults
 
 log = logging.getLogger(__name__)
 
 Publish = Callable[[Message], None]
 
+MAX_RESTARTS = 3
+"""Failed steps after which the engine fails, unless RESTART_WINDOW steps lie between them."""
+RESTART_WINDOW = 1000
 
-class StepResults(Protocol):
-    """A read step."""
 
-    tokens: list[int]
-    flags: list[int]
-    logprobs: list[TokenLogprobs] | None
+class StepFailure(RuntimeError):
+    """The device failed a step."""
 
 
 class Runner(Protocol):
     """What the loop needs of a device: `ModelRunner`, or a simulated one."""
 
-    compiles_after_warmup: int
+    @property
+    def compiles_after_warmup(self) -> int:
+        """Programs compiled since it was ready."""
+        ...
+
+    def reset(self) -> None:
+        """Rebuilds the device's state, empty, after a step failed."""
+        ...
 
     def dispatch(self, plan: StepPlan) -> object:
         """Starts a step; does not wait."""
@@ -90,26 +97,56 @@ class StepLoop:
         self._publish = publish
         self._pending: deque[tuple[StepPlan, object, float]] = deque()
         self._host_since = 0.0
+        self._retired = 0
+        self._failed_at = 0
+        self._failures = 0
 
     def run(self) -> None:
-        """The loop. An exception in it is fatal to the core and is published as Failed."""
+        """The loop. What it cannot recover from is published as Failed, and ends it."""
         try:
             self._host_since = time.monotonic()
             while self._receive():
-                plan = self._scheduler.plan(time.monotonic())
-                if plan is not None:
-                    pending = self._runner.dispatch(plan)
-                    self._pending.append((plan, pending, time.monotonic()))
-                if self._pending and (plan is None or len(self._pending) > self._depth):
-                    self._retire()
-                else:
-                    self._publish_ended()
+                try:
+                    self._turn()
+                except StepFailure as failure:
+                    self._restart(failure)
             while self._pending:
                 self._retire()
             self._publish_ended()
         except Exception as error:
             log.exception("the step loop failed")
             self._publish(Failed(f"{type(error).__name__}: {error}"))
+
+    def _turn(self) -> None:
+        plan = self._scheduler.plan(time.monotonic())
+        if plan is not None:
+            pending = self._on_device(self._runner.dispatch, plan)
+            self._pending.append((plan, pending, time.monotonic()))
+        if self._pending and (plan is None or len(self._pending) > self._depth):
+            self._retire()
+        else:
+            self._publish_ended()
+
+    def _on_device(self, call: Callable[[Any], Any], argument: object) -> Any:
+        """Calls the runner; any error in it is the step's."""
+        try:
+            return call(argument)
+        except Exception as error:
+            raise StepFailure(f"{type(error).__name__}: {error}") from error
+
+    def _restart(self, failure: "StepFailure") -> None:
+        """Rebuilds the device's state and sends the requests in flight back to the queue: they go on from the tokens
+        that were read, so that none is lost or repeated. Past the bound the failure is the loop's."""
+        if self._retired - self._failed_at >= RESTART_WINDOW:
+            self._failures = 0
+        self._failures += 1
+        self._failed_at = self._retired
+        if self._failures > MAX_RESTARTS:
+            raise failure
+        log.error("a step failed (%d of at most %d): %s", self._failures, MAX_RESTARTS, failure, exc_info=failure)
+        self._pending.clear()
+        self._runner.reset()
+        self._scheduler.restart()
 
     def _receive(self) -> bool:
         """Handles the commands that have arrived; waits for one when there is nothing to do. False at Shutdown."""
@@ -136,10 +173,11 @@ class StepLoop:
     def _retire(self) -> None:
         plan, pending, dispatched = self._pending.popleft()
         waited = time.monotonic()
-        results = self._runner.read(pending)
+        results = self._on_device(self._runner.read, pending)
         now = time.monotonic()
+        self._retired += 1
         host_seconds, self._host_since = waited - self._host_since, now
-        outputs = self._scheduler.retire(plan, results.tokens, results.flags, results.logprobs, now)
+        outputs = self._scheduler.retire(plan, results, now)
         record = StepRecord(
             plan.step, len(plan.sequences), plan.chunk_tokens, dispatched, now, host_seconds, now - waited
         )
@@ -158,15 +196,19 @@ class StepLoop:
 def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:
     """Loads the model, compiles and warms up, telling of progress. Imports JAX only here, in the thread or process that
     runs the core. Raises what loading raises."""
-    from jaxserve.checkpoints import load_model
+    from jaxserve.checkpoints import load_model, open_checkpoint
     from jaxserve.model_runner import ModelRunner, enable_compilation_cache
+    from jaxserve.simulated_runner import SimulatedRunner
 
     def progress(what: str, fraction: float | None) -> None:
         publish(Progress(what, fraction))
 
-    enable_compilation_cache(config.compilation_cache)
-    model = load_model(config.model, config.dtype, config.quantization, progress)
-    runner = ModelRunner(model, config, progress)
+    if config.simulated_step_ms is not None:
+        runner = SimulatedRunner(config, open_checkpoint(config.model).config)
+    else:
+        enable_compilation_cache(config.compilation_cache)
+        model = load_model(config.model, config.dtype, config.quantization, progress)
+        runner = ModelRunner(model, config, progress)
     scheduler = Scheduler(
         slots=config.slots,
         num_pages=runner.num_pages,
@@ -174,5 +216,5 @@ def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:
         prefill_chunks=config.prefill_chunks,
         prefix_cache=config.prefix_cache,
     )
-    ready = Ready(runner.platform, runner.device_kind, runner.max_context, runner.num_pages - 1, runner.attention.name)
+    ready = Ready(runner.platform, runner.device_kind, runner.max_context, runner.num_pages - 1, runner.attention_name)
     return StepLoop(scheduler, runner, config.pipeline_depth, publish, ready)

@@ -19,7 +19,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.decode_state import DecodeState, take_slot
 from jaxserve.kv_cache import KVCache, page_bytes
 from jaxserve.request import MAX_LOGIT_BIAS
-from jaxserve.scheduler import Sequence, StepPlan, TokenLogprobs
+from jaxserve.scheduler import Sequence, StepPlan, StepResults
 from jaxserve.step import StepOutput, make_step
 from pallas_kernels import select
 
@@ -35,15 +35,6 @@ def _count_compile(event: str, duration_secs: float, **_: str | int) -> None:
 
 
 monitoring.register_event_duration_secs_listener(_count_compile)
-
-
-@dataclass(frozen=True)
-class Results:
-    """A read step: what `Scheduler.retire` takes."""
-
-    tokens: list[int]
-    flags: list[int]
-    logprobs: list[TokenLogprobs] | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +62,7 @@ class ModelRunner:
         self.model_config = model.config
         self.config = config
         self.attention = select({"gpu": "cuda"}.get(device.platform, device.platform), config.attention)
+        self.attention_name = self.attention.name
         self.num_pages = _num_pages(model, config)
         capacity = (self.num_pages - 1) * config.page_size
         self.max_context = min(config.max_context or 8192, model.config.max_context, capacity)
@@ -80,7 +72,7 @@ class ModelRunner:
         self._packer = Packer(config.slots, self._max_pages)
         self.row_counts = tuple(sorted({min(config.small_slots, config.slots), config.slots}))
         self.chunk_sizes = config.prefill_chunks
-        self._reset()
+        self.reset()
         self._steps = self._compile_steps(progress)
         self._take_slot = self._compile_take_slot()
         self._warm_up(progress)
@@ -91,7 +83,8 @@ class ModelRunner:
         """Programs compiled since the engine said that it was ready. More than 0 is a defect."""
         return _compiles - self._compiles_at_warmup
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """An empty cache and state, at the start or after a step failed."""
         config = self.config
         self._cache = KVCache.zeros(self.model_config, self.attention, self.num_pages, config.page_size, config.dtype)
         self._state = DecodeState.zeros(config.slots, self.model_config.vocab_size)
@@ -153,18 +146,18 @@ class ModelRunner:
             output.logprob_ids.copy_to_host_async()
         return PendingStep(plan, output, reports)
 
-    def read(self, pending: PendingStep) -> Results:
+    def read(self, pending: PendingStep) -> StepResults:
         """Waits for a step and gives its tokens. The only place where the host waits for the device."""
         tokens, flags = np.asarray(pending.output.tokens_and_flags).tolist()
         if not pending.reports_logprobs:
-            return Results(tokens, flags, None)
+            return StepResults(tokens, flags, None)
         values = np.asarray(pending.output.logprobs).tolist()
         ids = np.asarray(pending.output.logprob_ids).tolist()
         logprobs = []
         for row, sequence in enumerate(pending.plan.sequences):
             top = max(sequence.submit.logprobs, 0) + 1
             logprobs.append((ids[row][0], values[row][0], list(zip(ids[row][1:top], values[row][1:top], strict=True))))
-        return Results(tokens, flags, logprobs)
+        return StepResults(tokens, flags, logprobs)
 
     def _own_slot_for(self, slot: int, sequence: Sequence) -> None:
         prompt = np.asarray(sequence.token_ids[: sequence.prompt_length], np.int32)
@@ -201,6 +194,3 @@ def enable_compilation_cache(folder: str | None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-__all__ = ["ModelRunner", "PendingStep", "Results", "enable_compilation_cache"]

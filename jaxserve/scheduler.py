@@ -115,6 +115,18 @@ class StepPlan:
         sequence.last_step = self.step
 
 
+@dataclass(frozen=True, slots=True)
+class StepResults:
+    """What a step gave, by row."""
+
+    tokens: list[int]
+    """The token of each row that sampled; anything elsewhere."""
+    flags: list[int]
+    """EMITTED, STOPPED, FAILED; 0 for a row that did not sample or had ended on the device."""
+    logprobs: list[TokenLogprobs] | None
+    """Where any row asked."""
+
+
 class Scheduler:
     """Waiting and running sequences, and their pages.
 
@@ -300,18 +312,9 @@ class Scheduler:
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)
 
-    def retire(
-        self, plan: StepPlan, tokens: list[int], flags: list[int], logprobs: list[TokenLogprobs] | None, now: float
-    ) -> list[SequenceOutput]:
-        """Takes in what a step gave, in the order of dispatch.
-
-        Args:
-            plan: the step.
-            tokens: the token of each row that sampled; anything elsewhere.
-            flags: EMITTED, STOPPED, FAILED of each row; 0 for a row that did not sample or had ended on the device.
-            logprobs: of each row, where any asked.
-            now: monotonic seconds.
-        """
+    def retire(self, plan: StepPlan, results: StepResults, now: float) -> list[SequenceOutput]:
+        """Takes in what a step gave, in the order of dispatch; `now` is in monotonic seconds."""
+        tokens, flags, logprobs = results.tokens, results.flags, results.logprobs
         while self._fences and self._fences[0][0] <= plan.step:
             self.allocator.release(self._fences.popleft()[1])
         outputs = []
@@ -327,6 +330,22 @@ class Scheduler:
             else:
                 assert not plan.decodes[row] and plan.sample_index[row] < 0, "a row ended unseen"
         return outputs
+
+    def restart(self) -> None:
+        """Sends every running sequence back to the queue with the tokens it has: the device lost its cache and state,
+        and the steps in flight with them."""
+        for sequence in self._active.values():
+            sequence.in_flight = 0
+            if sequence.slot >= 0:
+                self._release_slot(sequence)
+            if sequence.pages:
+                self._release_pages(sequence)
+                sequence.computed = 0
+                heapq.heappush(self._waiting, (sequence.order, sequence))
+        while self._fences:
+            self.allocator.release(self._fences.popleft()[1])
+        self._new_owners = []
+        self.allocator.forget_prefixes()
 
     def _register(self, sequence: Sequence, end: int) -> None:
         """Lets others find the pages filled by tokens before `end`, now that finite logits came from them."""

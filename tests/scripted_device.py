@@ -4,7 +4,7 @@ import hashlib
 from collections import deque
 
 from jaxserve.core_messages import SequenceOutput, Submit
-from jaxserve.scheduler import EMITTED, FAILED, STOPPED, Scheduler, StepPlan
+from jaxserve.scheduler import EMITTED, FAILED, STOPPED, Scheduler, StepPlan, StepResults
 
 
 def submit(handle: int, prompt: int = 5, output: int = 8, **fields) -> Submit:
@@ -67,10 +67,17 @@ class ScriptedDevice:
             self.pending.append(self._run(plan))
         if self.pending and (plan is None or len(self.pending) > self.depth):
             done, tokens, flags = self.pending.popleft()
-            self._deliver(self.scheduler.retire(done, tokens, flags, None, self.now))
+            self._deliver(self.scheduler.retire(done, StepResults(tokens, flags, None), self.now))
         self._deliver(self.scheduler.take_ended())
         self.scheduler.check()
         return plan
+
+    def fail(self) -> None:
+        """Loses the device's state and the steps in flight, as a failed step does."""
+        self.pending.clear()
+        self.written.clear()
+        self.scheduler.restart()
+        self.scheduler.check()
 
     def run(self, steps: int = 10_000) -> int:
         """Steps until nothing is active; returns how many it took."""

@@ -117,6 +117,20 @@ def test_under_page_pressure_the_youngest_gives_way_and_all_finish_exactly():
     assert scheduler.allocator.available == 16
 
 
+@pytest.mark.parametrize("after", range(1, 30, 3))
+def test_a_failed_step_loses_and_repeats_no_token(after: int):
+    scheduler = make(slots=3)
+    device = ScriptedDevice(scheduler)
+    for handle in range(5):
+        scheduler.submit(submit(handle, prompt=10, output=12))
+    for _ in range(after):
+        device.step()
+    device.fail()
+    device.run()
+    for handle in range(5):
+        assert device.tokens(handle) == expected(handle, 10, 12)
+
+
 def test_higher_priority_goes_first():
     scheduler = make(slots=1)
     device = ScriptedDevice(scheduler)
@@ -204,6 +218,8 @@ def test_any_sequence_of_events_returns_every_page_and_ends_every_request_once(s
             scheduler.submit(submit(handle, prompt, output, deadline=deadline, priority=priority))
         elif event < 0.45 and submitted:
             scheduler.abort(random_.randrange(len(submitted)), device.now)
+        elif event < 0.48:
+            device.fail()
         else:
             device.step()
     device.run()
