@@ -353,7 +353,9 @@ class Engine:
         entry.tokens += len(token_ids)
         logprobs = None
         if output.logprobs is not None:
-            logprobs = [TokenLogprob(t, p, tuple((i, v) for i, v in top)) for t, p, top in output.logprobs[: len(token_ids)]]
+            logprobs = [
+                TokenLogprob(t, p, tuple((i, v) for i, v in top)) for t, p, top in output.logprobs[: len(token_ids)]
+            ]
         wanted = entry.request.output
         unread = entry.stream.push(
             token_ids if wanted.return_token_ids else [], text if wanted.return_text else "", logprobs
