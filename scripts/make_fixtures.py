@@ -10,12 +10,9 @@ that the tests need none of these.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fixture_makers import families, smollm2  # noqa: E402  (beside this script)
+from fixture_makers import families, smollm2
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 

@@ -7,11 +7,11 @@ from flax import nnx
 
 from jaxserve.checkpoints import registry
 from jaxserve.checkpoints.gguf import open_gguf
+from jaxserve.checkpoints.huggingface import open_huggingface
 from jaxserve.checkpoints.parameters import Progress, load_params
 from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Quantization
-from jaxserve.models.llama import abstract_llama
 from jaxserve.tokenizer_source import TokenizerSource
 
 
@@ -40,8 +40,7 @@ def load_model(
     Raises CheckpointError, before anything large is allocated.
     """
     checkpoint = open_checkpoint(path_or_name)
-    graphdef, abstract = abstract_llama(checkpoint.config, dtype, quantization)
-    params = load_params(checkpoint, abstract, progress or (lambda what, fraction: None))
+    graphdef, params = load_params(checkpoint, dtype, quantization, progress or (lambda what, fraction: None))
     return LoadedModel(graphdef, params, checkpoint.config, checkpoint.tokenizer_source)
 
 
@@ -53,6 +52,8 @@ def open_checkpoint(path_or_name: str) -> Checkpoint:
         raise CheckpointError(f"{path_or_name} is neither a file, nor a folder, nor a model known by name ({known})")
     if path.suffix == ".gguf":
         return open_gguf(path)
+    if path.is_dir():
+        return open_huggingface(path)
     raise CheckpointError(f"{path}: is not a checkpoint of a known format")
 
 

@@ -1,6 +1,5 @@
 """GGUF files: configuration and tokenizer from the metadata, tensors dequantized as they are read."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,10 @@ from jaxserve.models.config import (
 from jaxserve.tokenizer_source import GGUFTokenizer, TokenizerSource
 
 TYPES = tuple(
-    GGMLQuantizationType[name] for name in "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K".split()
+    kind
+    for kind in GGMLQuantizationType
+    if kind.name
+    in {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 )
 """Tensor types that are read."""
 
@@ -62,22 +64,19 @@ def open_gguf(file: Path) -> Checkpoint:
 
 
 class _Metadata:
-    """Typed access to metadata; an absent key without a default, or one of another type, is an error."""
+    """Typed access to metadata; a key of another type is an error."""
 
     def __init__(self, file: Path, values: dict[str, Value]):
         self.file = file
         self.values = values
 
-    def get[T](self, key: str, kind: Callable[..., T] | type[T], default: T | None = None) -> T | None:
-        value = self.values.get(key, default)
+    def get[T](self, key: str, kind: type[T]) -> T | None:
+        value = self.values.get(key)
         if value is None:
             return None
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(kind, type) or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise CheckpointError(
-                f"{self.file}: metadata {key} is {value!r}, not of type {getattr(kind, '__name__', kind)}"
-            )
+        # bool is a subclass of int, and not what is meant by one.
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise CheckpointError(f"{self.file}: metadata {key} is not of type {kind.__name__}: {str(value)[:80]}")
         return value
 
     def need[T](self, key: str, kind: type[T]) -> T:
@@ -101,7 +100,7 @@ def model_config(file: Path, header: Header) -> ModelConfig:
         raise CheckpointError(f"{file}: metadata {family}.attention.head_count is {num_q_heads}")
     head_dim = metadata.get(f"{family}.attention.key_length", int) or hidden_size // num_q_heads
     for key in (f"{family}.attention.value_length", f"{family}.rope.dimension_count"):
-        if metadata.get(key, int, head_dim) != head_dim:
+        if (metadata.get(key, int) or head_dim) != head_dim:
             raise UnsupportedModel(f"{key} of {header.metadata[key]} differs from the head_dim of {head_dim}")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
@@ -117,7 +116,7 @@ def model_config(file: Path, header: Header) -> ModelConfig:
         num_kv_heads=metadata.get(f"{family}.attention.head_count_kv", int) or num_q_heads,
         head_dim=head_dim,
         rms_norm_eps=metadata.need(f"{family}.attention.layer_norm_rms_epsilon", float),
-        rope=_rope(metadata, family, header.tensors.get(_ROPE_FACTORS)),
+        rope=_rope(metadata, family, header.tensors.get(_ROPE_FACTORS), head_dim),
         max_context=metadata.need(f"{family}.context_length", int),
         tie_embeddings="output.weight" not in header.tensors,
         qkv_bias=family == "qwen2",
@@ -128,7 +127,7 @@ def model_config(file: Path, header: Header) -> ModelConfig:
     )
 
 
-def _rope(metadata: _Metadata, family: str, factors: TensorInfo | None) -> RopeConfig:
+def _rope(metadata: _Metadata, family: str, factors: TensorInfo | None, head_dim: int) -> RopeConfig:
     theta = metadata.get(f"{family}.rope.freq_base", float) or 10000.0
     kind = metadata.get(f"{family}.rope.scaling.type", str) or "none"
     scaling: RopeScaling | None = None
@@ -141,6 +140,8 @@ def _rope(metadata: _Metadata, family: str, factors: TensorInfo | None) -> RopeC
     if factors is not None:
         if scaling is not None:
             raise UnsupportedModel(f"rope scaling {kind!r} together with {_ROPE_FACTORS} is not supported")
+        if factors.shape != (head_dim // 2,):
+            raise CheckpointError(f"{metadata.file}: tensor {_ROPE_FACTORS} has shape {factors.shape}")
         values = _read(metadata.file, _ROPE_FACTORS, factors, None)
         scaling = FrequencyFactors(tuple(float(value) for value in values.ravel()))
     return RopeConfig(theta, scaling)

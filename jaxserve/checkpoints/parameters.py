@@ -1,17 +1,18 @@
 """From named tensors to the tree of parameters: fused, cast, quantized and uploaded one at a time."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import quantize_rows
+from jaxserve.models.layers import Quantization
+from jaxserve.models.llama import abstract_llama
+from jaxserve.models.quantize import quantize_weight
 
 Progress = Callable[[str, float | None], None]
 Path = tuple[str | int, ...]
@@ -19,8 +20,8 @@ Path = tuple[str | int, ...]
 Source = tuple[str, tuple[int, ...]]
 """A tensor's Hugging Face name and its shape."""
 
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.rotary_emb.inv_freq")
-_FLOATING = ("F32", "F16", "BF16")
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+"""Of a buffer that old checkpoints carry; it follows from the configuration."""
 
 
 def parameter_sources(config: ModelConfig) -> dict[Path, tuple[Source, ...]]:
@@ -41,11 +42,6 @@ def parameter_sources(config: ModelConfig) -> dict[Path, tuple[Source, ...]]:
             ("attention", "qkv", "weight"): tuple(
                 (f"{prefix}.self_attn.{name}_proj.weight", (size, hidden)) for name, size in qkv_sizes
             ),
-            ("attention", "qkv", "bias"): tuple(
-                (f"{prefix}.self_attn.{name}_proj.bias", (size,)) for name, size in qkv_sizes
-            ),
-            ("attention", "q_norm", "weight"): ((f"{prefix}.self_attn.q_norm.weight", (config.head_dim,)),),
-            ("attention", "k_norm", "weight"): ((f"{prefix}.self_attn.k_norm.weight", (config.head_dim,)),),
             ("attention", "out", "weight"): ((f"{prefix}.self_attn.o_proj.weight", (hidden, config.q_size)),),
             ("feed_forward_norm", "weight"): ((f"{prefix}.post_attention_layernorm.weight", (hidden,)),),
             ("feed_forward", "gate_up", "weight"): tuple(
@@ -53,48 +49,55 @@ def parameter_sources(config: ModelConfig) -> dict[Path, tuple[Source, ...]]:
             ),
             ("feed_forward", "down", "weight"): ((f"{prefix}.mlp.down_proj.weight", (hidden, wide)),),
         }
+        if config.qkv_bias:
+            layer["attention", "qkv", "bias"] = tuple(
+                (f"{prefix}.self_attn.{name}_proj.bias", (size,)) for name, size in qkv_sizes
+            )
+        if config.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                layer["attention", name, "weight"] = ((f"{prefix}.self_attn.{name}.weight", (config.head_dim,)),)
         sources |= {("layers", index, *path): parts for path, parts in layer.items()}
     return sources
 
 
-def load_params(checkpoint: Checkpoint, abstract: nnx.State, progress: Progress) -> nnx.State:
-    """Fills `abstract` (of `abstract_llama`) on the default device from a checkpoint's tensors.
+def load_params(
+    checkpoint: Checkpoint, dtype: str, quantization: Quantization, progress: Progress
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """A model's structure, and its parameters on the default device.
 
-    All names and shapes are checked before any data is read. On the host, one parameter a thread is held at a time.
-    Raises CheckpointError naming the tensor.
+    All names and shapes are checked before anything is allocated. On the host, one parameter a thread is held at a
+    time. Raises CheckpointError naming the tensor.
     """
+    check_tensors(checkpoint)
+    graphdef, abstract = abstract_llama(checkpoint.config, dtype, quantization)
     targets = dict(nnx.to_flat_state(abstract))
     sources = parameter_sources(checkpoint.config)
-    # The scale of an int8 weight is made with the weight.
-    wanted = {path: sources[path] for path in targets if path[-1] != "scale"}
-    check_tensors(checkpoint, wanted)
 
-    def fill(path: Path) -> list[tuple[Path, jax.Array]]:
-        target = targets[path].get_value()
+    def fill(path: Path) -> dict[Path, jax.Array]:
         scale = (*path[:-1], "scale")
-        if scale not in targets:
-            return [(path, jax.device_put(read_fused(checkpoint, wanted[path], target.dtype)))]
-        dtype = targets["embedding",].get_value().dtype
-        weight, scales = _quantize_rows(jax.device_put(read_fused(checkpoint, wanted[path], dtype)))
-        return [(path, weight), (scale, scales)]
+        if path[-1] == "weight" and scale in targets:
+            weight, scales = quantize_weight(jax.device_put(read_fused(checkpoint, sources[path], np.dtype(dtype))))
+            return {path: weight, scale: scales}
+        return {path: jax.device_put(read_fused(checkpoint, sources[path], targets[path].get_value().dtype))}
 
-    params = abstract
+    # The scale of an int8 weight is made with the weight.
+    paths = [path for path in targets if path[-1] != "scale"]
     filled: dict[Path, jax.Array] = {}
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        for done, pairs in enumerate(pool.map(fill, wanted)):
-            filled |= pairs
-            progress("loading weights", (done + 1) / len(wanted))
-    return nnx.from_flat_state({path: targets[path].replace(filled[path]) for path in targets})
+        for done, values in enumerate(pool.map(fill, paths), start=1):
+            filled |= values
+            progress("loading weights", done / len(paths))
+    return graphdef, nnx.from_flat_state({path: target.replace(filled[path]) for path, target in targets.items()})
 
 
-_quantize_rows = jax.jit(quantize_rows)
-
-
-def check_tensors(checkpoint: Checkpoint, wanted: dict[Path, tuple[Source, ...]]) -> None:
+def check_tensors(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError for a tensor that is missing, has another shape, or that the model has no place for."""
+    config, tensors = checkpoint.config, checkpoint.tensors
+    if config.num_layers > len(tensors):
+        raise CheckpointError(f"{checkpoint.path}: has {len(tensors)} tensors for {config.num_layers} layers")
     used = set()
-    for name, shape in (source for parts in wanted.values() for source in parts):
-        stored = checkpoint.tensors.get(name)
+    for name, shape in (source for parts in parameter_sources(config).values() for source in parts):
+        stored = tensors.get(name)
         if stored is None:
             raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
         if stored.shape != shape:
@@ -102,10 +105,10 @@ def check_tensors(checkpoint: Checkpoint, wanted: dict[Path, tuple[Source, ...]]
                 f"{stored.file}: tensor {name} has shape {stored.shape}; the configuration asks for {shape}"
             )
         used.add(name)
-    for name in checkpoint.tensors.keys() - used:
-        redundant = name == "lm_head.weight" and checkpoint.config.tie_embeddings
-        if not redundant and not name.endswith(_IGNORED_SUFFIXES):
-            raise CheckpointError(f"{checkpoint.tensors[name].file}: tensor {name} has no place in the model")
+    for name in tensors.keys() - used:
+        redundant = name == "lm_head.weight" and config.tie_embeddings
+        if not redundant and not name.endswith(_IGNORED_SUFFIX):
+            raise CheckpointError(f"{tensors[name].file}: tensor {name} has no place in the model")
 
 
 def read_fused(checkpoint: Checkpoint, parts: tuple[Source, ...], dtype: np.dtype) -> np.ndarray:

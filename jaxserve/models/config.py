@@ -1,7 +1,8 @@
 """What distinguishes one model of the Llama family from another, as data."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
@@ -37,6 +38,7 @@ class FrequencyFactors:
 
 
 RopeScaling = LinearScaling | Llama3Scaling | FrequencyFactors
+_SCALINGS = {kind.__name__: kind for kind in (LinearScaling, Llama3Scaling, FrequencyFactors)}
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class ModelConfig:
             raise UnsupportedModel(f"{self.num_q_heads} query heads do not share {self.num_kv_heads} key heads evenly")
         if self.head_dim % 2:
             raise UnsupportedModel(f"head_dim must be even, got {self.head_dim}")
+        scaling = self.rope.scaling
+        if isinstance(scaling, FrequencyFactors) and len(scaling.factors) != self.head_dim // 2:
+            raise UnsupportedModel(f"{len(scaling.factors)} frequency factors for a head_dim of {self.head_dim}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise UnsupportedModel(f"sliding_window must be at least 1, got {self.sliding_window}")
 
@@ -99,3 +104,25 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Rows of the key, and of the value projection."""
         return self.num_kv_heads * self.head_dim
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; the kind of rope scaling is its class name under `kind`."""
+        data = asdict(self)
+        if self.rope.scaling is not None:
+            data["rope"]["scaling"]["kind"] = type(self.rope.scaling).__name__
+        return data
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "ModelConfig":
+        """The inverse of `to_json`. Raises UnsupportedModel where a field is missing, unknown or out of range."""
+        try:
+            fields = dict(data)
+            rope = dict(fields.pop("rope"))
+            scaling = rope.pop("scaling")
+            if scaling is not None:
+                scaling = {name: tuple(value) if isinstance(value, list) else value for name, value in scaling.items()}
+                scaling = _SCALINGS[scaling.pop("kind")](**scaling)
+            eos_ids = tuple(fields.pop("eos_ids"))
+            return ModelConfig(**fields, rope=RopeConfig(**rope, scaling=scaling), eos_ids=eos_ids)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UnsupportedModel(f"is not a model configuration: {error}") from None

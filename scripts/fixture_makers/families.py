@@ -67,8 +67,7 @@ def make(folder: Path) -> None:
     tokenizer = _tokenizer()
     for number, (name, (config, dtype)) in enumerate(_configs().items()):
         torch.manual_seed(number)
-        # In full precision from the rounded weights, so that the reference has no rounding of its own.
-        model = _randomized(AutoModelForCausalLM.from_config(config, attn_implementation="eager")).to(dtype).float()
+        model = _randomized(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), dtype)
         token_ids = torch.randint(len(SPECIAL_TOKENS), VOCAB_SIZE, (NUM_TOKENS,))
         with torch.no_grad():
             logits = model(token_ids[None]).logits[0]
@@ -83,8 +82,11 @@ def make(folder: Path) -> None:
 
 
 @torch.no_grad()
-def _randomized(model: Any) -> Any:
-    """Weights large enough that attention is uneven and every norm and bias matters."""
+def _randomized(model: Any, dtype: torch.dtype) -> Any:
+    """Weights in float32 that `dtype` holds exactly, large enough that attention is uneven and norms and biases matter.
+
+    The parameters alone are rounded: `model.to(dtype)` would round the rotary frequencies as well.
+    """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             parameter.normal_(0.0, 1.5 / parameter.shape[1] ** 0.5)
@@ -92,6 +94,7 @@ def _randomized(model: Any) -> Any:
             parameter.normal_(0.0, 0.5)
         else:
             parameter.uniform_(0.5, 1.5)
+        parameter.copy_(parameter.to(dtype))
     return model
 
 

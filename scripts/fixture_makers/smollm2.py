@@ -63,7 +63,9 @@ def make_tokenizer_fixture(gguf: Path, file: Path) -> None:
 def make_greedy_fixture(gguf: Path, file: Path) -> None:
     """Greedy continuations in float32 with the end-of-sequence id masked out."""
     tokenizer = _tokenizer(gguf)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="eager"
+    )
     model.eval()
     eos = tokenizer.eos_token_id
     prompts: list[dict[str, Any]] = [{"text": text} for text in TEXTS]
