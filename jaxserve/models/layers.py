@@ -52,12 +52,19 @@ def project_int8(
     return (out if bias is None else out + bias).astype(dtype)
 
 
+def initial(rngs: nnx.Rngs | None, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """Random weights, for tests and measurements without a checkpoint; zeros without `rngs`."""
+    if rngs is None:
+        return jnp.zeros(shape, dtype)
+    return (_INIT_STDDEV * jax.random.normal(rngs.params(), shape)).astype(dtype)
+
+
 class Linear(nnx.Module):
     """weight [out, in] in `dtype`, and bias [out] in float32 where there is one."""
 
-    def __init__(self, size_in: int, size_out: int, dtype: jnp.dtype, rngs: nnx.Rngs, *, bias: bool = False):
-        self.weight = nnx.Param(normal(rngs, (size_out, size_in), dtype))
-        self.bias = nnx.Param(normal(rngs, (size_out,), jnp.float32)) if bias else None
+    def __init__(self, size_in: int, size_out: int, dtype: jnp.dtype, rngs: nnx.Rngs | None, *, bias: bool = False):
+        self.weight = nnx.Param(initial(rngs, (size_out, size_in), dtype))
+        self.bias = nnx.Param(initial(rngs, (size_out,), jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "token in"], dtype: jnp.dtype | None = None) -> Float[Array, "token out"]:
         """In `dtype`; None takes that of x."""
@@ -68,11 +75,13 @@ class Linear(nnx.Module):
 class Int8Linear(nnx.Module):
     """weight [out, in] in int8, scale [out] and bias [out] in float32."""
 
-    def __init__(self, size_in: int, size_out: int, dtype: jnp.dtype, rngs: nnx.Rngs, *, bias: bool = False):
-        weight, scale = quantize_rows(normal(rngs, (size_out, size_in), dtype))
+    def __init__(self, size_in: int, size_out: int, dtype: jnp.dtype, rngs: nnx.Rngs | None, *, bias: bool = False):
+        weight, scale = jnp.zeros((size_out, size_in), jnp.int8), jnp.zeros(size_out, jnp.float32)
+        if rngs is not None:
+            weight, scale = quantize_rows(initial(rngs, weight.shape, dtype))
         self.weight = nnx.Param(weight)
         self.scale = nnx.Param(scale)
-        self.bias = nnx.Param(normal(rngs, (size_out,), jnp.float32)) if bias else None
+        self.bias = nnx.Param(initial(rngs, (size_out,), jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "token in"], dtype: jnp.dtype | None = None) -> Float[Array, "token out"]:
         """In `dtype`; None takes that of x."""
@@ -81,11 +90,6 @@ class Int8Linear(nnx.Module):
 
 
 LINEAR: dict[Quantization, type[Linear] | type[Int8Linear]] = {"none": Linear, "int8": Int8Linear}
-
-
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """Random weights, for tests and measurements without a checkpoint."""
-    return (_INIT_STDDEV * jax.random.normal(rngs.params(), shape)).astype(dtype)
 
 
 class RMSNorm(nnx.Module):

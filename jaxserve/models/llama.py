@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import LINEAR, Quantization, RMSNorm, Rotation, normal, project, rotate, rotation
+from jaxserve.models.layers import LINEAR, Quantization, RMSNorm, Rotation, initial, project, rotate, rotation
 
 Attend = Callable[[int, Array, Array, Array], Array]
 """(layer, q [token q_head head_dim], k [token kv_head head_dim], v as k) -> [token q_head head_dim]. q and k are normed
@@ -21,7 +21,7 @@ and rotated, not scaled."""
 class Attention(nnx.Module):
     """Projections around the `attend` callback; q, k and v are one product."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, quantization: Quantization, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, quantization: Quantization, rngs: nnx.Rngs | None):
         linear = LINEAR[quantization]
         self.config = config
         rows = config.q_size + 2 * config.kv_size
@@ -45,7 +45,7 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202); gate and up are one product."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, quantization: Quantization, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, quantization: Quantization, rngs: nnx.Rngs | None):
         linear = LINEAR[quantization]
         self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size, dtype, rngs)
         self.down = linear(config.intermediate_size, config.hidden_size, dtype, rngs)
@@ -58,7 +58,7 @@ class FeedForward(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, quantization: Quantization, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, quantization: Quantization, rngs: nnx.Rngs | None):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, dtype, quantization, rngs)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -78,7 +78,7 @@ class Llama(nnx.Module):
         config: the model.
         dtype: of the embedding, the activations and, where not quantized, the weights.
         quantization: int8 makes each linear map an `Int8Linear`, the lm head too (of a tied one, an int8 copy).
-        rngs: of the random initial weights.
+        rngs: of random initial weights; None makes them zero.
     """
 
     def __init__(
@@ -89,10 +89,9 @@ class Llama(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ):
-        rngs = nnx.Rngs(0) if rngs is None else rngs
         dtype = jnp.dtype(dtype)
         self.config = config
-        self.embedding = nnx.Param(normal(rngs, (config.vocab_size, config.hidden_size), dtype))
+        self.embedding = nnx.Param(initial(rngs, (config.vocab_size, config.hidden_size), dtype))
         self.layers = nnx.List(DecoderLayer(config, dtype, quantization, rngs) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         own_head = not config.tie_embeddings or quantization != "none"

@@ -1,0 +1,184 @@
+"""The native format: parameters as the model has them, written by Orbax, with the configuration and tokenizer beside.
+
+A folder holds `jaxserve.json` (configuration, types, the tokenizer's settings), the tokenizer's own files, and
+`params/`. It loads faster than its source: nothing is fused, permuted, dequantized or cast.
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from jaxserve.checkpoints.folder import NATIVE_DESCRIPTION as DESCRIPTION
+from jaxserve.checkpoints.folder import read_json, read_text
+from jaxserve.checkpoints.tensors import CheckpointError
+from jaxserve.models.config import ModelConfig, UnsupportedModel
+from jaxserve.models.layers import Quantization
+from jaxserve.models.llama import abstract_llama
+from jaxserve.models.quantize import quantize_params
+from jaxserve.tokenizer_source import GGUFTokenizer, HuggingFaceTokenizer, TokenizerSource
+
+_VERSION = 1
+_PARAMS = "params"
+_GGUF_TOKENIZER = "tokenizer_gguf.json"
+_CHAT_TEMPLATE = "chat_template.jinja"
+_IN_FILES = ("tokenizer", "chat_template")
+"""Fields of TokenizerSource that have files of their own."""
+
+
+def save_orbax(
+    folder: Path,
+    config: ModelConfig,
+    params: nnx.State,
+    dtype: str,
+    quantization: Quantization,
+    source: TokenizerSource,
+) -> None:
+    """Writes a folder, which must not exist. It appears under its name only when it is complete."""
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists already")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with ocp.Checkpointer(_handler()) as checkpointer:
+            checkpointer.save((partial / _PARAMS).absolute(), args=ocp.args.PyTreeSave(_named(params)))
+        _write_tokenizer(partial, source)
+        description = {
+            "version": _VERSION,
+            "dtype": dtype,
+            "quantization": quantization,
+            "config": config.to_json(),
+            "tokenizer": {name: value for name, value in vars(source).items() if name not in _IN_FILES},
+        }
+        (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        partial.chmod(0o755)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_orbax(
+    folder: Path, dtype: str, quantization: Quantization
+) -> tuple[nnx.GraphDef, nnx.State, ModelConfig, TokenizerSource]:
+    """Restores a folder straight into the parameters' types on the default device.
+
+    A folder in another floating-point type is cast; one in floating point is quantized where int8 is asked for. Raises
+    CheckpointError naming the file or the parameter.
+    """
+    _refuse_links(folder)
+    description = read_json(folder, DESCRIPTION) or {}
+    file = folder / DESCRIPTION
+    if description.get("version") != _VERSION:
+        raise CheckpointError(f"{file}: version {description.get('version')!r} is not supported, only {_VERSION}")
+    try:
+        config = ModelConfig.from_json(description["config"])
+        stored_dtype, stored_quantization = description["dtype"], description["quantization"]
+        if stored_dtype not in ("bfloat16", "float32") or stored_quantization not in ("none", "int8"):
+            raise CheckpointError(f"{file}: dtype {stored_dtype!r}, quantization {stored_quantization!r} are not known")
+        source = _read_tokenizer(folder, description["tokenizer"])
+    except (KeyError, TypeError, UnsupportedModel) as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    if stored_quantization not in ("none", quantization):
+        raise CheckpointError(
+            f"{folder}: holds {stored_quantization} weights; quantization {quantization!r} was asked for"
+        )
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        graphdef, abstract = _checked_structure(folder, checkpointer, config, stored_dtype, stored_quantization)
+        if dtype != stored_dtype:
+            graphdef, abstract = abstract_llama(config, dtype, stored_quantization)
+        params = _restore(folder, checkpointer, abstract)
+    if quantization != stored_quantization:
+        graphdef, _ = abstract_llama(config, dtype, quantization)
+        params = quantize_params(config, params)
+    return graphdef, params, config, source
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
+
+
+def _named(params: nnx.State) -> dict[str, Any]:
+    """Parameters, or their shapes and dtypes, by dotted path, as `layers.3.attention.qkv.weight`."""
+    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(params)}
+
+
+def _checked_structure(
+    folder: Path, checkpointer: ocp.Checkpointer, config: ModelConfig, dtype: str, quantization: Quantization
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """The described model's structure and abstract parameters, compared with what is stored: Orbax itself casts and pads
+    without a word."""
+    metadata = checkpointer.metadata((folder / _PARAMS).absolute()).item_metadata
+    if metadata is None:
+        raise CheckpointError(f"{folder / _PARAMS}: is missing, or not of Orbax")
+    stored = dict(metadata.tree)
+    if config.num_layers > len(stored):
+        raise CheckpointError(f"{folder}: has {len(stored)} parameters for {config.num_layers} layers")
+    graphdef, abstract = abstract_llama(config, dtype, quantization)
+    expected = _named(abstract)
+    for name in sorted(expected.keys() ^ stored.keys()):
+        problem = "is missing" if name in expected else "has no place in the model"
+        raise CheckpointError(f"{folder / _PARAMS}: parameter {name} {problem}")
+    for name, wanted in expected.items():
+        found = (tuple(stored[name].shape), str(stored[name].dtype))
+        if found != (wanted.shape, str(wanted.dtype)):
+            raise CheckpointError(
+                f"{folder / _PARAMS}: parameter {name} is {found[1]} of shape {found[0]}; "
+                f"{DESCRIPTION} asks for {wanted.dtype} of shape {wanted.shape}"
+            )
+    return graphdef, abstract
+
+
+def _restore(folder: Path, checkpointer: ocp.Checkpointer, abstract: nnx.State) -> nnx.State:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    targets = {
+        name: jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=sharding)
+        for name, target in _named(abstract).items()
+    }
+    arguments = ocp.args.PyTreeRestore(item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets))
+    try:
+        restored = checkpointer.restore((folder / _PARAMS).absolute(), args=arguments)
+    except (ValueError, OSError) as error:  # What TensorStore raises for data that is missing, short or damaged.
+        raise CheckpointError(f"{folder / _PARAMS}: cannot be read: {error}") from error
+    variables = nnx.to_flat_state(abstract)
+    return nnx.from_flat_state(
+        {path: variable.replace(restored[".".join(map(str, path))]) for path, variable in variables}
+    )
+
+
+def _write_tokenizer(folder: Path, source: TokenizerSource) -> None:
+    match source.tokenizer:
+        case HuggingFaceTokenizer(tokenizer_json, tokenizer_config):
+            (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+            (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=1), encoding="utf-8")
+        case GGUFTokenizer():
+            text = json.dumps(asdict(source.tokenizer), ensure_ascii=False)
+            (folder / _GGUF_TOKENIZER).write_text(text, encoding="utf-8")
+    if source.chat_template is not None:
+        (folder / _CHAT_TEMPLATE).write_text(source.chat_template, encoding="utf-8")
+
+
+def _read_tokenizer(folder: Path, settings: dict[str, Any]) -> TokenizerSource:
+    """The inverse of `_write_tokenizer`. Raises CheckpointError, KeyError or TypeError."""
+    from_gguf = read_json(folder, _GGUF_TOKENIZER)
+    tokenizer: HuggingFaceTokenizer | GGUFTokenizer
+    if from_gguf is not None:
+        tokenizer = GGUFTokenizer(**{k: tuple(v) if isinstance(v, list) else v for k, v in from_gguf.items()})
+    else:
+        tokenizer_json = read_text(folder, "tokenizer.json")
+        if tokenizer_json is None:
+            raise CheckpointError(f"{folder / 'tokenizer.json'}: is missing")
+        tokenizer = HuggingFaceTokenizer(tokenizer_json, read_json(folder, "tokenizer_config.json") or {})
+    settings = {**settings, "eos_ids": tuple(settings["eos_ids"])}
+    return TokenizerSource(tokenizer=tokenizer, chat_template=read_text(folder, _CHAT_TEMPLATE), **settings)
+
+
+def _refuse_links(folder: Path) -> None:
+    for entry in folder.rglob("*"):
+        if entry.is_symlink():
+            raise CheckpointError(f"{entry}: is a link, which is not followed")
