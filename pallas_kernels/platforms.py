@@ -3,21 +3,30 @@
 Not from `jax.default_backend()`, which says `cpu` while a program is compiled ahead of time for another platform.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Literal
 
+from pallas_kernels.cpu_native import NativePagedAttention
 from pallas_kernels.interface import PagedAttention
+from pallas_kernels.native_library import NativeBuildError
 from pallas_kernels.reference import ReferencePagedAttention
 from pallas_kernels.xla import XlaPagedAttention
+
+log = logging.getLogger(__name__)
 
 Platform = Literal["cpu", "tpu", "cuda"]
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable[[], PagedAttention]]] = {
-    "cpu": {"cpu_xla": lambda: XlaPagedAttention("cpu_xla"), "reference": ReferencePagedAttention},
+    "cpu": {
+        "cpu_native": NativePagedAttention.build,
+        "cpu_xla": lambda: XlaPagedAttention("cpu_xla"),
+        "reference": ReferencePagedAttention,
+    },
     "tpu": {"xla": XlaPagedAttention, "reference": ReferencePagedAttention},
     "cuda": {"xla": XlaPagedAttention, "reference": ReferencePagedAttention},
 }
-"""Of each platform, its implementations by name; the first is the platform's own."""
+"""Of each platform, its implementations by name, the preferred first."""
 
 
 def select(platform: Platform, implementation: str | None = None) -> PagedAttention:
@@ -25,15 +34,23 @@ def select(platform: Platform, implementation: str | None = None) -> PagedAttent
 
     Args:
         platform: the platform that the program will run on.
-        implementation: a name of `IMPLEMENTATIONS[platform]`; None takes the platform's own.
+        implementation: a name of `IMPLEMENTATIONS[platform]`; None takes the platform's own. On the CPU that is
+            `cpu_native`, or `cpu_xla` where it cannot be built, with the reason in the log.
 
     Raises:
         ValueError: no such platform, or no such implementation for it; lists those there are.
+        NativeBuildError: `cpu_native` was asked for by name and cannot be built.
     """
     if platform not in IMPLEMENTATIONS:
         raise ValueError(f"no paged attention for platform {platform!r}; there are {', '.join(IMPLEMENTATIONS)}")
     named = IMPLEMENTATIONS[platform]
-    name = next(iter(named)) if implementation is None else implementation
-    if name not in named:
-        raise ValueError(f"no attention {name!r} on {platform}; there are {', '.join(named)}")
-    return named[name]()
+    if implementation is not None:
+        if implementation not in named:
+            raise ValueError(f"no attention {implementation!r} on {platform}; there are {', '.join(named)}")
+        return named[implementation]()
+    preferred, fallback, *_ = named
+    try:
+        return named[preferred]()
+    except NativeBuildError as error:
+        log.warning("attention %s instead of %s: %s", fallback, preferred, error)
+        return named[fallback]()

@@ -1,0 +1,97 @@
+// int8 times int8, summed exactly in int32.
+//
+// A panel begins with a block of 16 int32: the sum of each output's weights. x86 multiplies unsigned by signed bytes, so x
+// comes shifted up by 128 (kOffset) and 128 times that sum is taken off at the start.
+#include "linear_tiles.h"
+
+namespace jaxserve {
+namespace {
+
+#if defined(__AVX512VNNI__)
+struct Product {
+  typedef __m512i Vector;
+  typedef __m512i Weights;
+  typedef __m512i Row;
+  static constexpr int kHeaderBytes = kBlockBytes;
+  static Vector start(const char* at) {
+    return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(_mm512_loadu_si512(at), 7));
+  }
+  static Weights load(const char* at) { return _mm512_loadu_si512(at); }
+  static Row broadcast(const char* at) { return _mm512_set1_epi32(load_as<int32_t>(at)); }
+  static Vector add(Vector sum, Weights weights, Row row) { return _mm512_dpbusd_epi32(sum, row, weights); }
+};
+constexpr int kOffset = 128;
+#elif defined(__AVXVNNI__)
+struct Product {
+  typedef __m256i Vector;
+  typedef __m256i Weights;
+  typedef __m256i Row;
+  static constexpr int kHeaderBytes = kBlockBytes;
+  static Vector start(const char* at) {
+    return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(load_as<__m256i>(at), 7));
+  }
+  static Weights load(const char* at) { return load_as<__m256i>(at); }
+  static Row broadcast(const char* at) { return _mm256_set1_epi32(load_as<int32_t>(at)); }
+  static Vector add(Vector sum, Weights weights, Row row) { return _mm256_dpbusd_avx_epi32(sum, row, weights); }
+};
+constexpr int kOffset = 128;
+#elif defined(__ARM_FEATURE_DOTPROD)
+struct Product {
+  typedef int32x4_t Vector;
+  typedef int8x16_t Weights;
+  typedef int8x16_t Row;
+  static constexpr int kHeaderBytes = kBlockBytes;
+  static Vector start(const char*) { return vdupq_n_s32(0); }
+  static Weights load(const char* at) { return load_as<int8x16_t>(at); }
+  static Row broadcast(const char* at) { return vreinterpretq_s8_s32(vdupq_n_s32(load_as<int32_t>(at))); }
+  static Vector add(Vector sum, Weights weights, Row row) { return vdotq_s32(sum, weights, row); }
+};
+constexpr int kOffset = 0;
+#else
+typedef int16_t ShortVector __attribute__((vector_size(4 * simd::kLanes)));
+
+// Adds the products of neighbouring int16 in pairs.
+inline simd::IntVec pair_products(ShortVector a, ShortVector b) {
+#if defined(__AVX512BW__)
+  return (simd::IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (simd::IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__) && !defined(__AVX512F__)
+  return (simd::IntVec)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const simd::IntVec c = (simd::IntVec)a, d = (simd::IntVec)b;
+  return (c << 16 >> 16) * (d << 16 >> 16) + (c >> 16) * (d >> 16);
+#endif
+}
+
+// Bytes 0 and 2 of each four as a pair of int16, and bytes 1 and 3.
+struct Product {
+  typedef simd::IntVec Vector;
+  struct Weights {
+    ShortVector even, odd;
+  };
+  typedef Weights Row;
+  static constexpr int kHeaderBytes = kBlockBytes;
+  static Vector start(const char*) { return Vector{}; }
+  static Weights load(const char* at) {
+    const ShortVector pairs = load_as<ShortVector>(at);
+    return {pairs << 8 >> 8, pairs >> 8};
+  }
+  static Row broadcast(const char* at) {
+    const ShortVector pairs = (ShortVector)(simd::IntVec{} + load_as<int32_t>(at));
+    return {pairs << 8 >> 8, pairs >> 8};
+  }
+  static Vector add(Vector sum, Weights weights, Row row) {
+    return sum + pair_products(weights.even, row.even) + pair_products(weights.odd, row.odd);
+  }
+};
+constexpr int kOffset = 0;
+#endif
+
+}  // namespace
+
+Tiles int8_tiles() { return tiles_of<Product>(); }
+
+int int8_offset() { return kOffset; }
+
+}  // namespace jaxserve

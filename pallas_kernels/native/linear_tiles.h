@@ -1,0 +1,128 @@
+// The inner loops of a product with packed weights: a few rows of x times a few panels of 16 outputs.
+//
+// All types share one geometry. A block is 4 bytes of a row of x (two bfloat16, one float, four int8) and the 64 bytes of
+// a panel that meet them, [16 outputs][4 bytes]; a panel is its blocks in order of `in`. Each output is summed in one
+// accumulator in that order, whatever the shape of the tile, so that a row's result does not depend on the other rows.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace jaxserve {
+
+constexpr int kPanel = 16;  // outputs
+constexpr int kBlockBytes = 64;
+constexpr int kRowBlockBytes = 4;
+
+#if defined(__AVX512F__)
+constexpr int kMaxRows = 8;
+constexpr int kMaxPanels = 3;
+#elif defined(__AVX2__)
+constexpr int kMaxRows = 4;
+constexpr int kMaxPanels = 1;
+#elif defined(__aarch64__)
+constexpr int kMaxRows = 6;
+constexpr int kMaxPanels = 1;
+#else
+constexpr int kMaxRows = 2;
+constexpr int kMaxPanels = 1;
+#endif
+constexpr int kVectors = kPanel / simd::kLanes;  // in a panel
+
+template <typename T>
+inline T load_as(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// What a tile reads and writes. Strides are in bytes; out is [rows][panels][16], float or int32.
+struct TileArguments {
+  const char* x;
+  int64_t row_stride;
+  const char* panels;
+  int64_t panel_stride;
+  int64_t blocks;
+  void* out;
+  // Weights needed soon, fetched meanwhile: two lines a block from here on, this far apart.
+  const char* prefetch;
+  int64_t prefetch_step;
+};
+
+typedef void (*Tile)(const TileArguments&);
+
+// By rows - 1: all kMaxPanels panels, and one.
+struct Tiles {
+  Tile wide[kMaxRows];
+  Tile narrow[kMaxRows];
+};
+
+Tiles bfloat16_tiles();
+Tiles float_tiles();
+Tiles int8_tiles();
+// What is added to an int8 of x for int8_tiles: a byte of its unsigned range, or nothing.
+int int8_offset();
+
+// Product gives: Vector (of accumulators), Weights and Row, load(), broadcast(), add(); start() of a panel and the bytes of
+// header before its blocks.
+template <typename Product, int kRows, int kPanels>
+void tile(const TileArguments& arguments) {
+  using Vector = typename Product::Vector;
+  constexpr int kCount = kPanels * kVectors;
+  Vector sums[kRows][kCount];
+  const char* panels = arguments.panels;
+  const int64_t panel_stride = arguments.panel_stride;
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) {
+    const Vector start =
+        Product::start(panels + (i / kVectors) * panel_stride + (i % kVectors) * (kBlockBytes / kVectors));
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) sums[row][i] = start;
+  }
+  panels += Product::kHeaderBytes;
+  const char* x = arguments.x;
+  const int64_t row_stride = arguments.row_stride;
+  const char* prefetch = arguments.prefetch;
+  for (int64_t block = 0; block < arguments.blocks; ++block) {
+    __builtin_prefetch(prefetch, 0, 2);
+    __builtin_prefetch(prefetch + kBlockBytes, 0, 2);
+    prefetch += arguments.prefetch_step;
+    typename Product::Weights weights[kCount];
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+      weights[i] =
+          Product::load(panels + (i / kVectors) * panel_stride + (i % kVectors) * (kBlockBytes / kVectors));
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      const typename Product::Row value = Product::broadcast(x + row * row_stride);
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) sums[row][i] = Product::add(sums[row][i], weights[i], value);
+    }
+    panels += kBlockBytes;
+    x += kRowBlockBytes;
+  }
+  char* out = static_cast<char*>(arguments.out);
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) std::memcpy(out + (row * kCount + i) * sizeof(Vector), &sums[row][i], sizeof(Vector));
+  }
+}
+
+template <typename Product, int kRows = kMaxRows>
+void fill(Tiles& tiles) {
+  tiles.wide[kRows - 1] = tile<Product, kRows, kMaxPanels>;
+  tiles.narrow[kRows - 1] = tile<Product, kRows, 1>;
+  if constexpr (kRows > 1) fill<Product, kRows - 1>(tiles);
+}
+
+template <typename Product>
+Tiles tiles_of() {
+  Tiles tiles;
+  fill<Product>(tiles);
+  return tiles;
+}
+
+}  // namespace jaxserve

@@ -1,0 +1,73 @@
+// The XLA custom call: checks what XLA hands over and shares the work among its own threads.
+
+#include "paged_attention.h"
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using Ints = ffi::Buffer<ffi::S32>;
+
+template <class T>
+ffi::Error run(ffi::ThreadPool& pool, const kernels::Call<T>& call) {
+  // Shared, because a helper may start after the call is over.
+  auto job = std::make_shared<kernels::Job<T>>(call);
+  int64_t threads = std::min<int64_t>(pool.num_threads(), job->useful_threads());
+  for (int64_t i = 1; i < threads; ++i) pool.Schedule([job] { job->work(); });
+  job->work();
+  job->wait();
+  return ffi::Error::Success();
+}
+
+template <class T>
+kernels::Call<T> describe(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, Ints table, Ints token_row,
+                          Ints position, ffi::AnyBuffer out, ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages, float scale,
+                          int32_t window) {
+  auto at = [](ffi::AnyBuffer buffer) { return static_cast<T*>(buffer.untyped_data()); };
+  auto size = [](auto buffer, int axis) { return static_cast<int>(buffer.dimensions()[axis]); };
+  kernels::Call<T> call;
+  call.q = at(q), call.k = at(k), call.v = at(v);
+  call.out = at(out), call.k_pages = at(k_pages), call.v_pages = at(v_pages);
+  call.page_table = table.typed_data(), call.token_row = token_row.typed_data(), call.position = position.typed_data();
+  call.tokens = size(q, 0), call.q_heads = size(q, 1), call.head_dim = size(q, 2);
+  call.rows = size(table, 0), call.max_pages = size(table, 1);
+  call.num_pages = size(k_pages, 0), call.kv_heads = size(k_pages, 1), call.page_size = size(k_pages, 2);
+  call.window = window;
+  call.scale_log2e = scale * 1.44269504088896341f;
+  return call;
+}
+
+ffi::Error paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                           ffi::AnyBuffer k_pages, ffi::AnyBuffer v_pages, Ints table, Ints token_row, Ints position,
+                           ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> k_out,
+                           ffi::Result<ffi::AnyBuffer> v_out, float scale, int32_t window) {
+  if (k_out->untyped_data() != k_pages.untyped_data() || v_out->untyped_data() != v_pages.untyped_data())
+    return ffi::Error::Internal("paged attention: the cache is not updated in place");
+  auto prepare = [&](auto number) {
+    using T = decltype(number);
+    return run(pool, describe<T>(q, k, v, table, token_row, position, *out, *k_out, *v_out, scale, window));
+  };
+  if (k_pages.element_type() == ffi::BF16) return prepare(kernels::BFloat16{});
+  if (k_pages.element_type() == ffi::F32) return prepare(float{});
+  return ffi::Error::InvalidArgument("paged attention: the cache must be bfloat16 or float32");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxservePagedAttention, paged_attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<int32_t>("window"));
