@@ -196,7 +196,7 @@ class StepLoop:
 def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:
     """Loads the model, compiles and warms up, telling of progress. Imports JAX only here, in the thread or process that
     runs the core. Raises what loading raises."""
-    from jaxserve.checkpoints import load_model, open_checkpoint
+    from jaxserve.checkpoints import describe_model, load_model
     from jaxserve.model_runner import ModelRunner, enable_compilation_cache
     from jaxserve.simulated_runner import SimulatedRunner
 
@@ -204,7 +204,7 @@ def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:
         publish(Progress(what, fraction))
 
     if config.simulated_step_ms is not None:
-        runner = SimulatedRunner(config, open_checkpoint(config.model).config)
+        runner = SimulatedRunner(config, describe_model(config.model)[0])
     else:
         enable_compilation_cache(config.compilation_cache)
         model = load_model(config.model, config.dtype, config.quantization, progress)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from jaxserve.admission import Admission
-from jaxserve.checkpoints import open_checkpoint
+from jaxserve.checkpoints import describe_model
 from jaxserve.config import EngineConfig
 from jaxserve.core_client import start_core
 from jaxserve.core_messages import (
@@ -125,10 +125,9 @@ class Engine:
     def __init__(self, config: EngineConfig | None = None, *, progress: ProgressCallback | None = None, **fields: Any):
         self.config = replace(config or EngineConfig(), **fields)
         self._core = start_core(self.config)
-        checkpoint = open_checkpoint(self.config.model)
-        self.model_config = checkpoint.config
+        self.model_config, tokenizer_source = describe_model(self.config.model)
         self.model_name = self.config.served_model_name or Path(self.config.model).stem
-        self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer_source)
+        self.tokenizer = Tokenizer.from_source(tokenizer_source)
         self.device = self._await_ready(progress or (lambda what, fraction: None))
         self.max_context = self.device.max_context
         self._admission = Admission(self.model_name, self.model_config, self.tokenizer, self.max_context)

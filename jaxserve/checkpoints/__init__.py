@@ -10,7 +10,7 @@ from jaxserve.checkpoints.folder import NATIVE_DESCRIPTION as DESCRIPTION
 from jaxserve.checkpoints.gguf import open_gguf
 from jaxserve.checkpoints.huggingface import open_huggingface
 from jaxserve.checkpoints.parameters import Progress, load_params
-from jaxserve.checkpoints.tensors import CheckpointError
+from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Quantization
 from jaxserve.tokenizer_source import TokenizerSource
@@ -48,9 +48,20 @@ def load_model(
 
         progress("restoring weights", None)
         return LoadedModel(*load_orbax(path, dtype, quantization))
-    checkpoint = open_gguf(path) if path.suffix == ".gguf" and path.is_file() else open_huggingface(path)
+    checkpoint = _open(path)
     graphdef, params = load_params(checkpoint, dtype, quantization, progress)
     return LoadedModel(graphdef, params, checkpoint.config, checkpoint.tokenizer_source)
+
+
+def describe_model(path_or_name: str) -> tuple[ModelConfig, TokenizerSource]:
+    """A model's configuration and tokenizer, from its headers: no weights are read. Raises CheckpointError."""
+    path = _resolve(path_or_name)
+    if (path / DESCRIPTION).exists():
+        from jaxserve.checkpoints.orbax import describe_orbax
+
+        return describe_orbax(path)[:2]
+    checkpoint = _open(path)
+    return checkpoint.config, checkpoint.tokenizer_source
 
 
 def convert(
@@ -69,6 +80,10 @@ def convert(
     save_orbax(path, model.config, model.params, dtype, quantization, model.tokenizer_source)
 
 
+def _open(path: Path) -> Checkpoint:
+    return open_gguf(path) if path.suffix == ".gguf" and path.is_file() else open_huggingface(path)
+
+
 def _resolve(path_or_name: str) -> Path:
     path = registry.find(path_or_name) if path_or_name in registry.MODELS else Path(path_or_name).expanduser()
     if not path.exists():
@@ -79,4 +94,4 @@ def _resolve(path_or_name: str) -> Path:
     return path
 
 
-__all__ = ["CheckpointError", "LoadedModel", "convert", "load_model"]
+__all__ = ["CheckpointError", "LoadedModel", "convert", "describe_model", "load_model"]
