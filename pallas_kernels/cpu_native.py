@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import native_library
 from pallas_kernels.interface import Attended, check_operands, check_sizes
+from pallas_kernels.native_build import register
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class NativePagedAttention:
     """
 
     custom_call: str
-    """The name that `native_library.register` gave."""
+    """The name that `native_build.register` gave."""
     name: str = "cpu_native"
 
     @staticmethod
     def build() -> "NativePagedAttention":
-        """Raises `native_library.NativeBuildError` where the kernels cannot be built."""
-        return NativePagedAttention(native_library.register())
+        """Raises `native_build.NativeUnavailable` where the kernels cannot be built."""
+        return NativePagedAttention(register("JaxservePagedAttention"))
 
     def cache_shape(self, num_pages: int, page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
         """[num_pages, kv_heads, page_size, head_dim]."""

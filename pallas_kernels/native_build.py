@@ -6,11 +6,13 @@ hash of everything it depends on, so that a changed source, compiler, jaxlib or 
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -19,9 +21,12 @@ from pathlib import Path
 import jax
 import jaxlib
 
+log = logging.getLogger(__name__)
+
 SOURCES = Path(__file__).parent / "native"
-_COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
+COMPILERS = ("c++", "g++", "clang++")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-w")
+"""Contraction is off so that a product and a sum become one rounding only where the source says so."""
 _COMPILE_SECONDS = 120
 
 
@@ -59,29 +64,37 @@ def register(symbol: str, arch: str = "native") -> str:
     return target
 
 
-def build(arch: str = "native", folder: Path | None = None) -> Path:
+def build(arch: str = "native", folder: Path | None = None, compilers: Sequence[str] = COMPILERS) -> Path:
     """The shared object's path: from the cache, or compiled now. Raises NativeUnavailable with the compiler's words.
 
     Args:
         arch: as for `load`.
         folder: of the cache; None takes the user's.
+        compilers: names to look for, in order.
     """
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    compiler = next(filter(None, map(shutil.which, compilers)), None)
     if compiler is None:
-        raise NativeUnavailable(f"no C++ compiler found; looked for {', '.join(_COMPILERS)}")
+        raise NativeUnavailable(f"no C++ compiler found; looked for {', '.join(compilers)}")
     arm = platform.machine().lower() in ("aarch64", "arm64")
     command = [compiler, *_FLAGS, f"-mcpu={arch}" if arm else f"-march={arch}", f"-I{jax.ffi.include_dir()}"]
     folder = _cache_folder() if folder is None else folder
     library = folder / f"kernels-{_key(command)}.so"
     if not library.exists():
-        _compile(command, library)
+        started = time.monotonic()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _compile(command, library)
+        except OSError as error:
+            raise NativeUnavailable(f"{folder}: {error}") from error
+        log.info("built %s with %s in %.1f s", library.name, compiler, time.monotonic() - started)
     return library
 
 
 def _compile(command: Sequence[str], library: Path) -> None:
     """Compiles each source in a process of its own, links, and renames into place: another process may do the same."""
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        sources = sorted(SOURCES.glob("*.cc"))
+        # The longest first, so that the compilers end together.
+        sources = sorted(SOURCES.glob("*.cc"), key=lambda source: -source.stat().st_size)
         objects = [f"{scratch}/{source.stem}.o" for source in sources]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             jobs = [

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pallas_kernels.cpu_native import NativePagedAttention
 from pallas_kernels.interface import PagedAttention
-from pallas_kernels.native_library import NativeBuildError
+from pallas_kernels.native_build import NativeUnavailable
 from pallas_kernels.reference import ReferencePagedAttention
 from pallas_kernels.xla import XlaPagedAttention
 
@@ -39,7 +39,7 @@ def select(platform: Platform, implementation: str | None = None) -> PagedAttent
 
     Raises:
         ValueError: no such platform, or no such implementation for it; lists those there are.
-        NativeBuildError: `cpu_native` was asked for by name and cannot be built.
+        NativeUnavailable: `cpu_native` was asked for by name and cannot be built.
     """
     if platform not in IMPLEMENTATIONS:
         raise ValueError(f"no paged attention for platform {platform!r}; there are {', '.join(IMPLEMENTATIONS)}")
@@ -51,6 +51,6 @@ def select(platform: Platform, implementation: str | None = None) -> PagedAttent
     preferred, fallback, *_ = named
     try:
         return named[preferred]()
-    except NativeBuildError as error:
+    except NativeUnavailable as error:
         log.warning("attention %s instead of %s: %s", fallback, preferred, error)
         return named[fallback]()

@@ -1,6 +1,7 @@
 // x times a packed weight, as an XLA custom call: live rows only, split by panels over XLA's own threads.
 
 #include <atomic>
+#include <optional>
 #include <vector>
 
 #include "linear_rows.h"
@@ -22,9 +23,9 @@ struct Call {
   const char* x;
   RowForm form;
   const char* weight;
-  int64_t halves;  // 2 for SwiGLU: all panels of the gate, then of the up projection
-  int64_t panels;  // of a half
-  int64_t panel_stride;
+  int64_t halves;        // 2 for SwiGLU: all panels of the gate, then all of the up projection
+  int64_t panels;        // of a half
+  int64_t panel_stride;  // bytes
   int64_t blocks;
   Epilogue epilogue;
   char* out;
@@ -35,119 +36,223 @@ struct Call {
   int64_t live_rows() const { return live[0].count + live[1].count; }
 };
 
-const Tiles& tiles_for(Type weights) {
-  static const Tiles bfloat16 = bfloat16_tiles(), floats = float_tiles(), int8 = int8_tiles();
-  return weights == Type::kBfloat16 ? bfloat16 : weights == Type::kFloat ? floats : int8;
+// Memory of the calling thread, kept from call to call.
+template <int kPurpose>
+char* scratch(int64_t bytes) {
+  thread_local std::vector<char> memory;
+  if (static_cast<int64_t>(memory.size()) < bytes) memory.resize(bytes);
+  return memory.data();
 }
 
-class Product {
+// The pieces of a call: first rows are prepared, then multiplied by groups of panels, then dead rows zeroed.
+class Pieces {
  public:
-  Product(const Call& call, int64_t threads)
-      : call_(call), tiles_(tiles_for(call.form.weights)), threads_(threads), identity_(call.form.is_identity()) {
-    const int64_t rows = call.live_rows();
-    groups_ = (call.panels + kMaxPanels - 1) / kMaxPanels;
-    // Enough pieces to go round evenly, but rows enough in each to be worth the reading of the weights.
+  Pieces(const Call& call, const Tiles& tiles, int64_t threads)
+      : call_(call),
+        tiles_(tiles),
+        threads_(threads),
+        rows_(call.live_rows()),
+        identity_(call.form.is_identity()),
+        groups_((call.panels + kMaxPanels - 1) / kMaxPanels),
+        dead_pieces_(std::min(threads, call.tokens - rows_)) {
+    // Pieces enough to go round evenly, with rows enough in each to be worth the reading of the weights.
     const int64_t wanted = (4 * threads + groups_ - 1) / groups_;
-    chunk_ = std::max<int64_t>(kChunkRows, (rows + wanted - 1) / wanted);
-    chunk_ = std::min((chunk_ + kMaxRows - 1) / kMaxRows * kMaxRows, kMostChunkRows);
-    chunks_ = (rows + chunk_ - 1) / chunk_;
-    if (!identity_) {
-      preparations_ = std::min((rows + kMaxRows - 1) / kMaxRows, 2 * threads);
-      prepared_ = scratch(rows * call.form.stride + rows * sizeof(float));
-      scales_ = reinterpret_cast<float*>(prepared_ + rows * call.form.stride);
-    }
+    const int64_t rows = std::clamp<int64_t>((rows_ + wanted - 1) / wanted, kLeastChunk, kMostChunk);
+    chunk_ = (rows + kMaxRows - 1) / kMaxRows * kMaxRows;
+    chunks_ = (rows_ + chunk_ - 1) / chunk_;
+    if (identity_) return;
+    preparations_ = std::min((rows_ + 1) / 2, 2 * threads);
+    prepared_ = scratch<0>(rows_ * (call.form.stride + sizeof(float)));
+    scales_ = reinterpret_cast<float*>(prepared_ + rows_ * call.form.stride);
   }
 
-  int64_t pieces() const { return preparations_ + chunks_ * groups_ + 1; }
+  int64_t count() const { return preparations_ + chunks_ * groups_ + dead_pieces_; }
 
-  void run(int64_t piece) {
+  void operator()(int64_t piece) {
     if (piece < preparations_) return prepare(piece);
+    piece -= preparations_;
+    if (piece >= chunks_ * groups_) return zero_dead_rows(piece - chunks_ * groups_);
     // Pieces are taken in order: all of the preparation is in the hands of threads that run.
     while (done_.load(std::memory_order_acquire) < preparations_) cpu_relax();
-    piece -= preparations_;
-    if (piece == chunks_ * groups_) return zero_dead_rows();
     multiply(piece / groups_ * chunk_, piece % groups_);
   }
 
  private:
-  static constexpr int64_t kChunkRows = 64;
-  static constexpr int64_t kMostChunkRows = 256;
+  static constexpr int64_t kLeastChunk = 64;
+  static constexpr int64_t kMostChunk = 256;
 
-  // Memory of the calling thread, kept from call to call.
-  static char* scratch(int64_t bytes) {
-    thread_local std::vector<char> memory;
-    if (static_cast<int64_t>(memory.size()) < bytes) memory.resize(bytes);
-    return memory.data();
+  // The token of a live row.
+  int64_t token(int64_t row) const {
+    const LiveRange& range = call_.live[row >= call_.live[1].first];
+    return range.begin + row - range.first;
   }
 
   void prepare(int64_t piece) {
-    const int64_t rows = call_.live_rows();
-    std::vector<float> work((call_.form.size + kPanel - 1) / kPanel * kPanel);
+    float* work = reinterpret_cast<float*>(scratch<1>((call_.form.size + kPanel) * sizeof(float)));
     const int64_t row_bytes = call_.form.size * size_of(call_.form.type);
-    for (int64_t row = piece * rows / preparations_; row < (piece + 1) * rows / preparations_; ++row) {
-      const LiveRange& range = call_.live[row >= call_.live[1].first];
-      const char* x = call_.x + (range.begin + row - range.first) * row_bytes;
-      scales_[row] = prepare_row(call_.form, x, prepared_ + row * call_.form.stride, work.data());
+    for (int64_t row = piece * rows_ / preparations_; row < (piece + 1) * rows_ / preparations_; ++row) {
+      char* to = prepared_ + row * call_.form.stride;
+      scales_[row] = prepare_row(call_.form, call_.x + token(row) * row_bytes, to, work);
     }
     done_.fetch_add(1, std::memory_order_release);
   }
 
-  // The rows of a chunk times the panels of a group.
-  void multiply(int64_t chunk_begin, int64_t group) {
-    const int64_t panel = group * kMaxPanels, count = std::min<int64_t>(kMaxPanels, call_.panels - panel);
-    const int64_t chunk_end = std::min(chunk_begin + chunk_, call_.live_rows());
-    const int64_t passes = (chunk_end - chunk_begin + kMaxRows - 1) / kMaxRows;
+  // The rows of a chunk, from `begin`, times the panels of a group.
+  void multiply(int64_t begin, int64_t group) {
+    const int64_t chunk_end = std::min(begin + chunk_, rows_);
+    const int64_t panel = group * kMaxPanels, panels = std::min<int64_t>(kMaxPanels, call_.panels - panel);
+    const int64_t next = std::min(group + threads_, groups_ - 1) * kMaxPanels;
+    // The group that this thread will probably take next is fetched during all passes but the first.
+    const int64_t passes = (chunk_end - begin + kMaxRows - 1) / kMaxRows;
+    const int64_t share = kMaxPanels * kBlockBytes / std::max<int64_t>(1, passes - 1);
     TileArguments arguments;
     arguments.row_stride = call_.form.stride;
     arguments.panel_stride = call_.panel_stride;
     arguments.blocks = call_.blocks;
-    // The group that this thread will probably take next.
-    const int64_t next = std::min(group + threads_, groups_ - 1) * kMaxPanels;
-    const int64_t step = std::min<int64_t>(kMaxPanels * kBlockBytes / std::max<int64_t>(1, passes - 1), 2 * kBlockBytes);
+    arguments.prefetch_step = std::min<int64_t>(share, 2 * kBlockBytes);
     int64_t fetched = 0;
-    alignas(64) char sums[2 * kMaxRows * kMaxPanels * kPanel * 4];
-    for (const LiveRange& range : call_.live) {
-      const int64_t end = std::min(chunk_end, range.first + range.count);
-      for (int64_t row = std::max(chunk_begin, range.first), rows; row < end; row += rows) {
-        rows = std::min<int64_t>(kMaxRows, end - row);
-        const int64_t token = range.begin + row - range.first;
-        arguments.x = identity_ ? call_.x + token * call_.form.stride : prepared_ + row * call_.form.stride;
-        arguments.prefetch_step = step;
-        for (int64_t half = 0; half < call_.halves; ++half) {
-          const char* weight = call_.weight + half * call_.panels * call_.panel_stride;
-          arguments.prefetch = weight + next * call_.panel_stride + fetched;
-          multiply_tile(arguments, rows, weight + panel * call_.panel_stride, count,
-                        sums + half * (sizeof sums / 2));
-        }
-        if (passes > 1) fetched += step * call_.blocks;
-        for (int64_t i = 0; i < rows; ++i) finish_row(token + i, row + i, sums, i, panel, count);
+    alignas(64) char sums[2][kTileBytes];
+    for (int64_t row = begin, rows; row < chunk_end; row += rows) {
+      const int64_t range_end = row < call_.live[1].first ? call_.live[1].first : rows_;
+      rows = std::min<int64_t>(kMaxRows, std::min(range_end, chunk_end) - row);
+      arguments.x = identity_ ? call_.x + token(row) * call_.form.stride : prepared_ + row * call_.form.stride;
+      for (int64_t half = 0; half < call_.halves; ++half) {
+        const char* weight = call_.weight + half * call_.panels * call_.panel_stride;
+        arguments.prefetch = weight + next * call_.panel_stride + fetched;
+        arguments.panels = weight + panel * call_.panel_stride;
+        multiply_tile(arguments, rows, panels, sums[half]);
       }
+      fetched += row == begin ? 0 : arguments.prefetch_step * call_.blocks;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t p = 0; p < panels; ++p) {
+          const int64_t at = (p * rows + i) * kPanel * 4;
+          finish(row + i, panel + p, sums[0] + at, sums[1] + at);
+        }
     }
   }
 
-  // Leaves sums as [panel of the group][row][16] where the group is narrower than the widest tile, else [row][panel][16].
-  void multiply_tile(TileArguments& arguments, int64_t rows, const char* panels, int64_t count, char* sums) {
-    arguments.panels = panels;
+  void multiply_tile(TileArguments arguments, int64_t rows, int64_t panels, char* sums) const {
     arguments.out = sums;
-    if (count == kMaxPanels) return tiles_.wide[rows - 1](arguments);
-    for (int64_t i = 0; i < count; ++i) {
+    if (panels == kMaxPanels) return tiles_.wide[rows - 1](arguments);
+    for (int64_t p = 0; p < panels; ++p) {
       tiles_.narrow[rows - 1](arguments);
       arguments.panels += call_.panel_stride;
       arguments.out = static_cast<char*>(arguments.out) + rows * kPanel * 4;
     }
   }
 
-  void finish_row(int64_t token, int64_t row, const char* sums, int64_t row_of_tile, int64_t panel, int64_t count);
-  void zero_dead_rows();
+  // Writes 16 outputs of a row, or what there is of them.
+  void finish(int64_t row, int64_t panel, const char* sums, const char* up_sums) const {
+    const Epilogue& epilogue = call_.epilogue;
+    const int64_t column = panel * kPanel, count = std::min<int64_t>(kPanel, call_.size_out - column);
+    const float scale = identity_ ? 1.0f : scales_[row];
+    const int64_t at = (token(row) * call_.size_out + column) * size_of(epilogue.type);
+    Lanes lanes = scaled(epilogue, sums, scale, column, count);
+    if (call_.halves == 2) lanes = swiglu(lanes, scaled(epilogue, up_sums, scale, call_.size_out + column, count));
+    if (epilogue.residual) {
+      const Lanes residual = load_lanes(epilogue.residual + at, epilogue.type, count);
+      for (int v = 0; v < kVectors; ++v) lanes.at[v] += residual.at[v];
+    }
+    store_lanes(call_.out + at, epilogue.type, lanes, count);
+  }
+
+  void zero_dead_rows(int64_t piece) const {
+    const int64_t row_bytes = call_.size_out * size_of(call_.epilogue.type);
+    const int64_t gap_begin = call_.live[0].count, gap = call_.live[1].begin - gap_begin;
+    const int64_t dead = call_.tokens - rows_;
+    for (int64_t i = piece * dead / dead_pieces_; i < (piece + 1) * dead / dead_pieces_; ++i)
+      std::memset(call_.out + (i < gap ? gap_begin + i : rows_ + i) * row_bytes, 0, row_bytes);
+  }
+
+  static constexpr int kTileBytes = kMaxRows * kMaxPanels * kPanel * 4;
 
   const Call& call_;
   const Tiles& tiles_;
   const int64_t threads_;
+  const int64_t rows_;
   const bool identity_;
-  int64_t groups_, chunk_, chunks_, preparations_ = 0;
+  const int64_t groups_;
+  const int64_t dead_pieces_;
+  int64_t chunk_, chunks_;
+  int64_t preparations_ = 0;
   char* prepared_ = nullptr;
   float* scales_ = nullptr;
   std::atomic<int64_t> done_{0};
 };
+
+std::optional<Type> type_of(ffi::AnyBuffer buffer) {
+  switch (buffer.element_type()) {
+    case ffi::BF16:
+      return Type::kBfloat16;
+    case ffi::F32:
+      return Type::kFloat;
+    case ffi::S8:
+      return Type::kInt8;
+    default:
+      return std::nullopt;
+  }
 }
+
+// Bits of `present`: the optional operands, in this order after x and weight.
+enum Operand { kScale = 1, kBias = 2, kResidual = 4, kNorm = 8, kLive = 16 };
+
+// The rows that count, [0, live[0]) and [leading, leading + live[1]); all without `live`.
+void set_live_rows(Call& call, const int32_t* live, int64_t leading) {
+  const auto within = [](int64_t value, int64_t limit) { return std::clamp<int64_t>(value, 0, limit); };
+  const int64_t first = live ? within(live[0], leading) : call.tokens;
+  const int64_t second = live ? within(live[1], call.tokens - leading) : 0;
+  call.live[0] = {0, first, 0};
+  call.live[1] = {live ? leading : call.tokens, second, first};
 }
+
+ffi::Error linear(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out, int64_t present,
+                  int64_t leading_rows, float epsilon) {
+  size_t next = 0;
+  const auto take = [&] { return operands.get<ffi::AnyBuffer>(next++).value(); };
+  const auto take_if = [&](Operand operand) {
+    return present & operand ? static_cast<const char*>(take().untyped_data()) : nullptr;
+  };
+  const ffi::AnyBuffer x = take(), weight = take();
+  const auto type = type_of(x), weights = type_of(weight), out_type = type_of(*out);
+  const auto shape = weight.dimensions();
+  const bool gated = shape.size() == 5;
+  if (!type || !weights || !out_type || (!gated && shape.size() != 4) || (weights != Type::kInt8 && weights != type))
+    return ffi::Error::InvalidArgument("linear: operands of a type or rank that it does not know");
+  Call call;
+  const char* scale = take_if(kScale);
+  const char* bias = take_if(kBias);
+  call.epilogue = {*weights, reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(bias),
+                   take_if(kResidual), *out_type};
+  const char* norm = take_if(kNorm);
+  const char* live = take_if(kLive);
+  call.x = static_cast<const char*>(x.untyped_data());
+  call.out = static_cast<char*>(out->untyped_data());
+  call.weight = static_cast<const char*>(weight.untyped_data());
+  call.tokens = x.dimensions()[0];
+  call.size_out = out->dimensions()[1];
+  call.halves = gated ? 2 : 1;
+  call.panels = shape[gated];
+  call.panel_stride = shape[gated + 1] * kBlockBytes;
+  call.blocks = shape[gated + 1] - (weights == Type::kInt8 ? 1 : 0);
+  call.form = {*type,  *weights, x.dimensions()[1], call.blocks * kRowBlockBytes, reinterpret_cast<const float*>(norm),
+               epsilon, int8_offset()};
+  set_live_rows(call, reinterpret_cast<const int32_t*>(live), leading_rows);
+  static const Tiles bfloat16 = bfloat16_tiles(), floats = float_tiles(), int8 = int8_tiles();
+  const Tiles& tiles = weights == Type::kBfloat16 ? bfloat16 : weights == Type::kFloat ? floats : int8;
+  const int64_t threads = pool.num_threads();
+  Pieces pieces(call, tiles, threads);
+  parallel_for(pool, pieces.count(), threads, pieces);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxserve
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxserveLinear, jaxserve::linear,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("present")
+                                  .Attr<int64_t>("leading_rows")
+                                  .Attr<float>("epsilon"));

@@ -129,7 +129,7 @@ struct Epilogue {
 };
 
 // 16 sums of a row to floats, `column` being that of the first, of which `count` exist.
-inline Lanes finish(const Epilogue& epilogue, const char* sums, float row_scale, int64_t column, int64_t count) {
+inline Lanes scaled(const Epilogue& epilogue, const char* sums, float row_scale, int64_t column, int64_t count) {
   Lanes lanes = load_lanes(sums, Type::kFloat);
   if (epilogue.weights == Type::kInt8) {
     const Lanes scale = load_lanes(reinterpret_cast<const char*>(epilogue.scale + column), Type::kFloat, count);

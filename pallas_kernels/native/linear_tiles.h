@@ -37,7 +37,7 @@ inline T load_as(const void* from) {
   return value;
 }
 
-// What a tile reads and writes. Strides are in bytes; out is [rows][panels][16], float or int32.
+// What a tile reads and writes. Strides are in bytes; out is [panels][rows][16], float or int32.
 struct TileArguments {
   const char* x;
   int64_t row_stride;
@@ -107,7 +107,10 @@ void tile(const TileArguments& arguments) {
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) std::memcpy(out + (row * kCount + i) * sizeof(Vector), &sums[row][i], sizeof(Vector));
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t at = (i / kVectors * kRows + row) * kVectors + i % kVectors;
+      std::memcpy(out + at * sizeof(Vector), &sums[row][i], sizeof(Vector));
+    }
   }
 }
 

@@ -23,14 +23,14 @@ inline void cpu_relax() {
 // This thread waits only for pieces that a running thread has taken: were every thread of the pool busy, or waiting
 // here itself, this one would do all the pieces. A late thread finds none and leaves; the state outlives it.
 template <typename Work>
-void parallel_for(xla::ffi::ThreadPool& pool, int64_t pieces, int64_t max_threads, const Work& work) {
+void parallel_for(xla::ffi::ThreadPool& pool, int64_t pieces, int64_t max_threads, Work& work) {
   const int64_t helpers = std::min({pieces, max_threads, pool.num_threads()}) - 1;
   if (helpers <= 0) {
     for (int64_t piece = 0; piece < pieces; ++piece) work(piece);
     return;
   }
   struct State {
-    const Work* work;
+    Work* work;
     int64_t pieces;
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> done{0};

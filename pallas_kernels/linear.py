@@ -1,0 +1,139 @@
+"""Products with packed weights on CPU: a C++ kernel for what XLA does by repacking the weights at each call.
+
+A packed weight is [panel, block, 16, 4 // itemsize]: 16 outputs side by side, and of each the inputs that fill 4 bytes;
+sizes are rounded up with zeros. int8 begins each panel with one more block, the outputs' sums as int32. A gated weight
+has a first axis of 2. A row's result does not depend, to the bit, on the other rows, their number or the threads.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32, Num
+
+from pallas_kernels.native_build import NativeUnavailable, register
+
+PANEL = 16
+"""Outputs of a panel."""
+_BLOCK_BYTES = 4
+_SYMBOL = "JaxserveLinear"
+_TYPES = (jnp.bfloat16, jnp.float32, jnp.int8)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LiveRows:
+    """Rows [0, counts[0]) and [leading, leading + counts[1]) of a call; the others cost nothing and become zeros."""
+
+    counts: Int32[Array, " 2"]
+    leading: int = field(metadata={"static": True})
+    """Rows that the first count is of: a step's decode rows, before its chunk."""
+
+
+def available(arch: str = "native") -> bool:
+    """Whether the kernel can be built here; compiles it the first time."""
+    try:
+        register(_SYMBOL, arch)
+    except NativeUnavailable:
+        return False
+    return True
+
+
+def packed_shape(size_out: int, size_in: int, dtype: jnp.dtype, *, gated: bool = False) -> tuple[int, ...]:
+    """Shape of the packed form of a weight [out, in], or of [2 * out, in] where gated (size_out is then out)."""
+    itemsize = jnp.dtype(dtype).itemsize
+    blocks = -(-size_in * itemsize // _BLOCK_BYTES) + (1 if itemsize == 1 else 0)
+    shape = (-(-size_out // PANEL), blocks, PANEL, _BLOCK_BYTES // itemsize)
+    return (2, *shape) if gated else shape
+
+
+def pack(weight: Num[Array, "out in"], *, gated: bool = False) -> Num[Array, "*half panel block 16 pack"]:
+    """The packed form of a bfloat16, float32 or int8 weight. Gated: the upper half of the outputs is the gate's."""
+    if weight.dtype not in _TYPES:
+        raise ValueError(f"a packed weight is bfloat16, float32 or int8, not {weight.dtype}")
+    if gated:
+        size = weight.shape[0] // 2
+        return jnp.stack([pack(weight[:size]), pack(weight[size:])])
+    size_out, size_in = weight.shape
+    panels, _, _, per_block = packed_shape(size_out, size_in, weight.dtype)
+    blocks = -(-size_in // per_block)
+    padded = jnp.pad(weight, ((0, panels * PANEL - size_out), (0, blocks * per_block - size_in)))
+    # Moved as whole blocks of 4 bytes.
+    words = padded.reshape(panels, PANEL, blocks, per_block)
+    if per_block > 1:
+        words = lax.bitcast_convert_type(words, jnp.int32)
+    else:
+        words = words[..., 0]
+    words = words.swapaxes(1, 2)
+    if weight.dtype == jnp.int8:
+        sums = jnp.sum(padded.astype(jnp.int32), axis=1).reshape(panels, 1, PANEL)
+        words = jnp.concatenate([sums, words], axis=1)
+    return lax.bitcast_convert_type(words, weight.dtype) if per_block > 1 else words[..., None]
+
+
+def unpack(packed: Num[Array, "*half panel block 16 pack"], size_out: int, size_in: int) -> Num[Array, "out in"]:
+    """The inverse of `pack`; size_out is the number of rows of what is returned."""
+    if packed.ndim == 5:
+        return jnp.concatenate([unpack(half, size_out // 2, size_in) for half in packed])
+    blocks = packed[:, 1:] if packed.dtype == jnp.int8 else packed
+    return blocks.swapaxes(1, 2).reshape(packed.shape[0] * PANEL, -1)[:size_out, :size_in]
+
+
+def rows(packed: Num[Array, "panel block 16 pack"], ids: Int32[Array, " token"], size_in: int) -> Num[Array, "token in"]:
+    """Rows `ids` of the weight that was packed: an embedding that shares its memory with the lm head."""
+    blocks = packed[:, 1:] if packed.dtype == jnp.int8 else packed
+    return blocks[ids // PANEL, :, ids % PANEL].reshape(ids.shape[0], -1)[:, :size_in]
+
+
+def linear(
+    x: Float[Array, "token in"],
+    packed: Num[Array, "*half panel block 16 pack"],
+    size_out: int,
+    *,
+    scale: Float32[Array, " outputs"] | None = None,
+    bias: Float32[Array, " outputs"] | None = None,
+    residual: Float[Array, "token out"] | None = None,
+    norm: Float32[Array, " in"] | None = None,
+    epsilon: float = 0.0,
+    live: LiveRows | None = None,
+    dtype: jnp.dtype | None = None,
+    arch: str = "native",
+) -> Float[Array, "token out"]:
+    """x times the packed weight: residual + (x @ weight.T * scale + bias), summed in float32 (int8: exactly, in int32).
+
+    Args:
+        x: bfloat16 or float32, the type of the weight unless that is int8; x is then quantized by row.
+        packed: as `pack` gives it. A gated one gives silu(x @ gate.T) * (x @ up.T).
+        size_out: outputs of the result.
+        scale: of each output of an int8 weight.
+        residual: added to the result; of its dtype.
+        norm: weight of an RMS norm of x, with `epsilon`, rounded to x's dtype.
+        live: rows worth computing; None takes all.
+        dtype: of the result; None takes that of x.
+        arch: the processor that the kernel is compiled for, as in `native_build.load`.
+
+    Raises NativeUnavailable where it cannot be built, ValueError for operands that do not fit.
+    """
+    dtype = jnp.dtype(dtype or x.dtype)
+    gated = packed.ndim == 5
+    expected = packed_shape(size_out, x.shape[1], packed.dtype, gated=gated)
+    if packed.shape != expected:
+        raise ValueError(f"a weight for {x.shape[1]} inputs and {size_out} outputs is {expected}, got {packed.shape}")
+    if (packed.dtype == jnp.int8) != (scale is not None):
+        raise ValueError("int8 weights, and no others, have a scale")
+    if packed.dtype not in (jnp.int8, x.dtype):
+        raise ValueError(f"x is {x.dtype}, the weight {packed.dtype}")
+    if residual is not None and (residual.dtype, residual.shape) != (dtype, (x.shape[0], size_out)):
+        raise ValueError(f"the residual must be {dtype}[{x.shape[0]}, {size_out}], got {residual.dtype}{residual.shape}")
+    optional = (scale, bias, residual, norm, None if live is None else live.counts)
+    call = jax.ffi.ffi_call(register(_SYMBOL, arch), jax.ShapeDtypeStruct((x.shape[0], size_out), dtype))
+    return call(
+        x,
+        packed,
+        *(operand for operand in optional if operand is not None),
+        present=np.int64(sum(1 << bit for bit, operand in enumerate(optional) if operand is not None)),
+        leading_rows=np.int64(0 if live is None else live.leading),
+        epsilon=np.float32(epsilon),
+    )
