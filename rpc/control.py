@@ -138,12 +138,12 @@ def _tokenize(engine: ServedEngine, request: pb.TokenizeRequest) -> list[int]:
     kind = request.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequest("prompt", "one of text and messages must be set")
-    if kind == "text":
-        return engine.tokenizer.encode(request.text)
     try:
-        return engine.tokenizer.encode_chat(list(messages_from_proto(request.messages)))
+        if kind == "text":
+            return engine.tokenizer.encode(request.text)
+        return engine.tokenizer.encode_chat(messages_from_proto(request.messages))
     except ValueError as error:
-        raise InvalidRequest("messages", str(error)) from error
+        raise InvalidRequest(kind, str(error)) from error
 
 
 def _detokenize(engine: ServedEngine, request: pb.DetokenizeRequest) -> str:

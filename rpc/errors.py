@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import grpc
 import grpc.aio
@@ -141,13 +141,11 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception, request: Me
     raise AssertionError("abort returned")
 
 
-def answered[Servicer, Request: Message, Response](
-    handler: Callable[[Servicer, Request, grpc.aio.ServicerContext], Awaitable[Response]],
-) -> Callable[[Servicer, Request, grpc.aio.ServicerContext], Awaitable[Response]]:
-    """Makes a handler end its call with the status of what it raises."""
+def answered[Handler: Callable[..., Awaitable[object]]](handler: Handler) -> Handler:
+    """Makes a servicer's method end its call with the status of what it raises."""
 
     @functools.wraps(handler)
-    async def respond(self: Servicer, request: Request, context: grpc.aio.ServicerContext) -> Response:
+    async def respond(self: object, request: Message, context: grpc.aio.ServicerContext) -> object:
         try:
             return await handler(self, request, context)
         except grpc.aio.BaseError:
@@ -155,7 +153,7 @@ def answered[Servicer, Request: Message, Response](
         except Exception as error:
             await abort(context, error, request)
 
-    return respond
+    return cast(Handler, respond)
 
 
 def _details[M: Message](trailing_metadata: Iterable[tuple[str, str | bytes]], kind: type[M]) -> list[M]:

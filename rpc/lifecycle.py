@@ -3,8 +3,7 @@
 import logging
 from enum import StrEnum
 
-from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1 import health, health_pb2
 
 from jaxserve.request import EngineUnavailable
 from rpc.served_engine import ServedEngine
@@ -44,7 +43,7 @@ class Lifecycle:
 
     def __init__(self, services: tuple[str, ...]):
         """`services`: full names of the services whose health is reported, besides "" for the whole server."""
-        self.health = health_aio.HealthServicer()
+        self.health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self.state = State.LOADING
         self.engine: ServedEngine | None = None
         self._services = ("", *services)

@@ -1,13 +1,15 @@
 """Requests whose bytes do not parse, answered as bad requests."""
 
 from collections.abc import Awaitable, Callable
-from typing import NoReturn
+from typing import cast
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from rpc.errors import Failure
+
+_Method = Callable[[Message, grpc.aio.ServicerContext], Awaitable[Message | None]]
 
 
 class _Malformed:
@@ -25,11 +27,11 @@ class MalformedRequests(grpc.aio.ServerInterceptor):
         self._prefix = prefix
         self._guarded: dict[str, grpc.RpcMethodHandler] = {}
 
-    async def intercept_service(
+    async def intercept_service(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> grpc.RpcMethodHandler | None:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None or not method.startswith(self._prefix):
@@ -40,7 +42,9 @@ class MalformedRequests(grpc.aio.ServerInterceptor):
 
 
 def _guard(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-    parse = handler.request_deserializer
+    """The same method, for a handler without a stream of requests, that is also told of bytes that do not parse."""
+    parse = cast(Callable[[bytes], Message], handler.request_deserializer)
+    inner = cast(_Method, handler.unary_stream if handler.response_streaming else handler.unary_unary)
 
     def deserialize(data: bytes) -> Message | _Malformed:
         try:
@@ -48,20 +52,12 @@ def _guard(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         except DecodeError as error:
             return _Malformed(error)
 
-    async def answer(malformed: _Malformed, context: grpc.aio.ServicerContext) -> NoReturn:
-        failure = Failure(
-            grpc.StatusCode.INVALID_ARGUMENT, f"the request is malformed: {malformed.error}", "MALFORMED_REQUEST"
-        )
-        await context.abort(failure.code, failure.message, failure.trailing_metadata())
-
-    inner = handler.unary_stream if handler.response_streaming else handler.unary_unary
-
     async def respond(request: Message | _Malformed, context: grpc.aio.ServicerContext) -> Message | None:
         if isinstance(request, _Malformed):
-            await answer(request, context)
+            message = f"the request is malformed: {request.error}"
+            failure = Failure(grpc.StatusCode.INVALID_ARGUMENT, message, "MALFORMED_REQUEST")
+            await context.abort(failure.code, failure.message, failure.trailing_metadata())
         return await inner(request, context)
 
-    build = (
-        grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-    )
-    return build(respond, request_deserializer=deserialize, response_serializer=handler.response_serializer)
+    build = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+    return build(respond, request_deserializer=deserialize, response_serializer=handler.response_serializer)  # pyright: ignore[reportArgumentType]

@@ -42,7 +42,7 @@ class OpenCalls:
         call = OpenCall(request_id)
         self._calls.add(call)
         self._idle.clear()
-        context.add_done_callback(lambda _: self._close(call))
+        context.add_done_callback(lambda _: self._close(call))  # pyright: ignore[reportArgumentType]
         return call
 
     def _close(self, call: OpenCall) -> None:

@@ -3,7 +3,7 @@
 Stated as protocols so that importing a server or a client loads neither JAX nor a model.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from jaxserve.config import EngineConfig
@@ -26,14 +26,16 @@ class TextTokenizer(Protocol):
     """Text to token ids and back."""
 
     def encode(self, text: str) -> list[int]:
-        """As a raw prompt is tokenized, the model's own special tokens included."""
+        """As a raw prompt is tokenized, the model's own special tokens included. Raises ValueError."""
         ...
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
         """A conversation in the model's template. Raises ValueError where it cannot be rendered."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        ...
 
 
 class Device(Protocol):

@@ -1,6 +1,6 @@
 """The gRPC server: a port that answers from the first moment, and a process that leaves in good order.
 
-    listen, health NOT_SERVING -> load the engine in a thread -> SERVING -> signal -> NOT_SERVING, drain -> stop, exit
+listen, health NOT_SERVING -> load the engine in a thread -> SERVING -> signal -> NOT_SERVING, drain -> stop, exit
 """
 
 import asyncio
@@ -96,6 +96,8 @@ class ServerConfig:
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_time_ms", round(self.keepalive_interval * 1000)),
             ("grpc.keepalive_timeout_ms", round(self.keepalive_timeout * 1000)),
+            # Of every ping; gRPC waits a minute else, and then closes the connection.
+            ("grpc.http2.ping_timeout_ms", round(self.keepalive_timeout * 1000)),
             ("grpc.http2.max_pings_without_data", 0),
             # What clients may send: a ping every 10 s, and only while a call is open.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -113,7 +115,7 @@ class Server:
         self.lifecycle = Lifecycle(SERVICES)
         self.calls = OpenCalls(config.stall_limit)
         self._report = report
-        self._tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="jaxserve-tokenize")
+        self._tokenizing = ThreadPoolExecutor(max_workers=8, thread_name_prefix="jaxserve-tokenize")
         self._hurry = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._began = time.monotonic()

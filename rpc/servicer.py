@@ -121,8 +121,8 @@ def _is_quick(request: Request) -> bool:
     """Whether submitting takes no longer than an event loop may be held."""
     if request.token_ids is not None:
         return len(request.token_ids) <= INLINE_TOKENS
-    characters = len(request.prompt or "") + sum(len(message["content"]) for message in request.messages or ())
-    return characters <= INLINE_CHARACTERS
+    # A chat template is rendered in a process of its own, which may take its time.
+    return request.prompt is not None and len(request.prompt) <= INLINE_CHARACTERS
 
 
 def _cancel_unwanted(submitted: asyncio.Future[EventStream]) -> None:

@@ -80,7 +80,7 @@ class AsyncClient:
             self._channel = grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
         self._inference = jaxserve_pb2_grpc.InferenceStub(self._channel)
         self._control = jaxserve_pb2_grpc.ControlStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._check = health_pb2_grpc.HealthStub(self._channel).Check  # pyright: ignore[reportAttributeAccessIssue]
 
     async def __aenter__(self) -> Self:
         return self
@@ -104,14 +104,12 @@ class AsyncClient:
         """Whether there is a server and it takes requests now."""
         try:
             with mapped_errors():
-                answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=5.0)
+                answer = await self._check(health_pb2.HealthCheckRequest(), timeout=5.0)
         except (EngineUnavailable, TimeoutError):
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
-    def generate(
-        self, prompt: Prompt, *, timeout: float | None = None, **fields: object
-    ) -> AsyncGeneration:
+    def generate(self, prompt: Prompt, *, timeout: float | None = None, **fields: object) -> AsyncGeneration:
         """Starts a request; iterate over what is returned. Nothing is sent before the event loop runs.
 
         Args:
@@ -128,9 +126,7 @@ class AsyncClient:
         """As `generate`, for a conversation in the model's chat template."""
         return self.generate({"messages": messages}, timeout=timeout, **fields)
 
-    async def generate_once(
-        self, prompt: Prompt, *, timeout: float | None = None, **fields: object
-    ) -> Completion:
+    async def generate_once(self, prompt: Prompt, *, timeout: float | None = None, **fields: object) -> Completion:
         """As `generate`, with the whole sequence in one answer."""
         message, limit = prepare(prompt, fields, timeout)
         with mapped_errors():

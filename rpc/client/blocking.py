@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -29,7 +29,7 @@ from rpc.v1 import jaxserve_pb2_grpc
 class Generation(Ending):
     """The deltas of one request. Iterate once, or call `text()`; leaving the loop cancels the request."""
 
-    def __init__(self, call: "grpc.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]", request_id: str):
+    def __init__(self, call: grpc.Call, request_id: str):
         super().__init__(request_id)
         self._call = call
         self._cancelled = False
@@ -38,7 +38,7 @@ class Generation(Ending):
         """Everything the server sends: Started, Deltas, Finished."""
         try:
             with mapped_errors():
-                for response in self._call:
+                for response in cast(Iterator[pb.GenerateResponse], self._call):
                     event = event_from_proto(response)
                     self.note(event)
                     if event is not None:
@@ -74,7 +74,7 @@ class Client:
             self._channel = grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
         self._inference = jaxserve_pb2_grpc.InferenceStub(self._channel)
         self._control = jaxserve_pb2_grpc.ControlStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._check = health_pb2_grpc.HealthStub(self._channel).Check  # pyright: ignore[reportAttributeAccessIssue]
 
     def __enter__(self) -> Self:
         return self
@@ -100,14 +100,12 @@ class Client:
         """Whether there is a server and it takes requests now."""
         try:
             with mapped_errors():
-                answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=5.0)
+                answer = self._check(health_pb2.HealthCheckRequest(), timeout=5.0)
         except (EngineUnavailable, TimeoutError):
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
-    def generate(
-        self, prompt: Prompt, *, timeout: float | None = None, **fields: object
-    ) -> Generation:
+    def generate(self, prompt: Prompt, *, timeout: float | None = None, **fields: object) -> Generation:
         """Starts a request; iterate over what is returned.
 
         Args:
@@ -118,15 +116,11 @@ class Client:
         message, limit = prepare(prompt, fields, timeout)
         return Generation(self._inference.Generate(message, timeout=limit), message.request_id)
 
-    def chat(
-        self, messages: Sequence[ChatMessage], *, timeout: float | None = None, **fields: object
-    ) -> Generation:
+    def chat(self, messages: Sequence[ChatMessage], *, timeout: float | None = None, **fields: object) -> Generation:
         """As `generate`, for a conversation in the model's chat template."""
         return self.generate({"messages": messages}, timeout=timeout, **fields)
 
-    def generate_once(
-        self, prompt: Prompt, *, timeout: float | None = None, **fields: object
-    ) -> Completion:
+    def generate_once(self, prompt: Prompt, *, timeout: float | None = None, **fields: object) -> Completion:
         """As `generate`, with the whole sequence in one answer."""
         message, limit = prepare(prompt, fields, timeout)
         with mapped_errors():

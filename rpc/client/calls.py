@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -31,6 +32,7 @@ CHANNEL_OPTIONS = [
     # A server that vanishes is noticed while a call is open.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     # One that is still starting is found soon after it listens.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -67,10 +69,12 @@ def mapped_errors() -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        raise error_of(error.code(), error.details() or "", tuple(error.trailing_metadata())) from error
+        metadata = [(key, value) for key, value in error.trailing_metadata()]
+        raise error_of(error.code(), error.details() or "", metadata) from error
     except grpc.RpcError as error:
-        # What a synchronous call raises is the call itself.
-        raise error_of(error.code(), error.details() or "", tuple(error.trailing_metadata() or ())) from error  # pyright: ignore[reportAttributeAccessIssue]
+        call = cast(grpc.Call, error)  # what a synchronous call raises is the call itself
+        metadata = [(key, value) for key, value in call.trailing_metadata() or ()]
+        raise error_of(call.code(), call.details() or "", metadata) from error
 
 
 class Ending:

@@ -7,7 +7,7 @@ nothing was lost, doubled or given to another: see `expected_ids`.
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxserve.config import EngineConfig
@@ -43,13 +43,13 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
         if messages[0]["role"] == "nobody":
             raise ValueError("the template knows no role 'nobody'")
         return self.encode("".join(f"<{message['role']}>{message['content']}" for message in messages))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return bytes(token_ids).decode(errors="replace")
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,9 @@ class ScriptedEngine:
                 free -= 1
                 active.running = True
                 seed = active.request.sampling.seed
-                active.stream.start(Started(active.request.request_id, len(active.prompt), 0, 7 if seed is None else seed))
+                active.stream.start(
+                    Started(active.request.request_id, len(active.prompt), 0, 7 if seed is None else seed)
+                )
             else:
                 self._make_token(active)
             touched.append(active.stream)

@@ -1,0 +1,92 @@
+"""Servers and processes for the tests: each on a free loopback port."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+from rpc.client import AsyncClient
+from rpc.served_engine import ServedEngine
+from rpc.server import Server, ServerConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PATIENCE = 20.0
+"""Seconds after which something that must happen has not; nothing is asserted to be fast by it."""
+
+
+@asynccontextmanager
+async def serving(
+    engine: ServedEngine, config: ServerConfig | None = None
+) -> AsyncIterator[tuple[Server, AsyncClient]]:
+    """A server for the engine on this event loop, and a client connected to it."""
+    server = Server(config or ServerConfig(port=0), report=lambda _: None)
+    await server.start()
+    await server.attach(engine)
+    try:
+        async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+            yield server, client
+    finally:
+        await server.stop(grace=0.0)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Waits for a condition that must come true."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        await asyncio.sleep(0.005)
+
+
+SERVER_SCRIPT = """
+import sys, threading, time
+sys.path.append({tests!r})
+from rpc.server import serve
+from scripted_engine import ScriptedEngine
+{setup}
+sys.exit(serve(engine_factory, port=0, grace={grace}))
+"""
+
+
+class ServerProcess:
+    """`serve` in a process of its own."""
+
+    def __init__(self, setup: str, grace: float):
+        tests = str(ROOT / "tests/rpc")
+        script = SERVER_SCRIPT.format(setup=textwrap.dedent(setup), grace=grace, tests=tests)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.port = int(str(self.report("listening")["port"]))
+        self.address = f"127.0.0.1:{self.port}"
+
+    def report(self, event: str) -> dict[str, object]:
+        """The next report, which must be this one."""
+        assert self.process.stdout is not None and self.process.stderr is not None
+        line = self.process.stdout.readline()
+        assert line, self.process.stderr.read()
+        report = json.loads(line)
+        assert report["event"] == event, report
+        return report
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def exit_code(self) -> int:
+        return self.process.wait(timeout=PATIENCE)
+
+
+@contextmanager
+def server_process(setup: str, grace: float = 10.0) -> Iterator[ServerProcess]:
+    """Runs `serve` with the `engine_factory` that `setup` defines, and ends it whatever happens."""
+    server = ServerProcess(setup, grace)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.communicate()

@@ -1,0 +1,278 @@
+"""Whoever stops listening stops the work: cancelled, killed, late, aborted, or asleep."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+
+import grpc.aio
+import pytest
+from scripted_engine import ScriptedEngine, expected_ids
+from serving import ROOT, eventually, serving
+
+from jaxserve.request import FinishReason, Request
+from rpc.server import Server, ServerConfig
+from rpc.v1 import jaxserve_pb2 as pb
+from rpc.v1 import jaxserve_pb2_grpc
+
+pytestmark = pytest.mark.asyncio
+
+
+async def back_to_the_start(engine: ScriptedEngine, server: Server) -> None:
+    """Waits until nothing runs, waits or holds a page."""
+
+    def idle() -> bool:
+        loads = engine.loads()
+        return (loads.running, loads.waiting, loads.available_pages) == (0, 0, engine.total_pages)
+
+    await eventually(lambda: idle() and len(server.calls) == 0)
+
+
+async def test_leaving_the_loop_early_ends_the_request() -> None:
+    engine = ScriptedEngine()
+    async with serving(engine) as (server, client):
+        async for _ in client.generate("hello"):
+            break
+        await back_to_the_start(engine, server)
+        held = client.generate("hello")  # still referenced after the loop
+        async for _ in held:
+            break
+        await back_to_the_start(engine, server)
+
+
+async def test_cancel_ends_the_iteration_without_an_error() -> None:
+    engine = ScriptedEngine()
+    async with serving(engine) as (server, client):
+        generation = client.generate("hello")
+        seen = 0
+        async for _ in generation:
+            seen += 1
+            if seen == 3:
+                generation.cancel()
+        assert seen >= 3
+        assert generation.finished is None
+        await back_to_the_start(engine, server)
+
+
+async def test_cancelling_the_reading_task_ends_the_request() -> None:
+    engine = ScriptedEngine()
+    async with serving(engine) as (server, client):
+        for reading in (client.generate("hello").text(), client.generate_once("hello")):
+            task = asyncio.ensure_future(reading)
+            await eventually(lambda: engine.loads().running == 1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await back_to_the_start(engine, server)
+
+
+async def test_cancel_while_queued_takes_no_slot() -> None:
+    engine = ScriptedEngine(slots=1)
+    async with serving(engine) as (server, client):
+        first = asyncio.ensure_future(client.generate("hello").text())
+        await eventually(lambda: engine.loads().running == 1)
+        second = asyncio.ensure_future(client.generate("hello").text())
+        await eventually(lambda: engine.loads().waiting == 1)
+        second.cancel()
+        await eventually(lambda: engine.loads().waiting == 0)
+        assert engine.loads().running == 1
+        first.cancel()
+        await back_to_the_start(engine, server)
+
+
+async def test_a_client_that_leaves_while_its_long_prompt_is_tokenized_leaves_nothing() -> None:
+    engine = ScriptedEngine()
+    engine.submit_delay = 0.2
+    async with serving(engine) as (server, client):
+        task = asyncio.ensure_future(client.generate("x" * 3000).text())
+        await eventually(lambda: len(server.calls) == 1)
+        task.cancel()
+        await eventually(lambda: len(server.calls) == 0)
+        await asyncio.sleep(0.25)  # the submission comes back only now
+        await back_to_the_start(engine, server)
+
+
+async def test_a_long_prompt_does_not_hold_up_the_event_loop() -> None:
+    engine = ScriptedEngine()
+    engine.submit_delay = 0.5
+    async with serving(engine) as (_, client):
+        slow = asyncio.ensure_future(client.generate_once("x" * 3000, max_tokens=1))
+        await asyncio.sleep(0.05)
+        before = time.monotonic()
+        assert await client.is_ready()
+        assert not slow.done()
+        assert time.monotonic() - before < 0.5
+        assert (await slow).text == "a"
+
+
+async def test_a_killed_client_process_frees_what_it_held() -> None:
+    engine = ScriptedEngine()
+    script = """
+import sys
+from rpc.client import Client
+for delta in Client(sys.argv[1]).generate("hello"):
+    print(delta.text, flush=True)
+"""
+    async with serving(engine) as (server, client):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, client.address], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        survivor = asyncio.ensure_future(client.generate_once("other", max_tokens=800))
+        line = await asyncio.to_thread(process.stdout.readline)
+        assert line == "a\n"
+        assert engine.loads().running == 2
+        process.kill()
+        process.communicate()
+        await eventually(lambda: engine.loads().running == 1)
+        assert (await survivor).token_ids == tuple(expected_ids(800))
+        await back_to_the_start(engine, server)
+
+
+async def test_a_deadline_ends_the_request_in_mid_stream() -> None:
+    engine = ScriptedEngine()
+    async with serving(engine) as (server, client):
+        generation = client.generate("hello", timeout=0.3)
+        tokens: list[int] = []
+        with pytest.raises(TimeoutError):
+            async for delta in generation:
+                tokens += delta.token_ids
+        assert tokens == expected_ids(len(tokens))
+        assert tokens
+        await back_to_the_start(engine, server)
+        with pytest.raises(TimeoutError):
+            await client.generate_once("hello", timeout=0.1)
+        await back_to_the_start(engine, server)
+
+
+async def test_the_servers_own_deadline_status_follows_the_terminal_event() -> None:
+    """As a client sees it whose clock runs behind: the engine's deadline passes before the call's."""
+    engine = ScriptedEngine()
+    submit = engine.submit
+
+    def submit_with_less_time(request: Request):
+        assert request.deadline is not None
+        assert request.deadline == pytest.approx(time.monotonic() + 5, abs=4)
+        return submit(Request(prompt=request.prompt, request_id=request.request_id, deadline=time.monotonic() + 0.1))
+
+    engine.submit = submit_with_less_time
+    async with serving(engine) as (server, client):
+        generation = client.generate("hello", timeout=5)
+        with pytest.raises(TimeoutError, match="the work was stopped"):
+            await generation.text()
+        assert generation.finished is not None and generation.finished.finish_reason is FinishReason.DEADLINE
+        await back_to_the_start(engine, server)
+
+
+async def test_a_deadline_that_passes_in_the_queue_is_exceeded_and_never_started() -> None:
+    engine = ScriptedEngine(slots=1)
+    async with serving(engine) as (server, client):
+        first = asyncio.ensure_future(client.generate("hello").text())
+        await eventually(lambda: engine.loads().running == 1)
+        late = client.generate("late", timeout=0.1)
+        with pytest.raises(TimeoutError):
+            await late.text()
+        assert late.started is None
+        await eventually(lambda: engine.loads().waiting == 0)
+        first.cancel()
+        await back_to_the_start(engine, server)
+
+
+async def test_an_expired_deadline_is_refused() -> None:
+    engine = ScriptedEngine()
+    async with serving(engine) as (server, client):
+        with pytest.raises(TimeoutError):
+            await client.generate(Request(prompt="hello", deadline=time.monotonic() - 1)).text()
+        assert engine.loads().steps == 0
+
+
+async def test_abort_ends_a_stream_with_finish_reason_abort_and_status_ok() -> None:
+    engine = ScriptedEngine()
+    async with serving(engine) as (server, client):
+        generation = client.generate("hello")
+        seen = 0
+        async for _ in generation:
+            seen += 1
+            if seen == 3:
+                assert await client.abort(generation.request_id)
+        assert seen >= 3
+        assert generation.finished is not None and generation.finished.finish_reason is FinishReason.ABORT
+        await back_to_the_start(engine, server)
+        once = asyncio.ensure_future(client.generate_once(Request(prompt="a", request_id="once")))
+        await eventually(lambda: engine.loads().running == 1)
+        await client.abort("once")
+        assert (await once).finish_reason is FinishReason.ABORT
+
+
+async def test_abort_of_an_unknown_or_finished_id_is_no_error() -> None:
+    async with serving(ScriptedEngine()) as (_, client):
+        assert not await client.abort("nobody")
+        done = await client.generate_once("hello", max_tokens=1)
+        assert not await client.abort(done.request_id)
+
+
+SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
+"""A client that takes at most 64 KiB ahead of its reader, so that a server notices soon that nobody reads."""
+
+
+async def test_a_slow_reader_is_aborted_at_the_buffers_bound_and_still_told() -> None:
+    engine = ScriptedEngine(step_time=0.0, max_context=1 << 20, stream_buffer_tokens=200)
+    async with serving(engine) as (server, client):
+        async with grpc.aio.insecure_channel(client.address, options=SMALL_WINDOW) as channel:
+            call = jaxserve_pb2_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="hello"))
+            responses = aiter(call)
+            await anext(responses)
+            # Nothing is read now: the transport's window fills, then the engine's buffer for this stream.
+            await eventually(lambda: engine.loads().running == 0 and engine.loads().steps > 200)
+            assert engine.loads().available_pages == engine.total_pages
+            assert len(server.calls) == 1
+            received = [response async for response in responses]
+        tokens = [token for response in received for token in response.delta.token_ids]
+        finished = received[-1].finished
+        assert finished.finish_reason == FinishReason.ABORT
+        assert tokens == expected_ids(finished.usage.completion_tokens)
+        await back_to_the_start(engine, server)
+
+
+async def test_a_reader_that_stalls_is_aborted_at_the_stall_limit() -> None:
+    engine = ScriptedEngine(step_time=0.0, max_context=1 << 24, stream_buffer_tokens=1 << 24)
+    config = ServerConfig(port=0, stall_limit=0.3)
+    async with serving(engine, config) as (server, client):
+        async with grpc.aio.insecure_channel(client.address, options=SMALL_WINDOW) as channel:
+            call = jaxserve_pb2_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="hello"))
+            await call.read()
+            await back_to_the_start(engine, server)
+            assert await client.generate("other", max_tokens=3).text() == "abc"
+            assert not call.done()
+            call.cancel()
+
+
+async def test_a_client_that_sleeps_is_dropped_by_keepalive() -> None:
+    engine = ScriptedEngine(step_time=0.01, max_context=1 << 20)
+    config = ServerConfig(port=0, keepalive_interval=1.0, keepalive_timeout=1.0)
+    script = (
+        "import sys\nfrom rpc.client import Client\nfor d in Client(sys.argv[1]).generate('a'): print(d, flush=True)"
+    )
+    async with serving(engine, config) as (server, client):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, client.address], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        await asyncio.to_thread(process.stdout.readline)
+        assert engine.loads().running == 1
+        process.send_signal(signal.SIGSTOP)  # its sockets stay open and take what fits
+        try:
+            await back_to_the_start(engine, server)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+async def test_raw_cancel_reaches_the_engine() -> None:
+    engine = ScriptedEngine()
+    async with serving(engine) as (server, client):
+        call = client._inference.Generate(pb.GenerateRequest(text="a"))
+        await call.read()
+        call.cancel()
+        await back_to_the_start(engine, server)

@@ -1,0 +1,95 @@
+"""Requests and events survive the way over the wire."""
+
+import pytest
+
+from jaxserve.request import (
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    OutputParams,
+    Request,
+    SamplingParams,
+    Started,
+    StoppingParams,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from rpc.convert import event_from_proto, event_to_proto, request_from_proto, request_to_proto
+from rpc.v1 import jaxserve_pb2 as pb
+
+FULL = Request(
+    prompt="naïve 🦜",
+    sampling=SamplingParams(
+        temperature=0.5,
+        top_p=0.25,
+        top_k=40,
+        min_p=0.125,
+        presence_penalty=-1.5,
+        frequency_penalty=1.5,
+        repetition_penalty=1.25,
+        seed=2**32 - 1,
+        logit_bias={5: -100.0, 7: 1.5},
+    ),
+    stopping=StoppingParams(
+        max_tokens=9, min_tokens=2, stop=("a", "b"), stop_token_ids=(3, 4), include_stop=True, ignore_eos=True
+    ),
+    output=OutputParams(logprobs=0, return_text=False, return_token_ids=False),
+    request_id="r",
+    model="m",
+    priority=-3,
+    cache_salt="tenant",
+)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        FULL,
+        Request(token_ids=(1, 2, 3), request_id="r"),
+        Request(messages=({"role": "user", "content": "hi"},), request_id="r"),
+        Request(token_ids=(), request_id="r"),
+        Request(messages=(), request_id="r"),
+        Request(prompt="", request_id="r", sampling=SamplingParams(temperature=0.0, seed=0)),
+    ],
+)
+def test_a_request_comes_back_as_it_went(request_: Request) -> None:
+    message = pb.GenerateRequest.FromString(request_to_proto(request_).SerializeToString())
+    assert request_from_proto(message) == request_
+
+
+def test_an_unset_field_takes_the_default_of_the_engine() -> None:
+    request = request_from_proto(pb.GenerateRequest(text="a", request_id="r"))
+    assert request == Request(prompt="a", request_id="r")
+
+
+def test_a_zero_that_is_set_is_not_unset() -> None:
+    message = pb.GenerateRequest(text="a", sampling=pb.Sampling(temperature=0, seed=0), output=pb.Output(logprobs=0))
+    request = request_from_proto(message)
+    assert request.sampling.temperature == 0.0
+    assert request.sampling.seed == 0
+    assert request.output.logprobs == 0
+    assert request_from_proto(pb.GenerateRequest(text="a", stopping=pb.Stopping(max_tokens=0))).stopping.max_tokens == 0
+
+
+USAGE, TIMINGS = Usage(10, 4, 3), Timings(0.25, 0.5, 1.0, 1.75)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Started("r", 10, 4, 2**32 - 1),
+        Delta("r"),
+        Delta("r", 1, (0, 5), "ö", (TokenLogprob(0, -0.5, ((0, -0.5), (9, -2.0))), TokenLogprob(5, -1.0))),
+        Finished("r", 0, FinishReason.STOP, USAGE, TIMINGS, matched_stop="END"),
+        Finished("r", 0, FinishReason.STOP, USAGE, TIMINGS, matched_stop=0),
+        Finished("r", 2, FinishReason.ERROR, USAGE, TIMINGS, error="NaN"),
+    ],
+)
+def test_an_event_comes_back_as_it_went(event: Event) -> None:
+    assert event_from_proto(pb.GenerateResponse.FromString(event_to_proto(event).SerializeToString())) == event
+
+
+def test_an_event_of_a_newer_server_is_passed_over() -> None:
+    assert event_from_proto(pb.GenerateResponse(request_id="r")) is None

@@ -1,0 +1,55 @@
+"""The committed stubs are those of the committed proto."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from google.protobuf import descriptor_pb2
+from serving import ROOT
+
+from rpc.v1 import jaxserve_pb2 as pb
+from rpc.v1 import jaxserve_pb2_grpc
+
+protoc = pytest.importorskip("grpc_tools.protoc")
+
+
+def test_stubs_are_up_to_date_with_the_proto(tmp_path: Path) -> None:
+    # Compared by what they mean, so that any version of the generator can check what the pinned one wrote.
+    described = tmp_path / "descriptors"
+    arguments = ["protoc", f"-I{ROOT}", f"--descriptor_set_out={described}", "rpc/v1/jaxserve.proto"]
+    assert protoc.main(arguments) == 0
+    (proto,) = descriptor_pb2.FileDescriptorSet.FromString(described.read_bytes()).file
+    for message in _messages(proto.message_type):
+        for field in message.field:
+            field.ClearField("json_name")
+    committed = descriptor_pb2.FileDescriptorProto()
+    pb.DESCRIPTOR.CopyToProto(committed)
+    assert committed == proto, "run scripts/generate_protos"
+
+
+def _messages(messages: object) -> list[descriptor_pb2.DescriptorProto]:
+    found = []
+    for message in messages:  # pyright: ignore[reportGeneralTypeIssues]
+        found += [message, *_messages(message.nested_type)]
+    return found
+
+
+def test_type_stubs_know_every_field() -> None:
+    tree = ast.parse((ROOT / "rpc/v1/jaxserve_pb2.pyi").read_text())
+    fields = {
+        node.name: {ast.literal_eval(item.value) for item in node.body if isinstance(item, ast.Assign)}
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+    expected = {
+        name: {tuple(field.name for field in message.fields)}
+        for name, message in pb.DESCRIPTOR.message_types_by_name.items()
+    }
+    assert fields == expected, "run scripts/generate_protos"
+
+
+def test_service_stubs_know_every_method() -> None:
+    for name, service in pb.DESCRIPTOR.services_by_name.items():
+        servicer = getattr(jaxserve_pb2_grpc, f"{name}Servicer")
+        methods = {method for method in vars(servicer) if not method.startswith("_")}
+        assert methods == {method.name for method in service.methods}, "run scripts/generate_protos"
