@@ -30,11 +30,11 @@ class StopStrings:
         self._stop: list[str | None] = [None]
         for stop in stops:
             node = 0
-            for char in stop:
+            for depth, char in enumerate(stop, 1):
                 node = self._next[node].setdefault(char, len(self._next))
                 if node == len(self._next):
                     self._next.append({})
-                    self._depth.append(self._depth[-1] + 1)
+                    self._depth.append(depth)
                     self._stop.append(None)
             self._stop[node] = stop
         self._suffix = self._link()
