@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 DOMAIN = "jaxserve"
 """`ErrorInfo.domain` of every error."""
 
+MAX_MESSAGE_BYTES = 600
+"""Of an error's message. It is sent percent-encoded and again in the details; clients take 8 KiB of headers in all."""
+
 DETAILS_KEY = "grpc-status-details-bin"
 
 _NESTED_FIELDS = {
@@ -81,6 +84,11 @@ class Failure:
         return tuple(rpc_status.to_status(status).trailing_metadata)
 
 
+def clipped(text: str) -> str:
+    """A message short enough for the headers of any client: what a request holds may be quoted in it."""
+    return text.encode(errors="replace")[:MAX_MESSAGE_BYTES].decode(errors="ignore")
+
+
 def field_path(field: str, request: Message) -> str:
     """Where a field with this API name lies in the request message, as BadRequest wants it."""
     if field == "prompt":
@@ -99,12 +107,13 @@ def api_name(path: str) -> str:
 def failure_of(error: Exception, request: Message) -> Failure | None:
     """The status of an exception; None for one that nobody expected."""
     code = grpc.StatusCode
+    message = clipped(str(error))
     match error:
         case InvalidRequest():
             violation = error_details_pb2.BadRequest.FieldViolation(
-                field=field_path(error.field, request), description=error.reason
+                field=field_path(error.field, request), description=clipped(error.reason)
             )
-            message = f"{violation.field}: {error.reason}"
+            message = f"{violation.field}: {violation.description}"
             details = (error_details_pb2.BadRequest(field_violations=[violation]),)
             return Failure(code.INVALID_ARGUMENT, message, "INVALID_REQUEST", details=details)
         case QueueFull():
@@ -112,21 +121,21 @@ def failure_of(error: Exception, request: Message) -> Failure | None:
             delay.FromNanoseconds(int(error.retry_after * 1e9))
             return Failure(
                 code.RESOURCE_EXHAUSTED,
-                str(error),
+                message,
                 "QUEUE_FULL",
                 metadata=(("limit", str(error.limit)),),
                 details=(error_details_pb2.RetryInfo(retry_delay=delay),),
             )
         case ModelNotFound():
-            return Failure(code.NOT_FOUND, str(error), "MODEL_NOT_FOUND")
+            return Failure(code.NOT_FOUND, message, "MODEL_NOT_FOUND")
         case DuplicateRequestId():
-            return Failure(code.ALREADY_EXISTS, str(error), "DUPLICATE_REQUEST_ID")
+            return Failure(code.ALREADY_EXISTS, message, "DUPLICATE_REQUEST_ID")
         case EngineUnavailable():
-            return Failure(code.UNAVAILABLE, str(error), "ENGINE_UNAVAILABLE")
+            return Failure(code.UNAVAILABLE, message, "ENGINE_UNAVAILABLE")
         case DeadlineExceeded():
-            return Failure(code.DEADLINE_EXCEEDED, str(error), "DEADLINE_EXCEEDED")
+            return Failure(code.DEADLINE_EXCEEDED, message, "DEADLINE_EXCEEDED")
         case RequestFailed():
-            return Failure(code.INTERNAL, str(error), "REQUEST_FAILED")
+            return Failure(code.INTERNAL, message, "REQUEST_FAILED")
     return None
 
 
@@ -136,7 +145,7 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception, request: Me
     if failure is None:
         name = request.request_id if isinstance(request, pb.GenerateRequest) else f"({type(request).__name__})"
         logger.error("request %s failed: %r", name, error, exc_info=error, extra={"request_id": name})
-        failure = Failure(grpc.StatusCode.INTERNAL, f"internal error in request {name}", "INTERNAL")
+        failure = Failure(grpc.StatusCode.INTERNAL, clipped(f"internal error in request {name}"), "INTERNAL")
     await context.abort(failure.code, failure.message, failure.trailing_metadata())
     raise AssertionError("abort returned")
 

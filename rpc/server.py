@@ -135,12 +135,11 @@ class Server:
     async def start(self) -> None:
         """Binds the port and answers. Raises RuntimeError where the port cannot be had."""
         await self.lifecycle.move_to(State.LOADING)
-        self.port = self._server.add_insecure_port(f"{self.config.host}:{self.config.port}")
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host  # IPv6
+        self.port = self._server.add_insecure_port(f"{host}:{self.config.port}")
         await self._server.start()
         self._watching = asyncio.create_task(self._watch())
-        self._report(
-            {"event": "listening", "protocol": "grpc", "address": f"{self.config.host}:{self.port}", "port": self.port}
-        )
+        self._report({"event": "listening", "protocol": "grpc", "address": f"{host}:{self.port}", "port": self.port})
 
     async def attach(self, engine: ServedEngine) -> None:
         """Serves an engine that is ready."""

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 import grpc
 import grpc.aio
 
-from jaxserve.request import EngineUnavailable, Finished, FinishReason, Request
+from jaxserve.request import EngineUnavailable, Finished, FinishReason, QueueFull, Request
 from rpc import errors
 from rpc.convert import OutputCollector, event_to_proto, request_from_proto
 from rpc.lifecycle import Lifecycle, State
@@ -24,6 +24,8 @@ INLINE_CHARACTERS = 2048
 """Longest text, in characters, that is tokenized on the event loop: about a millisecond. Longer goes to a thread."""
 INLINE_TOKENS = 8192
 """Longest prompt of token ids that is checked on the event loop: likewise."""
+RETRY_AFTER = 1.0
+"""Seconds after which a client is told to try again when too many long prompts wait to be tokenized."""
 
 
 class InferenceServicer(jaxserve_pb2_grpc.InferenceServicer):
@@ -34,6 +36,8 @@ class InferenceServicer(jaxserve_pb2_grpc.InferenceServicer):
         self._lifecycle = lifecycle
         self._calls = calls
         self._tokenizing = tokenizing
+        self._submitting = 0
+        """Submissions that wait for a thread or run in one; the engine does not count them yet."""
 
     @errors.answered
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
@@ -95,13 +99,21 @@ class InferenceServicer(jaxserve_pb2_grpc.InferenceServicer):
         return call.stream
 
     async def _submit_from_thread(self, engine: ServedEngine, request: Request) -> EventStream:
+        limit = engine.config.slots + engine.config.max_waiting
+        if self._submitting >= limit:
+            raise QueueFull(limit, RETRY_AFTER)
+        self._submitting += 1
         submitted = asyncio.get_running_loop().run_in_executor(self._tokenizing, engine.submit, request)
+        submitted.add_done_callback(self._on_submitted)
         try:
             return await asyncio.shield(submitted)
         except asyncio.CancelledError:
             # The client left meanwhile. A thread cannot be stopped: cancel what it comes back with.
             submitted.add_done_callback(_cancel_unwanted)
             raise
+
+    def _on_submitted(self, _: asyncio.Future[EventStream]) -> None:
+        self._submitting -= 1
 
     def _raise_for(self, last: Finished | None, call: OpenCall) -> None:
         """Turns an ending that is not the client's or the model's doing into the status after the last message."""
