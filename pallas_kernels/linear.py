@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Num
 
 from pallas_kernels.native_build import NativeUnavailable, register
@@ -20,6 +19,7 @@ PANEL = 16
 _BLOCK_BYTES = 4
 _SYMBOL = "JaxserveLinear"
 _TYPES = (jnp.bfloat16, jnp.float32, jnp.int8)
+Packed = Num[Array, "*half panel block 16 pack"]
 
 
 @jax.tree_util.register_dataclass
@@ -49,31 +49,17 @@ def packed_shape(size_out: int, size_in: int, dtype: jnp.dtype, *, gated: bool =
     return (2, *shape) if gated else shape
 
 
-def pack(weight: Num[Array, "out in"], *, gated: bool = False) -> Num[Array, "*half panel block 16 pack"]:
-    """The packed form of a bfloat16, float32 or int8 weight. Gated: the upper half of the outputs is the gate's."""
+def pack(weight: Num[Array, "out in"], *, gated: bool = False, arch: str = "native") -> Packed:
+    """The packed form of a bfloat16, float32 or int8 weight. Gated: the first half of the outputs is the gate's."""
     if weight.dtype not in _TYPES:
         raise ValueError(f"a packed weight is bfloat16, float32 or int8, not {weight.dtype}")
-    if gated:
-        size = weight.shape[0] // 2
-        return jnp.stack([pack(weight[:size]), pack(weight[size:])])
-    size_out, size_in = weight.shape
-    panels, _, _, per_block = packed_shape(size_out, size_in, weight.dtype)
-    blocks = -(-size_in // per_block)
-    padded = jnp.pad(weight, ((0, panels * PANEL - size_out), (0, blocks * per_block - size_in)))
-    # Moved as whole blocks of 4 bytes.
-    words = padded.reshape(panels, PANEL, blocks, per_block)
-    if per_block > 1:
-        words = lax.bitcast_convert_type(words, jnp.int32)
-    else:
-        words = words[..., 0]
-    words = words.swapaxes(1, 2)
-    if weight.dtype == jnp.int8:
-        sums = jnp.sum(padded.astype(jnp.int32), axis=1).reshape(panels, 1, PANEL)
-        words = jnp.concatenate([sums, words], axis=1)
-    return lax.bitcast_convert_type(words, weight.dtype) if per_block > 1 else words[..., None]
+    if gated and weight.shape[0] % 2:
+        raise ValueError(f"a gated weight has as many outputs of the gate as others, got {weight.shape[0]} in all")
+    shape = packed_shape(weight.shape[0] // (2 if gated else 1), weight.shape[1], weight.dtype, gated=gated)
+    return jax.ffi.ffi_call(register("JaxservePack", arch), jax.ShapeDtypeStruct(shape, weight.dtype))(weight)
 
 
-def unpack(packed: Num[Array, "*half panel block 16 pack"], size_out: int, size_in: int) -> Num[Array, "out in"]:
+def unpack(packed: Packed, size_out: int, size_in: int) -> Num[Array, "out in"]:
     """The inverse of `pack`; size_out is the number of rows of what is returned."""
     if packed.ndim == 5:
         return jnp.concatenate([unpack(half, size_out // 2, size_in) for half in packed])
@@ -81,15 +67,15 @@ def unpack(packed: Num[Array, "*half panel block 16 pack"], size_out: int, size_
     return blocks.swapaxes(1, 2).reshape(packed.shape[0] * PANEL, -1)[:size_out, :size_in]
 
 
-def rows(packed: Num[Array, "panel block 16 pack"], ids: Int32[Array, " token"], size_in: int) -> Num[Array, "token in"]:
+def rows(packed: Packed, ids: Int32[Array, " token"], size_in: int, *, arch: str = "native") -> Num[Array, "token in"]:
     """Rows `ids` of the weight that was packed: an embedding that shares its memory with the lm head."""
-    blocks = packed[:, 1:] if packed.dtype == jnp.int8 else packed
-    return blocks[ids // PANEL, :, ids % PANEL].reshape(ids.shape[0], -1)[:, :size_in]
+    out = jax.ShapeDtypeStruct((ids.shape[0], size_in), packed.dtype)
+    return jax.ffi.ffi_call(register("JaxservePackedRows", arch), out)(packed, ids)
 
 
 def linear(
     x: Float[Array, "token in"],
-    packed: Num[Array, "*half panel block 16 pack"],
+    packed: Packed,
     size_out: int,
     *,
     scale: Float32[Array, " outputs"] | None = None,
@@ -126,7 +112,9 @@ def linear(
     if packed.dtype not in (jnp.int8, x.dtype):
         raise ValueError(f"x is {x.dtype}, the weight {packed.dtype}")
     if residual is not None and (residual.dtype, residual.shape) != (dtype, (x.shape[0], size_out)):
-        raise ValueError(f"the residual must be {dtype}[{x.shape[0]}, {size_out}], got {residual.dtype}{residual.shape}")
+        raise ValueError(
+            f"the residual must be {dtype}[{x.shape[0]}, {size_out}], got {residual.dtype}{residual.shape}"
+        )
     optional = (scale, bias, residual, norm, None if live is None else live.counts)
     call = jax.ffi.ffi_call(register(_SYMBOL, arch), jax.ShapeDtypeStruct((x.shape[0], size_out), dtype))
     return call(

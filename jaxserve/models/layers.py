@@ -5,23 +5,28 @@ int32) and are cast to the type of the activations once, after scale and bias.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from jaxserve.models.config import FrequencyFactors, LinearScaling, Llama3Scaling, RopeConfig
+from pallas_kernels import linear as packed
+from pallas_kernels.linear import LiveRows
 
 Quantization = Literal["none", "int8"]
+Matmul = Literal["xla", "native"]
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 _INIT_STDDEV = 0.02
 
 
 def project(
-    x: Float[Array, "token in"], weight: Float[Array, "out in"], bias: Float32[Array, " out"] | None, dtype: jnp.dtype
+    x: Float[Array, "token in"], weight: Float[Array, "out in"], bias: Float32[Array, " out"] | None, dtype: DTypeLike
 ) -> Float[Array, "token out"]:
     """x times the transpose of weight, plus bias, in `dtype`. Exact float32 products where x is float32."""
     # A TPU multiplies float32 in one bfloat16 pass unless told otherwise.
@@ -43,7 +48,7 @@ def project_int8(
     weight: Int8[Array, "out in"],
     scale: Float32[Array, " out"],
     bias: Float32[Array, " out"] | None,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> Float[Array, "token out"]:
     """As `project`, with int8 weights scaled by output channel and activations quantized by row on the way in."""
     rows, row_scale = quantize_rows(x)
@@ -52,44 +57,11 @@ def project_int8(
     return (out if bias is None else out + bias).astype(dtype)
 
 
-def initial(rngs: nnx.Rngs | None, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+def initial(rngs: nnx.Rngs | None, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Random weights, for tests and measurements without a checkpoint; zeros without `rngs`."""
     if rngs is None:
         return jnp.zeros(shape, dtype)
     return (_INIT_STDDEV * jax.random.normal(rngs.params(), shape)).astype(dtype)
-
-
-class Linear(nnx.Module):
-    """weight [out, in] in `dtype`, and bias [out] in float32 where there is one."""
-
-    def __init__(self, size_in: int, size_out: int, dtype: jnp.dtype, rngs: nnx.Rngs | None, *, bias: bool = False):
-        self.weight = nnx.Param(initial(rngs, (size_out, size_in), dtype))
-        self.bias = nnx.Param(initial(rngs, (size_out,), jnp.float32)) if bias else None
-
-    def __call__(self, x: Float[Array, "token in"], dtype: jnp.dtype | None = None) -> Float[Array, "token out"]:
-        """In `dtype`; None takes that of x."""
-        bias = None if self.bias is None else self.bias[...]
-        return project(x, self.weight[...], bias, dtype or x.dtype)
-
-
-class Int8Linear(nnx.Module):
-    """weight [out, in] in int8, scale [out] and bias [out] in float32."""
-
-    def __init__(self, size_in: int, size_out: int, dtype: jnp.dtype, rngs: nnx.Rngs | None, *, bias: bool = False):
-        weight, scale = jnp.zeros((size_out, size_in), jnp.int8), jnp.zeros(size_out, jnp.float32)
-        if rngs is not None:
-            weight, scale = quantize_rows(initial(rngs, weight.shape, dtype))
-        self.weight = nnx.Param(weight)
-        self.scale = nnx.Param(scale)
-        self.bias = nnx.Param(initial(rngs, (size_out,), jnp.float32)) if bias else None
-
-    def __call__(self, x: Float[Array, "token in"], dtype: jnp.dtype | None = None) -> Float[Array, "token out"]:
-        """In `dtype`; None takes that of x."""
-        bias = None if self.bias is None else self.bias[...]
-        return project_int8(x, self.weight[...], self.scale[...], bias, dtype or x.dtype)
-
-
-LINEAR: dict[Quantization, type[Linear] | type[Int8Linear]] = {"none": Linear, "int8": Int8Linear}
 
 
 class RMSNorm(nnx.Module):
@@ -103,6 +75,77 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
         return (y * self.weight[...]).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """How a model's linear maps are stored and multiplied; chosen before tracing."""
+
+    dtype: DTypeLike
+    """Of the weights, where they are not quantized."""
+    quantization: Quantization = "none"
+    matmul: Matmul = "xla"
+    """native: weights packed for the C++ kernel of `pallas_kernels.linear`, on CPU only."""
+
+
+class Linear(nnx.Module):
+    """A linear map, with what comes right before and after it.
+
+    weight [out, in] in the form's dtype, or in int8 with scale [out] in float32; packed where native. bias [out] in
+    float32 where there is one. A gated map is two of `size_out` outputs, the gate's first: silu(gate) * up, the SwiGLU of
+    Shazeer, arXiv 2002.05202.
+    """
+
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        form: LinearForm,
+        rngs: nnx.Rngs | None,
+        *,
+        bias: bool = False,
+        gated: bool = False,
+    ):
+        outputs = 2 * size_out if gated else size_out
+        weight, scale = initial(rngs, (outputs, size_in), form.dtype), None
+        if form.quantization == "int8":
+            weight, scale = quantize_rows(weight)
+        if form.matmul == "native":
+            weight = packed.pack(weight, gated=gated)
+        self.weight = nnx.Param(weight)
+        self.scale = None if scale is None else nnx.Param(scale)
+        self.bias = nnx.Param(initial(rngs, (outputs,), jnp.float32)) if bias else None
+        self.size_out, self.matmul, self.gated = size_out, form.matmul, gated
+
+    def __call__(
+        self,
+        x: Float[Array, "token in"],
+        *,
+        norm: RMSNorm | None = None,
+        residual: Float[Array, "token out"] | None = None,
+        live: LiveRows | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Float[Array, "token out"]:
+        """The map of x, or of norm(x), added to `residual` where given.
+
+        Args:
+            live: rows worth computing, None for all; the others may come out as anything finite.
+            dtype: of the result; None takes that of x.
+        """
+        weight, dtype = self.weight[...], jnp.dtype(dtype or x.dtype)
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        if self.matmul == "native":
+            before = {} if norm is None else {"norm": norm.weight[...], "epsilon": norm.epsilon}
+            return packed.linear(
+                x, weight, self.size_out, scale=scale, bias=bias, residual=residual, live=live, dtype=dtype, **before
+            )
+        x = x if norm is None else norm(x)
+        out = project(x, weight, bias, dtype) if scale is None else project_int8(x, weight, scale, bias, dtype)
+        if self.gated:
+            gate, up = jnp.split(out, 2, axis=-1)
+            out = jax.nn.silu(gate) * up
+        return out if residual is None else residual + out
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:

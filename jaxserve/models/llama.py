@@ -4,14 +4,28 @@ Attention is a callback: the step gives one that threads the paged KV cache thro
 """
 
 from collections.abc import Callable
+from functools import partial
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import LINEAR, Quantization, RMSNorm, Rotation, initial, project, rotate, rotation
+from jaxserve.models.layers import (
+    Linear,
+    LinearForm,
+    Matmul,
+    Quantization,
+    RMSNorm,
+    Rotation,
+    initial,
+    project,
+    rotate,
+    rotation,
+)
+from pallas_kernels import linear as packed
+from pallas_kernels.linear import LiveRows
 
 Attend = Callable[[int, Array, Array, Array], Array]
 """(layer, q [token q_head head_dim], k [token kv_head head_dim], v as k) -> [token q_head head_dim]. q and k are normed
@@ -19,56 +33,64 @@ and rotated, not scaled."""
 
 
 class Attention(nnx.Module):
-    """Projections around the `attend` callback; q, k and v are one product."""
+    """Norm, projections around the `attend` callback, and the residual; q, k and v are one product."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, quantization: Quantization, rngs: nnx.Rngs | None):
-        linear = LINEAR[quantization]
+    def __init__(self, config: ModelConfig, form: LinearForm, rngs: nnx.Rngs | None):
         self.config = config
         rows = config.q_size + 2 * config.kv_size
-        self.qkv = linear(config.hidden_size, rows, dtype, rngs, bias=config.qkv_bias)
-        self.out = linear(config.q_size, config.hidden_size, dtype, rngs)
+        self.qkv = Linear(config.hidden_size, rows, form, rngs, bias=config.qkv_bias)
+        self.out = Linear(config.q_size, config.hidden_size, form, rngs)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def __call__(
-        self, x: Float[Array, "token hidden"], by: Rotation, attend: Attend, layer: int
+        self,
+        x: Float[Array, "token hidden"],
+        norm: RMSNorm,
+        by: Rotation,
+        attend: Callable[[Array, Array, Array], Array],
+        live: LiveRows | None,
     ) -> Float[Array, "token hidden"]:
         q_size, kv_size, head_dim = self.config.q_size, self.config.kv_size, self.config.head_dim
-        q, k, v = (
-            part.reshape(x.shape[0], -1, head_dim) for part in jnp.split(self.qkv(x), (q_size, q_size + kv_size), -1)
-        )
+        qkv = jnp.split(self.qkv(x, norm=norm, live=live), (q_size, q_size + kv_size), axis=-1)
+        q, k, v = (part.reshape(x.shape[0], -1, head_dim) for part in qkv)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.out(attend(layer, rotate(q, by), rotate(k, by), v).reshape(x.shape[0], q_size))
+        attended = attend(rotate(q, by), rotate(k, by), v).reshape(x.shape[0], q_size)
+        return self.out(attended, residual=x, live=live)
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (Shazeer, arXiv 2002.05202); gate and up are one product."""
+    """Norm, SwiGLU and the residual; gate and up are one product."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, quantization: Quantization, rngs: nnx.Rngs | None):
-        linear = LINEAR[quantization]
-        self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size, dtype, rngs)
-        self.down = linear(config.intermediate_size, config.hidden_size, dtype, rngs)
+    def __init__(self, config: ModelConfig, form: LinearForm, rngs: nnx.Rngs | None):
+        self.gate_up = Linear(config.hidden_size, config.intermediate_size, form, rngs, gated=True)
+        self.down = Linear(config.intermediate_size, config.hidden_size, form, rngs)
 
-    def __call__(self, x: Float[Array, "token hidden"]) -> Float[Array, "token hidden"]:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+    def __call__(
+        self, x: Float[Array, "token hidden"], norm: RMSNorm, live: LiveRows | None
+    ) -> Float[Array, "token hidden"]:
+        return self.down(self.gate_up(x, norm=norm, live=live), residual=x, live=live)
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward on the residual stream."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, quantization: Quantization, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, form: LinearForm, rngs: nnx.Rngs | None):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, dtype, quantization, rngs)
+        self.attention = Attention(config, form, rngs)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.feed_forward = FeedForward(config, dtype, quantization, rngs)
+        self.feed_forward = FeedForward(config, form, rngs)
 
     def __call__(
-        self, x: Float[Array, "token hidden"], by: Rotation, attend: Attend, layer: int
+        self,
+        x: Float[Array, "token hidden"],
+        by: Rotation,
+        attend: Callable[[Array, Array, Array], Array],
+        live: LiveRows | None,
     ) -> Float[Array, "token hidden"]:
-        x = x + self.attention(self.attention_norm(x), by, attend, layer)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = self.attention(x, self.attention_norm, by, attend, live)
+        return self.feed_forward(x, self.feed_forward_norm, live)
 
 
 class Llama(nnx.Module):
@@ -77,48 +99,66 @@ class Llama(nnx.Module):
     Args:
         config: the model.
         dtype: of the embedding, the activations and, where not quantized, the weights.
-        quantization: int8 makes each linear map an `Int8Linear`, the lm head too (of a tied one, an int8 copy).
+        quantization: int8 makes each linear map int8, the lm head too (of a tied one, an int8 copy).
+        matmul: native packs the linear maps, and the embedding where it is also the lm head, for CPU.
         rngs: of random initial weights; None makes them zero.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        dtype: str | jnp.dtype,
+        dtype: DTypeLike,
         quantization: Quantization = "none",
+        matmul: Matmul = "xla",
         *,
         rngs: nnx.Rngs | None = None,
     ):
-        dtype = jnp.dtype(dtype)
+        form = LinearForm(jnp.dtype(dtype), quantization, matmul)
         self.config = config
-        self.embedding = nnx.Param(initial(rngs, (config.vocab_size, config.hidden_size), dtype))
-        self.layers = nnx.List(DecoderLayer(config, dtype, quantization, rngs) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        embedding = initial(rngs, (config.vocab_size, config.hidden_size), form.dtype)
         own_head = not config.tie_embeddings or quantization != "none"
-        head = LINEAR[quantization]
-        self.lm_head = head(config.hidden_size, config.vocab_size, dtype, rngs) if own_head else None
+        self.packs_embedding = matmul == "native" and not own_head
+        self.embedding = nnx.Param(packed.pack(embedding) if self.packs_embedding else embedding)
+        self.layers = nnx.List(DecoderLayer(config, form, rngs) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, form, rngs) if own_head else None
 
     def hidden(
-        self, token_ids: Int32[Array, " token"], positions: Int32[Array, " token"], attend: Attend
+        self,
+        token_ids: Int32[Array, " token"],
+        positions: Int32[Array, " token"],
+        attend: Attend,
+        live: LiveRows | None = None,
     ) -> Float[Array, "token hidden"]:
-        """The final normed hidden state of each token. Tokens meet only in `attend`."""
-        x = self.embedding[...][token_ids]
+        """The final normed hidden state of each token. Tokens meet only in `attend`.
+
+        `live` names the tokens that count, None for all: the others may cost nothing and give anything finite.
+        """
+        if self.packs_embedding:
+            x = packed.rows(self.embedding[...], token_ids, self.config.hidden_size)
+        else:
+            x = self.embedding[...][token_ids]
         by = rotation(positions, self.config.rope, self.config.head_dim)
         for index, layer in enumerate(self.layers):
-            x = layer(x, by, attend, index)
+            x = layer(x, by, partial(attend, index), live)
         return self.norm(x)
 
-    def logits(self, hidden: Float[Array, "token hidden"]) -> Float32[Array, "token vocab"]:
-        """Scores of the next token, in float32."""
-        if self.lm_head is None:
-            return project(hidden, self.embedding[...], None, jnp.dtype(jnp.float32))
-        return self.lm_head(hidden, jnp.dtype(jnp.float32))
+    def logits(
+        self, hidden: Float[Array, "token hidden"], live: LiveRows | None = None
+    ) -> Float32[Array, "token vocab"]:
+        """Scores of the next token, in float32; `live` as in `hidden`."""
+        float32 = jnp.float32
+        if self.lm_head is not None:
+            return self.lm_head(hidden, live=live, dtype=float32)
+        if self.packs_embedding:
+            return packed.linear(hidden, self.embedding[...], self.config.vocab_size, live=live, dtype=float32)
+        return project(hidden, self.embedding[...], None, float32)
 
 
 def abstract_llama(
-    config: ModelConfig, dtype: str | jnp.dtype, quantization: Quantization = "none"
+    config: ModelConfig, dtype: DTypeLike, quantization: Quantization = "none", matmul: Matmul = "xla"
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure, and its parameters as shapes and dtypes: nothing is allocated."""
-    model = nnx.eval_shape(lambda: Llama(config, dtype, quantization))
+    model = nnx.eval_shape(lambda: Llama(config, dtype, quantization, matmul))
     graphdef, params = nnx.split(model)
     return graphdef, params

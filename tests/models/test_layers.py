@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxserve.models.config import FrequencyFactors, LinearScaling, Llama3Scaling, RopeConfig
 from jaxserve.models.layers import (
-    Int8Linear,
     Linear,
+    LinearForm,
     RMSNorm,
     inverse_frequencies,
     project,
@@ -45,32 +46,30 @@ def test_int8_product_is_the_product_of_the_quantized_sides(random):
     weights, scale = quantize_rows(weight)
     exact = np.asarray(rows, np.int64) @ np.asarray(weights, np.int64).T
     expected = exact * np.asarray(row_scale)[:, None] * np.asarray(scale) + np.asarray(bias)
-    ours = project_int8(x, weights, scale, bias, jnp.dtype(jnp.float32))
+    ours = project_int8(x, weights, scale, bias, jnp.float32)
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(ours, project(x, weight, bias, jnp.dtype(jnp.float32)), atol=0.25)
+    np.testing.assert_allclose(ours, project(x, weight, bias, jnp.float32), atol=0.25)
 
 
 def test_int8_accumulates_beyond_the_range_of_int16(random):
     x = jnp.full((8, 4096), 1.0)
     weights, scale = quantize_rows(jnp.full((8, 4096), 1.0))
-    np.testing.assert_allclose(project_int8(x, weights, scale, None, jnp.dtype(jnp.float32)), 4096.0, rtol=1e-6)
+    np.testing.assert_allclose(project_int8(x, weights, scale, None, jnp.float32), 4096.0, rtol=1e-6)
 
 
 def test_bfloat16_products_accumulate_in_float32():
     # A sum of 4,096 ones in bfloat16 would stop at 256.
     x = jnp.ones((8, 4096), jnp.bfloat16)
-    assert float(project(x, jnp.ones((8, 4096), jnp.bfloat16), None, jnp.dtype(jnp.float32))[0, 0]) == 4096.0
+    assert float(project(x, jnp.ones((8, 4096), jnp.bfloat16), None, jnp.float32)[0, 0]) == 4096.0
 
 
-@pytest.mark.parametrize("kind", [Linear, Int8Linear])
-def test_a_row_of_a_linear_map_does_not_depend_on_its_neighbours(random, kind):
-    from flax import nnx
-
-    linear = kind(64, 32, jnp.dtype(jnp.bfloat16), nnx.Rngs(0), bias=True)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_row_of_a_linear_map_does_not_depend_on_its_neighbours(random, quantization):
+    linear = Linear(64, 32, LinearForm(jnp.bfloat16, quantization), nnx.Rngs(0), bias=True)
     x = normal(random, 16, 64).astype(jnp.bfloat16)
     other = x.at[1:].set(100.0)
     assert linear(x).dtype == jnp.bfloat16
-    assert linear(x, jnp.dtype(jnp.float32)).dtype == jnp.float32
+    assert linear(x, dtype=jnp.float32).dtype == jnp.float32
     np.testing.assert_array_equal(linear(x)[0], linear(other)[0])
 
 

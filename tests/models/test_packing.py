@@ -1,0 +1,63 @@
+"""The model with packed weights and the native kernel against the portable one."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_attention import dense_logits
+from flax import nnx
+
+from jaxserve.models.config import ModelConfig, RopeConfig
+from jaxserve.models.llama import Llama, abstract_llama
+from jaxserve.models.packing import pack_params
+from pallas_kernels import linear
+
+pytestmark = pytest.mark.skipif(not linear.available(), reason="the native kernels cannot be built here")
+
+# Sizes that fill neither panels nor blocks.
+TINY = ModelConfig(
+    family="qwen3",
+    vocab_size=99,
+    hidden_size=36,
+    intermediate_size=50,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(),
+    max_context=64,
+    tie_embeddings=True,
+    qkv_bias=True,
+    qk_norm=True,
+)
+
+
+def shapes(params: nnx.State) -> dict[tuple, tuple]:
+    return {path: (v.get_value().shape, str(v.get_value().dtype)) for path, v in nnx.to_flat_state(params)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "error"),
+    [("float32", "none", 1e-5), ("bfloat16", "none", 0.02), ("float32", "int8", 0.02), ("bfloat16", "int8", 0.05)],
+)
+def test_packed_parameters_give_the_logits_of_those_they_were_packed_from(dtype, quantization, error):
+    graphdef, params = nnx.split(Llama(TINY, dtype, quantization, rngs=nnx.Rngs(0)))
+    packed_graphdef, packed = pack_params(TINY, params)
+    token_ids = jnp.arange(20, dtype=jnp.int32)
+    expected = dense_logits(graphdef, TINY, params, token_ids)
+    ours = dense_logits(packed_graphdef, TINY, packed, token_ids)
+    assert float(jnp.sqrt(jnp.mean((expected - ours) ** 2) / jnp.mean(expected**2))) < error
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_packing_gives_the_abstract_native_model_and_shares_the_rest(quantization):
+    _, params = nnx.split(Llama(TINY, "bfloat16", quantization, rngs=nnx.Rngs(0)))
+    graphdef, packed = pack_params(TINY, params)
+    abstract_graphdef, abstract = abstract_llama(TINY, "bfloat16", quantization, "native")
+    assert graphdef == abstract_graphdef
+    assert shapes(packed) == shapes(abstract)
+    assert packed["norm"]["weight"].get_value() is params["norm"]["weight"].get_value()
+    np.testing.assert_array_equal(
+        linear.unpack(packed["layers"][0]["feed_forward"]["gate_up"]["weight"].get_value(), 100, 36),
+        params["layers"][0]["feed_forward"]["gate_up"]["weight"].get_value(),
+    )
