@@ -9,6 +9,7 @@ from tokenizers import processors
 from jaxserve.chat_template import ChatTemplate, ChatTemplateError
 from jaxserve.gguf_tokenizer import build_gguf_tokenizer
 from jaxserve.token_bytes import TokenizerError, read_token_bytes
+from jaxserve.token_floor import TokenFloor
 from jaxserve.tokenizer_source import GGUFTokenizer, HuggingFaceTokenizer, TokenizerSource
 
 _COMPOSITION = 4
@@ -43,8 +44,9 @@ class Tokenizer:
         special = token_bytes.special_ids
         self.text_bytes = tuple(b"" if id in special else data for id, data in enumerate(self._bytes))
         self.strips_leading_space = token_bytes.strips_leading_space
-        composes = tokenizer.normalizer is not None
-        self.longest_token = max(map(len, self._bytes)) * (_COMPOSITION if composes else 1)
+        self._floor = TokenFloor(self._bytes)
+        self._composes = tokenizer.normalizer is not None
+        self.longest_token = max(map(len, self._bytes)) * (_COMPOSITION if self._composes else 1)
 
     @staticmethod
     def from_source(source: TokenizerSource) -> "Tokenizer":
@@ -74,7 +76,8 @@ class Tokenizer:
         """
         _check_unicode(text)
         tokenizer = self._tokenizer if parse_special else self._plain
-        ids = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike `encode`, this releases the GIL and leaves out the offsets, which take longer than the ids.
+        ids = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         # A tokenizer may have tokens that the model has no embedding for.
         if len(self._bytes) > self.vocab_size and max(ids, default=0) >= self.vocab_size:
             beyond = max(ids)
@@ -82,6 +85,12 @@ class Tokenizer:
                 f"{tokenizer.id_to_token(beyond)!r} is token {beyond}; the model has no more than {self.vocab_size}"
             )
         return ids
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound of the tokens of a text, a hundred times faster than `encode`."""
+        if self._composes and not text.isascii():
+            return len(text) // self.longest_token
+        return self._floor.least_tokens(text.encode("utf-8", "surrogatepass"))
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids; bytes that are not valid UTF-8 become U+FFFD.

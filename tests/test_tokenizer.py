@@ -127,7 +127,7 @@ def test_each_pre_tokenizer_splits_words_its_own_way(pre, words):
 
 
 def test_qwen2_composes_its_text():
-    tokenizer = Tokenizer.from_source(byte_level_source(pre="qwen2"))
+    tokenizer = qwen2_like()
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")
 
 
@@ -210,12 +210,28 @@ def test_token_bytes_are_what_each_token_stands_for():
 
 
 def test_no_token_holds_more_text_than_the_longest():
-    for tokenizer in (smollm2(), sentence_piece(), Tokenizer.from_source(byte_level_source(pre="qwen2"))):
+    for tokenizer in (smollm2(), sentence_piece(), qwen2_like()):
         longest = max(len(tokenizer.token_bytes(id).decode("utf-8", "replace")) for id in range(tokenizer.vocab_size))
         assert tokenizer.longest_token >= longest
     text = "\u03b1\u0313\u0300\u0345" * 10
-    tokenizer = Tokenizer.from_source(byte_level_source(pre="qwen2"))
-    assert len(text) <= tokenizer.longest_token * len(tokenizer.encode(text))
+    assert len(text) <= qwen2_like().longest_token * len(qwen2_like().encode(text))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.text("a1 \n=é🙂\u0301", min_size=1, max_size=3), st.integers(1, 100))))
+def test_no_text_has_fewer_tokens_than_the_least(parts):
+    text = "".join(part * times for part, times in parts)
+    for tokenizer in (smollm2(), sentence_piece(), qwen2_like()):
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text))
+
+
+def test_the_least_tokens_of_digits_are_as_many_as_the_digits():
+    assert smollm2().least_tokens("1234567890" * 1000) == 10_000
+
+
+@cache
+def qwen2_like() -> Tokenizer:
+    return Tokenizer.from_source(byte_level_source(pre="qwen2"))
 
 
 def test_a_tokenizer_is_used_by_many_threads_at_once():
