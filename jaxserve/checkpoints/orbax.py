@@ -21,6 +21,7 @@ from jaxserve.checkpoints.tensors import CheckpointError
 from jaxserve.models.config import ModelConfig, UnsupportedModel
 from jaxserve.models.layers import Quantization
 from jaxserve.models.llama import abstract_llama
+from jaxserve.models.parameters import named_parameters, with_values
 from jaxserve.models.quantize import quantize_params
 from jaxserve.tokenizer_source import GGUFTokenizer, HuggingFaceTokenizer, TokenizerSource
 
@@ -47,13 +48,14 @@ def save_orbax(
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with ocp.Checkpointer(_handler()) as checkpointer:
-            checkpointer.save((partial / _PARAMS).absolute(), args=ocp.args.PyTreeSave(_named(params)))
+            checkpointer.save((partial / _PARAMS).absolute(), args=ocp.args.PyTreeSave(named_parameters(params)))
         _write_tokenizer(partial, source)
         description = {
             "version": _VERSION,
             "dtype": dtype,
             "quantization": quantization,
             "config": config.to_json(),
+            "files": _file_sizes(partial),
             "tokenizer": {name: value for name, value in vars(source).items() if name not in _IN_FILES},
         }
         (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
@@ -75,6 +77,7 @@ def describe_orbax(folder: Path) -> tuple[ModelConfig, TokenizerSource, str, Qua
         dtype, quantization = description["dtype"], description["quantization"]
         if dtype not in ("bfloat16", "float32") or quantization not in ("none", "int8"):
             raise CheckpointError(f"{file}: dtype {dtype!r}, quantization {quantization!r} are not known")
+        _check_files(folder, description["files"])
         source = _read_tokenizer(folder, description["tokenizer"])
     except (KeyError, TypeError, UnsupportedModel) as error:
         raise CheckpointError(f"{file}: {error}") from None
@@ -110,11 +113,6 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
 
 
-def _named(params: nnx.State) -> dict[str, Any]:
-    """Parameters, or their shapes and dtypes, by dotted path, as `layers.3.attention.qkv.weight`."""
-    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(params)}
-
-
 def _checked_structure(
     folder: Path, checkpointer: ocp.Checkpointer, config: ModelConfig, dtype: str, quantization: Quantization
 ) -> tuple[nnx.GraphDef, nnx.State]:
@@ -122,12 +120,12 @@ def _checked_structure(
     without a word."""
     metadata = checkpointer.metadata((folder / _PARAMS).absolute()).item_metadata
     if metadata is None:
-        raise CheckpointError(f"{folder / _PARAMS}: is missing, or not of Orbax")
+        raise CheckpointError(f"{folder / _PARAMS}: is missing, damaged or not of Orbax")
     stored = dict(metadata.tree)
     if config.num_layers > len(stored):
         raise CheckpointError(f"{folder}: has {len(stored)} parameters for {config.num_layers} layers")
     graphdef, abstract = abstract_llama(config, dtype, quantization)
-    expected = _named(abstract)
+    expected = named_parameters(abstract)
     for name in sorted(expected.keys() ^ stored.keys()):
         problem = "is missing" if name in expected else "has no place in the model"
         raise CheckpointError(f"{folder / _PARAMS}: parameter {name} {problem}")
@@ -145,17 +143,14 @@ def _restore(folder: Path, checkpointer: ocp.Checkpointer, abstract: nnx.State) 
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     targets = {
         name: jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=sharding)
-        for name, target in _named(abstract).items()
+        for name, target in named_parameters(abstract).items()
     }
     arguments = ocp.args.PyTreeRestore(item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets))
     try:
         restored = checkpointer.restore((folder / _PARAMS).absolute(), args=arguments)
-    except (ValueError, OSError) as error:  # What TensorStore raises for data that is missing, short or damaged.
+    except Exception as error:  # Orbax wraps what TensorStore raises for damaged data in a bare Exception.
         raise CheckpointError(f"{folder / _PARAMS}: cannot be read: {error}") from error
-    variables = nnx.to_flat_state(abstract)
-    return nnx.from_flat_state(
-        {path: variable.replace(restored[".".join(map(str, path))]) for path, variable in variables}
-    )
+    return with_values(abstract, restored)
 
 
 def _write_tokenizer(folder: Path, source: TokenizerSource) -> None:
@@ -175,7 +170,9 @@ def _read_tokenizer(folder: Path, settings: dict[str, Any]) -> TokenizerSource:
     from_gguf = read_json(folder, _GGUF_TOKENIZER)
     tokenizer: HuggingFaceTokenizer | GGUFTokenizer
     if from_gguf is not None:
-        tokenizer = GGUFTokenizer(**{k: tuple(v) if isinstance(v, list) else v for k, v in from_gguf.items()})
+        # JSON has lists where the dataclass has tuples.
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in from_gguf.items()}
+        tokenizer = GGUFTokenizer(**given)
     else:
         tokenizer_json = read_text(folder, "tokenizer.json")
         if tokenizer_json is None:
@@ -183,6 +180,22 @@ def _read_tokenizer(folder: Path, settings: dict[str, Any]) -> TokenizerSource:
         tokenizer = HuggingFaceTokenizer(tokenizer_json, read_json(folder, "tokenizer_config.json") or {})
     settings = {**settings, "eos_ids": tuple(settings["eos_ids"])}
     return TokenizerSource(tokenizer=tokenizer, chat_template=read_text(folder, _CHAT_TEMPLATE), **settings)
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file but the description, by its path in the folder."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file != folder / DESCRIPTION)
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in sorted(files)}
+
+
+def _check_files(folder: Path, expected: dict[str, int]) -> None:
+    """Finds a lost or truncated file at once; Orbax may notice one only when all else has been read."""
+    found = _file_sizes(folder)
+    for name, size in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{folder / name}: is missing")
+        if found[name] != size:
+            raise CheckpointError(f"{folder / name}: has {found[name]} bytes, and was written with {size}: truncated?")
 
 
 def _refuse_links(folder: Path) -> None:

@@ -12,11 +12,10 @@ from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Quantization
 from jaxserve.models.llama import abstract_llama
-from jaxserve.models.quantize import quantize_weight
+from jaxserve.models.parameters import named_parameters, with_values
+from jaxserve.models.quantize import quantize_weight, scale_name
 
 Progress = Callable[[str, float | None], None]
-Path = tuple[str | int, ...]
-"""Of a parameter in the tree, as `("layers", 3, "attention", "qkv", "weight")`."""
 Source = tuple[str, tuple[int, ...]]
 """A tensor's Hugging Face name and its shape."""
 
@@ -24,39 +23,39 @@ _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 """Of a buffer that old checkpoints carry; it follows from the configuration."""
 
 
-def parameter_sources(config: ModelConfig) -> dict[Path, tuple[Source, ...]]:
+def parameter_sources(config: ModelConfig) -> dict[str, tuple[Source, ...]]:
     """The tensors whose rows, one after the other, make each parameter of the floating-point model."""
     hidden, wide = config.hidden_size, config.intermediate_size
     embedding = ("model.embed_tokens.weight", (config.vocab_size, hidden))
     head = embedding if config.tie_embeddings else ("lm_head.weight", (config.vocab_size, hidden))
-    sources: dict[Path, tuple[Source, ...]] = {
-        ("embedding",): (embedding,),
-        ("norm", "weight"): (("model.norm.weight", (hidden,)),),
-        ("lm_head", "weight"): (head,),
+    sources: dict[str, tuple[Source, ...]] = {
+        "embedding": (embedding,),
+        "norm.weight": (("model.norm.weight", (hidden,)),),
+        "lm_head.weight": (head,),
     }
     qkv_sizes = (("q", config.q_size), ("k", config.kv_size), ("v", config.kv_size))
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}"
-        layer: dict[Path, tuple[Source, ...]] = {
-            ("attention_norm", "weight"): ((f"{prefix}.input_layernorm.weight", (hidden,)),),
-            ("attention", "qkv", "weight"): tuple(
+        layer: dict[str, tuple[Source, ...]] = {
+            "attention_norm.weight": ((f"{prefix}.input_layernorm.weight", (hidden,)),),
+            "attention.qkv.weight": tuple(
                 (f"{prefix}.self_attn.{name}_proj.weight", (size, hidden)) for name, size in qkv_sizes
             ),
-            ("attention", "out", "weight"): ((f"{prefix}.self_attn.o_proj.weight", (hidden, config.q_size)),),
-            ("feed_forward_norm", "weight"): ((f"{prefix}.post_attention_layernorm.weight", (hidden,)),),
-            ("feed_forward", "gate_up", "weight"): tuple(
+            "attention.out.weight": ((f"{prefix}.self_attn.o_proj.weight", (hidden, config.q_size)),),
+            "feed_forward_norm.weight": ((f"{prefix}.post_attention_layernorm.weight", (hidden,)),),
+            "feed_forward.gate_up.weight": tuple(
                 (f"{prefix}.mlp.{name}_proj.weight", (wide, hidden)) for name in ("gate", "up")
             ),
-            ("feed_forward", "down", "weight"): ((f"{prefix}.mlp.down_proj.weight", (hidden, wide)),),
+            "feed_forward.down.weight": ((f"{prefix}.mlp.down_proj.weight", (hidden, wide)),),
         }
         if config.qkv_bias:
-            layer["attention", "qkv", "bias"] = tuple(
+            layer["attention.qkv.bias"] = tuple(
                 (f"{prefix}.self_attn.{name}_proj.bias", (size,)) for name, size in qkv_sizes
             )
         if config.qk_norm:
             for name in ("q_norm", "k_norm"):
-                layer["attention", name, "weight"] = ((f"{prefix}.self_attn.{name}.weight", (config.head_dim,)),)
-        sources |= {("layers", index, *path): parts for path, parts in layer.items()}
+                layer[f"attention.{name}.weight"] = ((f"{prefix}.self_attn.{name}.weight", (config.head_dim,)),)
+        sources |= {f"layers.{index}.{name}": parts for name, parts in layer.items()}
     return sources
 
 
@@ -70,24 +69,24 @@ def load_params(
     """
     check_tensors(checkpoint)
     graphdef, abstract = abstract_llama(checkpoint.config, dtype, quantization)
-    targets = dict(nnx.to_flat_state(abstract))
+    targets = named_parameters(abstract)
     sources = parameter_sources(checkpoint.config)
 
-    def fill(path: Path) -> dict[Path, jax.Array]:
-        scale = (*path[:-1], "scale")
-        if path[-1] == "weight" and scale in targets:
-            weight, scales = quantize_weight(jax.device_put(read_fused(checkpoint, sources[path], np.dtype(dtype))))
-            return {path: weight, scale: scales}
-        return {path: jax.device_put(read_fused(checkpoint, sources[path], targets[path].get_value().dtype))}
+    def fill(name: str) -> dict[str, jax.Array]:
+        scale = scale_name(name)
+        if scale in targets:
+            weight, scales = quantize_weight(jax.device_put(read_fused(checkpoint, sources[name], np.dtype(dtype))))
+            return {name: weight, scale: scales}
+        return {name: jax.device_put(read_fused(checkpoint, sources[name], targets[name].dtype))}
 
     # The scale of an int8 weight is made with the weight.
-    paths = [path for path in targets if path[-1] != "scale"]
-    filled: dict[Path, jax.Array] = {}
+    names = [name for name in targets if not name.endswith(".scale")]
+    values: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        for done, values in enumerate(pool.map(fill, paths), start=1):
-            filled |= values
-            progress("loading weights", done / len(paths))
-    return graphdef, nnx.from_flat_state({path: target.replace(filled[path]) for path, target in targets.items()})
+        for done, filled in enumerate(pool.map(fill, names), start=1):
+            values |= filled
+            progress("loading weights", done / len(names))
+    return graphdef, with_values(abstract, values)
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:

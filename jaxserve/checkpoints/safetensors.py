@@ -8,6 +8,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -50,7 +51,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _parse(file: Path, raw: bytes) -> dict[str, object]:
+def _parse(file: Path, raw: bytes) -> dict[str, dict[str, Any]]:
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -58,11 +59,14 @@ def _parse(file: Path, raw: bytes) -> dict[str, object]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the header is not a JSON object")
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{file}: the entry of tensor {name} is not a JSON object")
     return header
 
 
-def _offsets(file: Path, name: str, entry: object) -> tuple[int, int]:
-    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+def _offsets(file: Path, name: str, entry: dict[str, Any]) -> tuple[int, int]:
+    offsets = entry.get("data_offsets")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
         raise CheckpointError(f"{file}: tensor {name} has no valid data_offsets: {offsets!r}")
     begin, end = offsets
@@ -71,7 +75,7 @@ def _offsets(file: Path, name: str, entry: object) -> tuple[int, int]:
     return begin, end
 
 
-def _shape_and_dtype(file: Path, name: str, entry: dict) -> tuple[tuple[int, ...], np.dtype]:
+def _shape_and_dtype(file: Path, name: str, entry: dict[str, Any]) -> tuple[tuple[int, ...], np.dtype]:
     shape, dtype = entry.get("shape"), entry.get("dtype")
     if not isinstance(shape, list) or not all(_is_size(axis) for axis in shape):
         raise CheckpointError(f"{file}: tensor {name} has no valid shape: {shape!r}")

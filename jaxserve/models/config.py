@@ -116,13 +116,17 @@ class ModelConfig:
     def from_json(data: Mapping[str, Any]) -> "ModelConfig":
         """The inverse of `to_json`. Raises UnsupportedModel where a field is missing, unknown or out of range."""
         try:
-            fields = dict(data)
-            rope = dict(fields.pop("rope"))
+            fields = _with_tuples(data)
+            rope = _with_tuples(fields.pop("rope"))
             scaling = rope.pop("scaling")
             if scaling is not None:
-                scaling = {name: tuple(value) if isinstance(value, list) else value for name, value in scaling.items()}
+                scaling = _with_tuples(scaling)
                 scaling = _SCALINGS[scaling.pop("kind")](**scaling)
-            eos_ids = tuple(fields.pop("eos_ids"))
-            return ModelConfig(**fields, rope=RopeConfig(**rope, scaling=scaling), eos_ids=eos_ids)
+            return ModelConfig(**fields, rope=RopeConfig(**rope, scaling=scaling))
         except (KeyError, TypeError, ValueError) as error:
             raise UnsupportedModel(f"is not a model configuration: {error}") from None
+
+
+def _with_tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists where these dataclasses have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

@@ -8,12 +8,13 @@ import pytest
 from dense_attention import dense_logits
 
 from jaxserve.checkpoints import load_model
+from jaxserve.models.layers import Quantization
 
 FAMILIES = Path(__file__).parent.parent / "fixtures" / "families"
 NAMES = sorted(folder.name for folder in FAMILIES.iterdir())
 
 
-def logits_of(name: str, dtype: str, quantization: str = "none") -> tuple[np.ndarray, np.ndarray]:
+def logits_of(name: str, dtype: str, quantization: Quantization = "none") -> tuple[np.ndarray, np.ndarray]:
     """Ours and transformers', [token, vocab]."""
     expected = np.load(FAMILIES / name / "expected.npz")
     model = load_model(str(FAMILIES / name), dtype, quantization)
@@ -27,7 +28,6 @@ def logits_of(name: str, dtype: str, quantization: str = "none") -> tuple[np.nda
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_logits_are_those_of_transformers(name):
     ours, theirs = logits_of(name, "float32")
-    print(name, np.abs(ours - theirs).max())
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
@@ -35,7 +35,6 @@ def test_float32_logits_are_those_of_transformers(name):
 def test_bfloat16_logits_are_near_those_of_transformers(name):
     ours, theirs = logits_of(name, "bfloat16")
     error = np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2))
-    print(name, error)
     assert error < 0.03
 
 
@@ -43,5 +42,4 @@ def test_bfloat16_logits_are_near_those_of_transformers(name):
 def test_int8_logits_are_near_those_of_transformers(name):
     ours, theirs = logits_of(name, "bfloat16", "int8")
     error = np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2))
-    print(name, error)
     assert error < 0.06

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve.models.config import Llama3Scaling, LinearScaling, ModelConfig, RopeConfig, UnsupportedModel
+from jaxserve.models.config import LinearScaling, Llama3Scaling, ModelConfig, RopeConfig, UnsupportedModel
 from jaxserve.models.huggingface_config import from_hf_config
 
 LLAMA: dict[str, Any] = {

@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxserve.models.config import ModelConfig, RopeConfig
 from jaxserve.models.llama import Llama, abstract_llama
+from jaxserve.models.parameters import named_parameters
 from jaxserve.models.quantize import quantize_params
 
 TINY = ModelConfig(
@@ -29,8 +30,8 @@ TINY = ModelConfig(
 )
 
 
-def shapes(params: nnx.State) -> dict[tuple, tuple]:
-    return {path: (v.get_value().shape, str(v.get_value().dtype)) for path, v in nnx.to_flat_state(params)}
+def shapes(params: nnx.State) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (value.shape, str(value.dtype)) for name, value in named_parameters(params).items()}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -45,11 +46,11 @@ def test_the_abstract_model_is_the_real_one_without_its_data(dtype, quantization
 
 def test_weights_are_rows_of_outputs_and_fused():
     found = shapes(abstract_llama(TINY, "bfloat16")[1])
-    assert found["embedding",] == ((96, 32), "bfloat16")
-    assert found["layers", 1, "attention", "qkv", "weight"] == (((4 + 2 * 2) * 16, 32), "bfloat16")
-    assert found["layers", 1, "feed_forward", "gate_up", "weight"] == ((2 * 48, 32), "bfloat16")
-    assert found["layers", 1, "attention_norm", "weight"] == ((32,), "float32")
-    assert not any(path[0] == "lm_head" for path in found)
+    assert found["embedding"] == ((96, 32), "bfloat16")
+    assert found["layers.1.attention.qkv.weight"] == (((4 + 2 * 2) * 16, 32), "bfloat16")
+    assert found["layers.1.feed_forward.gate_up.weight"] == ((2 * 48, 32), "bfloat16")
+    assert found["layers.1.attention_norm.weight"] == ((32,), "float32")
+    assert not any(name.startswith("lm_head") for name in found)
 
 
 def test_quantized_parameters_fit_the_int8_model_and_leave_the_originals():
@@ -58,8 +59,8 @@ def test_quantized_parameters_fit_the_int8_model_and_leave_the_originals():
     int8_graphdef, abstract = abstract_llama(TINY, "float32", "int8")
     quantized = quantize_params(TINY, params)
     assert shapes(quantized) == shapes(abstract)
-    assert shapes(quantized)["lm_head", "weight"] == ((96, 32), "int8")
-    assert quantized["embedding"].get_value() is params["embedding"].get_value()
+    assert shapes(quantized)["lm_head.weight"] == ((96, 32), "int8")
+    assert named_parameters(quantized)["embedding"] is named_parameters(params)["embedding"]
     jax.tree.map(np.testing.assert_array_equal, before, params)
     token_ids = jnp.arange(20, dtype=jnp.int32)
     exact = dense_logits(graphdef, TINY, params, token_ids)

@@ -1,0 +1,141 @@
+"""The native format: what is written comes back, and what does not fit its description is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxserve.checkpoints import CheckpointError, convert, load_model
+from jaxserve.models.parameters import named_parameters
+
+# After an error Orbax closes its event loop under the threads and coroutines that still use it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+FAMILIES = Path(__file__).parent.parent / "fixtures" / "families"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("native") / "model"
+    convert(str(FAMILIES / "qwen2"), folder, "bfloat16")
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(original, tmp_path / "copy"))
+
+
+def describe(folder: Path, **changes: Any) -> None:
+    file = folder / "jaxserve.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3"])
+@pytest.mark.parametrize(("dtype", "quantization"), [("bfloat16", "none"), ("float32", "none"), ("bfloat16", "int8")])
+def test_a_converted_model_is_the_model(tmp_path, name, dtype, quantization):
+    convert(str(FAMILIES / name), tmp_path / "native", dtype, quantization)
+    ours = load_model(str(tmp_path / "native"), dtype, quantization)
+    theirs = load_model(str(FAMILIES / name), dtype, quantization)
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+    assert jax.tree.map(lambda x: x.dtype, ours.params) == jax.tree.map(lambda x: x.dtype, theirs.params)
+    assert (ours.config, ours.tokenizer_source) == (theirs.config, theirs.tokenizer_source)
+    assert ours.graphdef == theirs.graphdef
+
+
+def test_floating_point_weights_are_quantized_on_loading(original):
+    ours = load_model(str(original), "bfloat16", "int8")
+    theirs = load_model(str(FAMILIES / "qwen2"), "bfloat16", "int8")
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+
+
+def test_another_type_is_cast_to(original):
+    ours, theirs = load_model(str(original), "float32"), load_model(str(original), "bfloat16")
+    assert named_parameters(ours.params)["embedding"].dtype == np.float32
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float32)), ours.params, theirs.params)
+
+
+def test_an_existing_folder_is_not_written_over(original):
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert(str(FAMILIES / "qwen3"), original, "bfloat16")
+
+
+def test_nothing_is_left_behind_but_the_folder(original):
+    assert [entry.name for entry in original.parent.iterdir()] == ["model"]
+
+
+def test_int8_weights_do_not_become_floating_point(tmp_path):
+    convert(str(FAMILIES / "qwen2"), tmp_path / "native", "bfloat16", "int8")
+    with pytest.raises(CheckpointError, match="holds int8 weights"):
+        load_model(str(tmp_path / "native"), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 7}, "version 7"),
+        ({"dtype": "float32"}, "is bfloat16 of shape .* asks for float32"),
+        ({"dtype": "float64"}, "dtype 'float64'"),
+        ({"quantization": "int8"}, "is missing"),
+        ({"config": {}}, "is not a model configuration"),
+        ({"tokenizer": {}}, "eos_ids"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(folder, changes, message):
+    describe(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(str(folder), "bfloat16", "int8" if "quantization" in changes else "none")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_size", 321, r"parameter embedding is bfloat16 of shape \(320, 64\).*\(321, 64\)"),
+        ("qk_norm", True, r"parameter layers\.0\.attention\.k_norm\.weight is missing"),
+        ("qkv_bias", False, r"parameter layers\.0\.attention\.qkv\.bias has no place"),
+        ("num_layers", 3, r"parameter layers\.2\.\S+ is missing"),
+        ("num_layers", 10**9, "parameters for 1000000000 layers"),
+        ("family", "gpt2", "architecture 'gpt2'"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_weights_is_refused(folder, field, value, message):
+    config = json.loads((folder / "jaxserve.json").read_text())["config"]
+    describe(folder, config={**config, field: value})
+    with pytest.raises(CheckpointError, match=message):
+        load_model(str(folder), "bfloat16")
+
+
+def test_a_truncated_and_a_missing_file_are_named(folder):
+    for file in [file for file in folder.rglob("*") if file.is_file() and file.name != "jaxserve.json"]:
+        data = file.read_bytes()
+        file.write_bytes(data[:-1])
+        with pytest.raises(CheckpointError, match=f"{file.name}: has {len(data) - 1} bytes"):
+            load_model(str(folder), "bfloat16")
+        file.unlink()
+        with pytest.raises(CheckpointError, match=f"{file.name}: is missing"):
+            load_model(str(folder), "bfloat16")
+        file.write_bytes(data)
+    load_model(str(folder), "bfloat16")
+
+
+def test_overwritten_weights_are_refused(folder):
+    files = [file for file in (folder / "params").rglob("*") if file.parent.name == "d"]
+    for file in files:
+        file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(CheckpointError, match="copy/params: "):
+        load_model(str(folder), "bfloat16")
+
+
+def test_a_link_is_refused(folder, tmp_path):
+    (folder / "tokenizer.json").rename(tmp_path / "elsewhere")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link"):
+        load_model(str(folder), "bfloat16")
