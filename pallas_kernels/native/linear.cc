@@ -102,14 +102,13 @@ class Pieces {
     const int64_t chunk_end = std::min(begin + chunk_, rows_);
     const int64_t panel = group * kMaxPanels, panels = std::min<int64_t>(kMaxPanels, call_.panels - panel);
     const int64_t next = std::min(group + threads_, groups_ - 1) * kMaxPanels;
-    // The group that this thread will probably take next is fetched during all passes but the first.
+    // The group that this thread will probably take next is fetched meanwhile, a part in each pass over this one.
     const int64_t passes = (chunk_end - begin + kMaxRows - 1) / kMaxRows;
-    const int64_t share = kMaxPanels * kBlockBytes / std::max<int64_t>(1, passes - 1);
     TileArguments arguments;
     arguments.row_stride = call_.form.stride;
     arguments.panel_stride = call_.panel_stride;
     arguments.blocks = call_.blocks;
-    arguments.prefetch_step = std::min<int64_t>(share, 2 * kBlockBytes);
+    arguments.prefetch_step = kMaxPanels * kBlockBytes / passes;
     int64_t fetched = 0;
     alignas(64) char sums[2][kTileBytes];
     for (int64_t row = begin, rows; row < chunk_end; row += rows) {
@@ -122,7 +121,7 @@ class Pieces {
         arguments.panels = weight + panel * call_.panel_stride;
         multiply_tile(arguments, rows, panels, sums[half]);
       }
-      fetched += row == begin ? 0 : arguments.prefetch_step * call_.blocks;
+      fetched += arguments.prefetch_step * call_.blocks;
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t p = 0; p < panels; ++p) {
           const int64_t at = (p * rows + i) * kPanel * 4;

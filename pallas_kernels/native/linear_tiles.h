@@ -45,7 +45,7 @@ struct TileArguments {
   int64_t panel_stride;
   int64_t blocks;
   void* out;
-  // Weights needed soon, fetched meanwhile: two lines a block from here on, this far apart.
+  // Weights needed soon, fetched meanwhile: kMaxPanels lines a block from here on, this far apart.
   const char* prefetch;
   int64_t prefetch_step;
 };
@@ -85,8 +85,8 @@ void tile(const TileArguments& arguments) {
   const int64_t row_stride = arguments.row_stride;
   const char* prefetch = arguments.prefetch;
   for (int64_t block = 0; block < arguments.blocks; ++block) {
-    __builtin_prefetch(prefetch, 0, 2);
-    __builtin_prefetch(prefetch + kBlockBytes, 0, 2);
+#pragma GCC unroll 16
+    for (int i = 0; i < kMaxPanels; ++i) __builtin_prefetch(prefetch + i * kBlockBytes, 0, 2);
     prefetch += arguments.prefetch_step;
     typename Product::Weights weights[kCount];
 #pragma GCC unroll 16
