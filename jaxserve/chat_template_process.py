@@ -28,7 +28,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 class GenerationTag(jinja2.ext.Extension):
     """`{% generation %}`, with which templates mark the assistant's words for training; here it changes nothing."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - declared by Jinja, as of an instance
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The tag's body."""
