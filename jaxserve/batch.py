@@ -8,13 +8,13 @@ positions. Floats travel as their bits. `Upload.unpack` is the inverse, traced i
 from dataclasses import dataclass
 from enum import IntEnum
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from jaxserve.core_messages import Submit
+from jaxserve.pytree import pytree_dataclass
 from jaxserve.request import MAX_STOP_TOKEN_IDS
 from jaxserve.scheduler import Sequence, StepPlan
 
@@ -59,7 +59,7 @@ def features(submit: Submit) -> int:
     )
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class Upload:
     """A step's input, on the device. A row without a sequence has `slot` past the end: its writes are dropped."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxserve.config import EngineConfig
 from jaxserve.core_messages import (
@@ -41,6 +41,7 @@ class StepFailure(RuntimeError):
     """The device failed a step."""
 
 
+@runtime_checkable
 class Runner(Protocol):
     """What the loop needs of a device: `ModelRunner`, or a simulated one."""
 

@@ -9,13 +9,14 @@ import sys
 import threading
 from dataclasses import asdict
 from multiprocessing.connection import Connection
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxserve.config import EngineConfig
 from jaxserve.core import StepLoop, build_step_loop
 from jaxserve.core_messages import Failed, Message, Shutdown, decode, encode
 
 
+@runtime_checkable
 class Core(Protocol):
     """A running core, seen from the front."""
 

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from jaxserve.pytree import pytree_dataclass
 from jaxserve.request import MAX_LOGIT_BIAS
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class DecodeState:
     """One row a slot. Donated to each step."""

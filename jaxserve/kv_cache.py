@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxserve.models.config import ModelConfig
+from jaxserve.pytree import pytree_dataclass
 from pallas_kernels import PagedAttention
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class KVCache:
     """Donated to each step, which writes the keys and values of its tokens in place. Page 0 stays zero."""

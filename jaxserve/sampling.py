@@ -103,7 +103,7 @@ def _threshold(values: Logits, mass: Logits, target: Float[Array, " row"]) -> Fl
     low = jnp.zeros(values.shape[0], jnp.int32)
     high = jnp.full(values.shape[0], lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) // 2
         threshold = lax.bitcast_convert_type(middle, jnp.float32)[:, None]

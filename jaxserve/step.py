@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
@@ -17,12 +16,13 @@ from jaxserve.batch import PENALIZES, Upload
 from jaxserve.decode_state import DecodeState
 from jaxserve.kv_cache import KVCache
 from jaxserve.models.config import ModelConfig
+from jaxserve.pytree import pytree_dataclass
 from jaxserve.sampling import report_logprobs, sample_tokens
 from jaxserve.scheduler import EMITTED, FAILED, STOPPED
 from pallas_kernels import PagedAttention
 
 
-@jax.tree_util.register_dataclass
+@pytree_dataclass
 @dataclass(frozen=True)
 class StepOutput:
     """What the host reads of a step. Never donated: it is being copied to the host while the next step runs."""

@@ -1,6 +1,6 @@
 """The interface that every implementation of attention over the paged cache follows."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int32
 
@@ -15,12 +15,14 @@ class Attended(NamedTuple):
     v_pages: Array
 
 
+@runtime_checkable
+@runtime_checkable
 class PagedAttention(Protocol):
     """Attention of tokens over a cache of pages, chosen before tracing by `pallas_kernels.select`.
 
     A sequence's tokens lie in pages of `page_size` tokens; row r of the page table lists the pages of one sequence in
-    order. Page 0 is zero and never written: unused table entries point at it. How a page's content is arranged inside is
-    the implementation's own affair, so pages may be copied whole but not interpreted.
+    order. Page 0 is zero and never written: unused table entries point at it. How a page's content is arranged inside
+    is the implementation's own affair, so pages may be copied whole but not interpreted.
 
     Every implementation promises:
 
@@ -70,8 +72,8 @@ class PagedAttention(Protocol):
             v_pages: a layer's values.
             page_table: page numbers of each row's sequence, in order.
             token_row: row of the page table that owns the token; -1 masks the token: nothing written, output zero.
-                Decode tokens (one a row) come first, then chunks: neighbouring tokens of one row at ascending positions.
-                Any order is right; this one is fast.
+                Decode tokens (one a row) come first, then chunks: neighbouring tokens of one row at ascending
+                positions. Any order is right; this one is fast.
             position: position of the token in its sequence, below max_pages * page_size.
             scale: factor on the scores, usually head_dim**-0.5.
             sliding_window: tokens attended to, the token itself included; None for all.

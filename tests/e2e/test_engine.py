@@ -47,15 +47,15 @@ def all_pages_are_back(engine: Engine) -> bool:
 def test_greedy_tokens_and_logprobs_equal_transformers(engine: Engine):
     requests = [
         Request(
-            token_ids=tuple(case["prompt_ids"]),
+            token_ids=tuple(case["token_ids"]),
             output=OutputParams(logprobs=0),
-            **without_eos(len(case["output_ids"])),
+            **without_eos(len(case["generated_ids"])),
         )
         for case in REFERENCE
     ]
     ties, compared = 0, 0
     for case, completion in zip(REFERENCE, engine.generate(requests), strict=True):
-        for index, (got, want) in enumerate(zip(completion.token_ids, case["output_ids"], strict=True)):
+        for index, (got, want) in enumerate(zip(completion.token_ids, case["generated_ids"], strict=True)):
             if got != want:
                 assert case["gaps"][index] < TIE, f"token {index} of a prompt of {len(case['prompt_ids'])}"
                 ties += 1
