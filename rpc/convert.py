@@ -154,6 +154,7 @@ def _logprobs_from_proto(logprobs: Sequence[pb.TokenLogprob]) -> tuple[TokenLogp
 
 
 def usage_to_proto(usage: Usage) -> pb.Usage:
+    """Token counts as a message."""
     return pb.Usage(
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,
@@ -162,6 +163,7 @@ def usage_to_proto(usage: Usage) -> pb.Usage:
 
 
 def timings_to_proto(timings: Timings) -> pb.Timings:
+    """Seconds as a message."""
     return pb.Timings(queue=timings.queue, prefill=timings.prefill, decode=timings.decode, total=timings.total)
 
 
@@ -205,10 +207,12 @@ def _matched_stop(message: pb.Finished | pb.GenerateOutput) -> str | int | None:
 
 
 def usage_from_proto(usage: pb.Usage) -> Usage:
+    """Inverse of `usage_to_proto`."""
     return Usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
 
 
 def timings_from_proto(timings: pb.Timings) -> Timings:
+    """Inverse of `timings_to_proto`."""
     return Timings(timings.queue, timings.prefill, timings.decode, timings.total)
 
 

@@ -75,6 +75,7 @@ class Failure:
     details: tuple[Message, ...] = ()
 
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """The details, as grpcio-status sends them beside the status."""
         info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=dict(self.metadata))
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         for detail in (info, *self.details):

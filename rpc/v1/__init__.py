@@ -1,0 +1,1 @@
+"""Protocol jaxserve.v1 and its generated stubs; `scripts/generate_protos` writes them."""

@@ -107,11 +107,11 @@ async def test_a_long_prompt_does_not_hold_up_the_event_loop() -> None:
 
 
 async def test_a_killed_client_process_frees_what_it_held() -> None:
-    engine = ScriptedEngine()
+    engine = ScriptedEngine(max_context=1 << 20)
     script = """
 import sys
 from rpc.client import Client
-for delta in Client(sys.argv[1]).generate("hello"):
+for delta in Client(sys.argv[1]).generate("hello", ignore_eos=True):
     print(delta.text, flush=True)
 """
     async with serving(engine) as (server, client):
@@ -119,10 +119,10 @@ for delta in Client(sys.argv[1]).generate("hello"):
             [sys.executable, "-c", script, client.address], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
-        survivor = asyncio.ensure_future(client.generate_once("other", max_tokens=800))
         line = await asyncio.to_thread(process.stdout.readline)
         assert line == "a\n"
-        assert engine.loads().running == 2
+        survivor = asyncio.ensure_future(client.generate_once("other", max_tokens=800))
+        await eventually(lambda: engine.loads().running == 2)
         process.kill()
         process.communicate()
         await eventually(lambda: engine.loads().running == 1)
@@ -181,7 +181,7 @@ async def test_a_deadline_that_passes_in_the_queue_is_exceeded_and_never_started
 
 async def test_an_expired_deadline_is_refused() -> None:
     engine = ScriptedEngine()
-    async with serving(engine) as (server, client):
+    async with serving(engine) as (_, client):
         with pytest.raises(TimeoutError):
             await client.generate(Request(prompt="hello", deadline=time.monotonic() - 1)).text()
         assert engine.loads().steps == 0
@@ -218,16 +218,18 @@ SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 <<
 
 async def test_a_slow_reader_is_aborted_at_the_buffers_bound_and_still_told() -> None:
     engine = ScriptedEngine(step_time=0.0, max_context=1 << 20, stream_buffer_tokens=200)
-    async with serving(engine) as (server, client):
-        async with grpc.aio.insecure_channel(client.address, options=SMALL_WINDOW) as channel:
-            call = jaxserve_pb2_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="hello"))
-            responses = aiter(call)
-            await anext(responses)
-            # Nothing is read now: the transport's window fills, then the engine's buffer for this stream.
-            await eventually(lambda: engine.loads().running == 0 and engine.loads().steps > 200)
-            assert engine.loads().available_pages == engine.total_pages
-            assert len(server.calls) == 1
-            received = [response async for response in responses]
+    async with (
+        serving(engine) as (server, client),
+        grpc.aio.insecure_channel(client.address, options=SMALL_WINDOW) as channel,
+    ):
+        call = jaxserve_pb2_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="hello"))
+        responses = aiter(call)
+        await anext(responses)
+        # Nothing is read now: the transport's window fills, then the engine's buffer for this stream.
+        await eventually(lambda: engine.loads().running == 0 and engine.loads().steps > 200)
+        assert engine.loads().available_pages == engine.total_pages
+        assert len(server.calls) == 1
+        received = [response async for response in responses]
         tokens = [token for response in received for token in response.delta.token_ids]
         finished = received[-1].finished
         assert finished.finish_reason == FinishReason.ABORT
@@ -238,14 +240,16 @@ async def test_a_slow_reader_is_aborted_at_the_buffers_bound_and_still_told() ->
 async def test_a_reader_that_stalls_is_aborted_at_the_stall_limit() -> None:
     engine = ScriptedEngine(step_time=0.0, max_context=1 << 24, stream_buffer_tokens=1 << 24)
     config = ServerConfig(port=0, stall_limit=0.3)
-    async with serving(engine, config) as (server, client):
-        async with grpc.aio.insecure_channel(client.address, options=SMALL_WINDOW) as channel:
-            call = jaxserve_pb2_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="hello"))
-            await call.read()
-            await back_to_the_start(engine, server)
-            assert await client.generate("other", max_tokens=3).text() == "abc"
-            assert not call.done()
-            call.cancel()
+    async with (
+        serving(engine, config) as (server, client),
+        grpc.aio.insecure_channel(client.address, options=SMALL_WINDOW) as channel,
+    ):
+        call = jaxserve_pb2_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="hello"))
+        await call.read()
+        await back_to_the_start(engine, server)
+        assert await client.generate("other", max_tokens=3).text() == "abc"
+        assert not call.done()
+        call.cancel()
 
 
 async def test_a_client_that_sleeps_is_dropped_by_keepalive() -> None:

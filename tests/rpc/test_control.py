@@ -144,21 +144,23 @@ async def test_a_health_watch_sees_every_change_and_does_not_hold_the_server() -
 
 
 async def test_reflection_lists_the_services_and_describes_them() -> None:
-    async with serving(ScriptedEngine()) as (server, _):
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
-            await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
-            names = {service.name for service in (await call.read()).list_services_response.service}
-            assert names == {
-                "jaxserve.v1.Inference",
-                "jaxserve.v1.Control",
-                "grpc.health.v1.Health",
-                "grpc.reflection.v1alpha.ServerReflection",
-            }
-            symbol = "jaxserve.v1.Inference"
-            await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol))
-            assert (await call.read()).file_descriptor_response.file_descriptor_proto
-            await call.done_writing()
+    async with (
+        serving(ScriptedEngine()) as (server, _),
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        names = {service.name for service in (await call.read()).list_services_response.service}
+        assert names == {
+            "jaxserve.v1.Inference",
+            "jaxserve.v1.Control",
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
+        symbol = "jaxserve.v1.Inference"
+        await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol))
+        assert (await call.read()).file_descriptor_response.file_descriptor_proto
+        await call.done_writing()
 
 
 async def test_a_second_server_cannot_take_the_same_port() -> None:

@@ -122,12 +122,11 @@ def test_a_reader_that_never_reads_cannot_hold_the_exit_past_the_grace() -> None
 
 
 def test_a_signal_while_loading_ends_the_process() -> None:
-    with server_process(STUCK_LOADING) as server:
-        with Client(server.address) as client:
-            assert client.server_info().state == "loading"
-            assert not client.is_ready()
-            server.signal(signal.SIGTERM)
-            assert server.exit_code() == 0
+    with server_process(STUCK_LOADING) as server, Client(server.address) as client:
+        assert client.server_info().state == "loading"
+        assert not client.is_ready()
+        server.signal(signal.SIGTERM)
+        assert server.exit_code() == 0
 
 
 def test_an_engine_that_cannot_start_ends_the_process_with_its_error() -> None:

@@ -79,7 +79,7 @@ async def test_text_or_ids_are_left_out_where_unwanted() -> None:
 
 
 async def test_a_request_without_an_id_gets_one() -> None:
-    async with serving(ScriptedEngine()) as (server, client):
+    async with serving(ScriptedEngine()) as (_, client):
         response = await client._inference.GenerateOnce(
             pb.GenerateRequest(text="a", stopping=pb.Stopping(max_tokens=1))
         )
@@ -102,7 +102,7 @@ async def test_64_streams_at_once_each_get_their_tokens_and_one_finished() -> No
         return kinds
 
     engine = ScriptedEngine(slots=24, max_waiting=40, max_context=128, step_time=0.001)
-    async with serving(engine) as (server, client):
+    async with serving(engine) as (_, client):
         kinds = await asyncio.gather(*(run(client, number) for number in range(64)))
         assert all(kind["Finished"] == 1 and kind["Started"] == 1 for kind in kinds)
         assert engine.loads().available_pages == engine.total_pages
@@ -147,36 +147,42 @@ async def test_a_message_larger_than_the_limit_is_refused() -> None:
 
 
 async def test_bytes_that_are_no_message_are_a_bad_request() -> None:
-    async with serving(ScriptedEngine()) as (server, _):
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            for method in ("GenerateOnce", "Generate"):
-                kind = channel.unary_stream if method == "Generate" else channel.unary_unary
-                call = kind(f"/jaxserve.v1.Inference/{method}")
-                # Field 3, two bytes that are no UTF-8; and a field that ends too early.
-                for data in (b"\x1a\x02\xff\xfe", b"\x1a\x7f"):
-                    with pytest.raises(grpc.aio.AioRpcError) as caught:
-                        if method == "Generate":
-                            async for _ in call(data):
-                                pass
-                        else:
-                            await call(data)
-                    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    async with (
+        serving(ScriptedEngine()) as (server, _),
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        for method in ("GenerateOnce", "Generate"):
+            kind = channel.unary_stream if method == "Generate" else channel.unary_unary
+            call = kind(f"/jaxserve.v1.Inference/{method}")
+            # Field 3, two bytes that are no UTF-8; and a field that ends too early.
+            for data in (b"\x1a\x02\xff\xfe", b"\x1a\x7f"):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    if method == "Generate":
+                        async for _ in call(data):
+                            pass
+                    else:
+                        await call(data)
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_an_unknown_method_is_unimplemented() -> None:
-    async with serving(ScriptedEngine()) as (server, _):
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await channel.unary_unary("/jaxserve.v1.Inference/Dream")(b"")
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    async with (
+        serving(ScriptedEngine()) as (server, _),
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/jaxserve.v1.Inference/Dream")(b"")
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_the_generated_stub_alone_is_enough_for_a_client() -> None:
-    async with serving(ScriptedEngine()) as (server, _):
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            stub = jaxserve_pb2_grpc.InferenceStub(channel)
-            request = pb.GenerateRequest(text="hello", stopping=pb.Stopping(max_tokens=3))
-            kinds = [response.WhichOneof("event") async for response in stub.Generate(request)]
+    async with (
+        serving(ScriptedEngine()) as (server, _),
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        stub = jaxserve_pb2_grpc.InferenceStub(channel)
+        request = pb.GenerateRequest(text="hello", stopping=pb.Stopping(max_tokens=3))
+        kinds = [response.WhichOneof("event") async for response in stub.Generate(request)]
     assert kinds[0] == "started"
     assert kinds[-1] == "finished"
     assert set(kinds[1:-1]) == {"delta"}
