@@ -116,8 +116,10 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 def _checked_structure(
     folder: Path, checkpointer: ocp.Checkpointer, config: ModelConfig, dtype: str, quantization: Quantization
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """The described model's structure and abstract parameters, compared with what is stored: Orbax itself casts and pads
-    without a word."""
+    """The described model's structure and abstract parameters, compared with what is stored.
+
+    Orbax itself casts and pads without a word. Raises CheckpointError naming the parameter.
+    """
     metadata = checkpointer.metadata((folder / _PARAMS).absolute()).item_metadata
     if metadata is None:
         raise CheckpointError(f"{folder / _PARAMS}: is missing, damaged or not of Orbax")

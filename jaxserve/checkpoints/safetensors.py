@@ -23,7 +23,7 @@ _MAX_HEADER = 100_000_000
 
 
 def read_safetensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name. Raises CheckpointError where the header is malformed or points outside the file."""
+    """The tensors of a file by name. Raises CheckpointError where the header does not fit the file."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -72,6 +72,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+        """In the type of x."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
         return (y * self.weight[...]).astype(x.dtype)
@@ -92,8 +93,8 @@ class Linear(nnx.Module):
     """A linear map, with what comes right before and after it.
 
     weight [out, in] in the form's dtype, or in int8 with scale [out] in float32; packed where native. bias [out] in
-    float32 where there is one. A gated map is two of `size_out` outputs, the gate's first: silu(gate) * up, the SwiGLU of
-    Shazeer, arXiv 2002.05202.
+    float32 where there is one. A gated map is two of `size_out` outputs, the gate's first: silu(gate) * up, the SwiGLU
+    of Shazeer, arXiv 2002.05202.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Linear(nnx.Module):
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians a token of each of the head_dim / 2 rotations, float32. Llama 3's ramp: Grattafiori et al., 2407.21783."""
+    """Radians a token of each of the head_dim / 2 rotations, float32. The ramp is that of Llama 3, arXiv 2407.21783."""
     frequency = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     match rope.scaling:
         case LinearScaling(factor):

@@ -51,6 +51,7 @@ class Attention(nnx.Module):
         attend: Callable[[Array, Array, Array], Array],
         live: LiveRows | None,
     ) -> Float[Array, "token hidden"]:
+        """x plus what attention adds to it."""
         q_size, kv_size, head_dim = self.config.q_size, self.config.kv_size, self.config.head_dim
         qkv = jnp.split(self.qkv(x, norm=norm, live=live), (q_size, q_size + kv_size), axis=-1)
         q, k, v = (part.reshape(x.shape[0], -1, head_dim) for part in qkv)
@@ -70,6 +71,7 @@ class FeedForward(nnx.Module):
     def __call__(
         self, x: Float[Array, "token hidden"], norm: RMSNorm, live: LiveRows | None
     ) -> Float[Array, "token hidden"]:
+        """x plus what the feed-forward adds to it."""
         return self.down(self.gate_up(x, norm=norm, live=live), residual=x, live=live)
 
 
@@ -89,6 +91,7 @@ class DecoderLayer(nnx.Module):
         attend: Callable[[Array, Array, Array], Array],
         live: LiveRows | None,
     ) -> Float[Array, "token hidden"]:
+        """The residual stream after this layer."""
         x = self.attention(x, self.attention_norm, by, attend, live)
         return self.feed_forward(x, self.feed_forward_norm, live)
 
@@ -147,7 +150,7 @@ class Llama(nnx.Module):
         self, hidden: Float[Array, "token hidden"], live: LiveRows | None = None
     ) -> Float32[Array, "token vocab"]:
         """Scores of the next token, in float32; `live` as in `hidden`."""
-        float32 = jnp.float32
+        float32 = jnp.dtype(jnp.float32)
         if self.lm_head is not None:
             return self.lm_head(hidden, live=live, dtype=float32)
         if self.packs_embedding:

@@ -12,7 +12,7 @@ def named_parameters(params: nnx.State) -> dict[str, Any]:
 
 
 def with_values(structure: nnx.State, values: Mapping[str, Any]) -> nnx.State:
-    """`structure`, abstract or not, with each parameter's array taken from `values`. Raises KeyError for one missing."""
+    """`structure`, abstract or not, with each parameter's array from `values`. Raises KeyError for one missing."""
     variables = nnx.to_flat_state(structure)
     return nnx.from_flat_state({path: variable.replace(values[_name(path)]) for path, variable in variables})
 
