@@ -127,8 +127,10 @@ class ScriptedEngine:
         self.step_time = step_time
         self.is_healthy = True
         self.total_pages = 4096
-        self.submit_delay = 0.0
-        """Seconds that submit takes, as tokenizing a long prompt does."""
+        self.may_submit = threading.Event()
+        """While cleared, submit does not return, as while a long prompt is tokenized."""
+        self.may_submit.set()
+        self.submitted = 0
         self.paused = threading.Event()
         """While set, no step runs."""
         self._steps = 0
@@ -141,7 +143,7 @@ class ScriptedEngine:
 
     def submit(self, request: Request) -> RequestStream:
         prompt = self._validated(request)
-        time.sleep(self.submit_delay)
+        self.may_submit.wait()
         with self._changed:
             if not self._accepting:
                 raise EngineUnavailable("the engine is draining and takes no requests")
@@ -153,6 +155,7 @@ class ScriptedEngine:
             stream = RequestStream(request.request_id, lambda: self._cancel(request.request_id, stream))
             limit = request.stopping.max_tokens or self.max_context - len(prompt)
             self._active[request.request_id] = _Active(request, prompt, stream, time.monotonic(), limit)
+            self.submitted += 1
             self._changed.notify_all()
         return stream
 

@@ -83,26 +83,26 @@ async def test_cancel_while_queued_takes_no_slot() -> None:
 
 async def test_a_client_that_leaves_while_its_long_prompt_is_tokenized_leaves_nothing() -> None:
     engine = ScriptedEngine()
-    engine.submit_delay = 0.2
+    engine.may_submit.clear()
     async with serving(engine) as (server, client):
         task = asyncio.ensure_future(client.generate("x" * 3000).text())
         await eventually(lambda: len(server.calls) == 1)
         task.cancel()
         await eventually(lambda: len(server.calls) == 0)
-        await asyncio.sleep(0.25)  # the submission comes back only now
+        engine.may_submit.set()
+        await eventually(lambda: engine.submitted == 1)  # nobody wants it any more
         await back_to_the_start(engine, server)
 
 
 async def test_a_long_prompt_does_not_hold_up_the_event_loop() -> None:
     engine = ScriptedEngine()
-    engine.submit_delay = 0.5
-    async with serving(engine) as (_, client):
+    engine.may_submit.clear()
+    async with serving(engine) as (server, client):
         slow = asyncio.ensure_future(client.generate_once("x" * 3000, max_tokens=1))
-        await asyncio.sleep(0.05)
-        before = time.monotonic()
+        await eventually(lambda: len(server.calls) == 1)
         assert await client.is_ready()
         assert not slow.done()
-        assert time.monotonic() - before < 0.5
+        engine.may_submit.set()
         assert (await slow).text == "a"
 
 

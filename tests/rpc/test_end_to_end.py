@@ -201,4 +201,4 @@ async def test_deltas_arrive_as_they_are_made(engine: "Engine") -> None:
         async for event in client.generate("Hello", max_tokens=16, ignore_eos=True).events():
             if isinstance(event, Delta):
                 times.append(time.monotonic())
-        assert len(times) > 8  # not one message at the end
+        assert len(times) > 1  # not one message at the end

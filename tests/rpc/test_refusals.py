@@ -223,11 +223,12 @@ async def test_an_error_that_quotes_the_request_still_reaches_the_client() -> No
 
 async def test_long_prompts_that_wait_to_be_tokenized_are_bounded() -> None:
     engine = ScriptedEngine(slots=2, max_waiting=2)
-    engine.submit_delay = 0.3
+    engine.may_submit.clear()
     async with serving(engine) as (_, client):
-        answers = await asyncio.gather(
-            *(client.generate_once("x" * 3000, max_tokens=1) for _ in range(10)), return_exceptions=True
-        )
+        runs = [asyncio.ensure_future(client.generate_once("x" * 3000, max_tokens=1)) for _ in range(10)]
+        await eventually(lambda: sum(run.done() for run in runs) == 6)
+        engine.may_submit.set()
+        answers = await asyncio.gather(*runs, return_exceptions=True)
         assert sum(isinstance(answer, QueueFull) for answer in answers) == 6
         assert engine.loads().available_pages == engine.total_pages
 
