@@ -108,7 +108,7 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
 
 
 def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
-    """One window for all layers. Qwen uses its own only with `use_sliding_window`, from layer `max_window_layers` on."""
+    """One window for all layers. Qwen uses one only with `use_sliding_window`, from layer `max_window_layers` on."""
     window = config.get("sliding_window")
     if family == "llama" or window is None:
         return None
