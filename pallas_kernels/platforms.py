@@ -5,7 +5,6 @@ Not from `jax.default_backend()`, which says `cpu` while a program is compiled a
 
 import logging
 from collections.abc import Callable
-from typing import Literal
 
 from pallas_kernels.cpu_native import NativePagedAttention
 from pallas_kernels.interface import PagedAttention
@@ -14,8 +13,6 @@ from pallas_kernels.reference import ReferencePagedAttention
 from pallas_kernels.xla import XlaPagedAttention
 
 log = logging.getLogger(__name__)
-
-Platform = Literal["cpu", "tpu", "cuda"]
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable[[], PagedAttention]]] = {
     "cpu": {
@@ -29,11 +26,11 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[], PagedAttention]]] = {
 """Of each platform, its implementations by name, the preferred first."""
 
 
-def select(platform: Platform, implementation: str | None = None) -> PagedAttention:
+def select(platform: str, implementation: str | None = None) -> PagedAttention:
     """The implementation for a platform, with the cache layout that goes with it.
 
     Args:
-        platform: the platform that the program will run on.
+        platform: the platform that the program will run on, a key of `IMPLEMENTATIONS`.
         implementation: a name of `IMPLEMENTATIONS[platform]`; None takes the platform's own. On the CPU that is
             `cpu_native`, or `cpu_xla` where it cannot be built, with the reason in the log.
 

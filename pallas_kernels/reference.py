@@ -30,7 +30,8 @@ def dense_attention(
     scores = np.einsum("thd,chd->htc", q, keys) * scale
     age = np.arange(context - tokens, context)[:, None] - np.arange(context)[None]
     seen = (age >= 0) & (age < (sliding_window or context + 1))
-    weights = np.where(seen, np.exp(scores - scores.max(axis=-1, keepdims=True, where=seen, initial=-np.inf)), 0.0)
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.einsum("htc,chd->thd", weights / weights.sum(axis=-1, keepdims=True), values)
 
 
@@ -65,6 +66,8 @@ class ReferencePagedAttention:
     ) -> Attended:
         """See `PagedAttention.write_and_attend`."""
         check_operands(q, k, v, k_pages, v_pages, page_table, token_row, position)
+        if k_pages.ndim != 4 or k_pages.shape[2:] != k.shape[1:]:
+            raise ValueError(f"the cache must be [page, page_size, {k.shape[1]}, {k.shape[2]}], got {k_pages.shape}")
         num_pages, page_size, kv_heads, head_dim = k_pages.shape
         tokens, q_heads, _ = q.shape
         context = page_table.shape[1] * page_size

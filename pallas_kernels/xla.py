@@ -1,8 +1,8 @@
 """Paged attention in plain JAX: what is always there.
 
-Tokens are taken in tiles of eight. For each tile a loop runs over blocks of keys at absolute positions, up to the tile's
-longest sequence, with an online softmax. Each token is one product of fixed shape a block, whatever else is in the call:
-its query heads are laid block-diagonally over the kv heads, which lie side by side in the page.
+Tokens are taken in tiles of eight. For each tile a loop runs over blocks of keys at absolute positions, up to the
+tile's longest sequence, with an online softmax. Each token is one product of fixed shape a block, whatever else is in
+the call: its query heads are laid block-diagonally over the kv heads, which lie side by side in the page.
 """
 
 from dataclasses import dataclass
@@ -136,9 +136,7 @@ def _batched_product(left: Array, right: Array, *, contract: int) -> Float[Array
     return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 
-def _block_diagonal(
-    q: Float[Array, "token q_head head_dim"], kv_heads: int
-) -> Float[Array, "token q_head kv_heads*head_dim"]:
+def _block_diagonal(q: Float[Array, "token q_head head_dim"], kv_heads: int) -> Float[Array, "token q_head kv"]:
     """Each query in the columns of its own kv head, zeros elsewhere.
 
     With 2 query heads over 2 kv heads: [[a, b], [c, d]] becomes [[a, b, 0, 0], [0, 0, c, d]].
@@ -149,9 +147,7 @@ def _block_diagonal(
     return jnp.where(own, grouped, jnp.zeros((), q.dtype)).reshape(tokens, q_heads, kv_heads * head_dim)
 
 
-def _own_kv_head(
-    out: Float[Array, "token q_head kv_heads*head_dim"], kv_heads: int
-) -> Float[Array, "token q_head head_dim"]:
+def _own_kv_head(out: Float[Array, "token q_head kv"], kv_heads: int) -> Float[Array, "token q_head head_dim"]:
     """The columns of each query head's own kv head: the inverse of `_block_diagonal`."""
     tokens, q_heads, width = out.shape
     grouped = out.reshape(tokens, kv_heads, q_heads // kv_heads, kv_heads, width // kv_heads)

@@ -10,6 +10,7 @@
 #include "simd.h"
 
 namespace kernels {
+namespace {  // libraries for several processors may be loaded side by side
 
 using simd::kLanes;
 using simd::Vec;
@@ -79,7 +80,7 @@ void score(const float* q, int q_stride, int dwords, const Block<T>& block, cons
       Vec k[4];
 #pragma GCC unroll 4
       for (int g = 0; g < kAtOnce; ++g) {
-        __builtin_prefetch(ahead[g] + d * kGroup);
+        __builtin_prefetch(ahead[g] + d * kGroup, 0, 2);
 #pragma GCC unroll 4
         for (int i = 0; i < kPerGroup; ++i) k[g * kPerGroup + i] = simd::load(keys[g] + d * kGroup + i * kLanes);
       }
@@ -145,7 +146,7 @@ void add_values(const float* weights, const float* factor, const Block<T>& block
       Vec v[2 * kUnits];
 #pragma GCC unroll 4
       for (int unit = 0; unit < kUnits; ++unit) {
-        if (unit * kUnit * sizeof(T) % 64 == 0) __builtin_prefetch(ahead + key * value_stride + unit * kUnit);
+        if (unit * kUnit * sizeof(T) % 64 == 0) __builtin_prefetch(ahead + key * value_stride + unit * kUnit, 0, 2);
         load_values(values + key * value_stride + unit * kUnit, v[2 * unit], v[2 * unit + 1]);
       }
 #pragma GCC unroll 8
@@ -191,4 +192,5 @@ void call_add_values(std::integer_sequence<int, kRows...>, int rows, int head_di
 
 using RowCounts = std::make_integer_sequence<int, simd::kMaxRows>;
 
+}  // namespace
 }  // namespace kernels

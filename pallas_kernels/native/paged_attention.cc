@@ -1,5 +1,7 @@
 // The XLA custom call: checks what XLA hands over and shares the work among its own threads.
 
+#include <memory>
+
 #include "paged_attention.h"
 
 #include "xla/ffi/api/ffi.h"

@@ -4,12 +4,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <memory>
+#include <thread>
 #include <vector>
 
 #include "block_kernels.h"
 
 namespace kernels {
+namespace {  // libraries for several processors may be loaded side by side
 
 // A call's operands. A page holds for each kv head its keys and, in the other array, its values:
 //   keys: where page_size is a multiple of 16, [page_size / 16] groups as `Block::keys` tells; else [page_size][head_dim].
@@ -41,6 +42,19 @@ struct Call {
     return (static_cast<int64_t>(page) * kv_heads + kv_head) * page_size * head_dim;
   }
 };
+
+// Where a block of a row lies in the cache. Of use as addresses only where the cache interleaves.
+template <class T>
+Block<T> locate(const Call<T>& call, int row, int kv_head, int number) {
+  Block<T> block;
+  for (int g = 0; g < kGroups; ++g) {
+    int at = number * kBlock + g * kGroup;
+    int64_t offset = call.head_offset(call.page(row, at), kv_head) + at % call.page_size * call.head_dim;
+    block.keys[g] = call.k_pages + offset;
+    block.values[g] = call.v_pages + offset;
+  }
+  return block;
+}
 
 // Copies the key of one position into a group's lines.
 template <class T>
@@ -144,10 +158,11 @@ class TileAttention {
     for (const RowGroup& rows : row_groups_) gather_queries(rows);
   }
 
-  void run() {
+  // `after`: what this thread reads next, to be prefetched.
+  void run(const Block<T>& after) {
     for (int number = tile_.first_block; number < tile_.end_block; ++number) {
       Block<T> block = find(number);
-      Block<T> next = number + 1 < tile_.end_block ? locate(number + 1) : block;
+      Block<T> next = number + 1 < tile_.end_block ? locate(call_, row_, kv_head_, number + 1) : after;
       for (const RowGroup& rows : row_groups_) attend(rows, number * kBlock, block, next);
     }
     for (const RowGroup& rows : row_groups_)
@@ -175,21 +190,9 @@ class TileAttention {
   bool stages_values() const { return !call_.interleaves() || padded_ != call_.head_dim; }
   int value_stride() const { return stages_values() ? padded_ : call_.head_dim; }
 
-  // Where a block lies in the cache. Of use as addresses only where its pages are not contiguous in groups of 16.
-  Block<T> locate(int number) const {
-    Block<T> block;
-    for (int g = 0; g < kGroups; ++g) {
-      int at = number * kBlock + g * kGroup;
-      int64_t offset = call_.head_offset(call_.page(row_, at), kv_head_) + at % call_.page_size * call_.head_dim;
-      block.keys[g] = call_.k_pages + offset;
-      block.values[g] = call_.v_pages + offset;
-    }
-    return block;
-  }
-
   // As `locate`, with what the kernels cannot read in place copied to where they can.
   Block<T> find(int number) {
-    Block<T> block = locate(number);
+    Block<T> block = locate(call_, row_, kv_head_, number);
     if (!call_.interleaves()) {
       for (int key = 0; key < kBlock; ++key) {
         int at = number * kBlock + key;
@@ -301,20 +304,34 @@ class Job {
       written_.fetch_add(1, std::memory_order_release);
     }
     if (next_piece_.load() >= pieces_) return;
-    while (written_.load(std::memory_order_acquire) < writes_) simd::pause();
-    for (int i; (i = next_piece_.fetch_add(1)) < pieces_;) {
-      TileAttention<T>(call_, tiles_[i / call_.kv_heads], i % call_.kv_heads).run();
+    wait_for(written_, writes_);
+    // Taken one ahead, so that the last block of one piece can prefetch the first of the next.
+    for (int i = next_piece_.fetch_add(1); i < pieces_;) {
+      int following = next_piece_.fetch_add(1);
+      attention(i).run(first_block(following < pieces_ ? following : i));
       attended_.fetch_add(1, std::memory_order_release);
+      i = following;
     }
   }
 
   // Returns when every piece is done, by whichever thread.
   void wait() const {
-    while (written_.load(std::memory_order_acquire) < writes_) simd::pause();
-    while (attended_.load(std::memory_order_acquire) < pieces_) simd::pause();
+    wait_for(written_, writes_);
+    wait_for(attended_, pieces_);
   }
 
  private:
+  // Another thread is in the middle of a piece: microseconds, unless it lost its core.
+  static void wait_for(const std::atomic<int>& count, int all) {
+    for (int spins = 0; count.load(std::memory_order_acquire) < all; ++spins)
+      spins < 2000 ? simd::pause() : std::this_thread::yield();
+  }
+  TileAttention<T> attention(int i) { return {call_, tiles_[i / call_.kv_heads], i % call_.kv_heads}; }
+  Block<T> first_block(int i) {
+    const Tile& tile = tiles_[i / call_.kv_heads];
+    return locate(call_, call_.token_row[tile.begin], i % call_.kv_heads, tile.first_block);
+  }
+
   static constexpr int kTokensPerWrite = 8;
   const Call<T> call_;
   std::vector<Tile> tiles_;
@@ -322,4 +339,5 @@ class Job {
   std::atomic<int> next_write_{0}, written_{0}, next_piece_{0}, attended_{0};
 };
 
+}  // namespace
 }  // namespace kernels
