@@ -1,6 +1,7 @@
 """A token's output has the same bits whatever else is in the call and however it got there."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_sequences import IMPLEMENTATIONS, PagedSequences, Shape, TokenRange, bits
+from paged_sequences import IMPLEMENTATIONS, PagedSequences, Shape, TokenRange, bits, relative_error
 
 from pallas_kernels import select
+from pallas_kernels.cpu_native import NativePagedAttention
+from pallas_kernels.native_build import register
 
 SHAPES = {
     "bfloat16": Shape(q_heads=9, kv_heads=3, head_dim=64),
@@ -115,3 +118,19 @@ def test_pages_copied_elsewhere_gives_the_same_bits(implementation: str, shape: 
     case.tables[0] = [there.get(int(page), 0) for page in case.tables[0]]
     (got,) = case.call(TokenRange(0, LENGTH - 1, LENGTH, 0))
     np.testing.assert_array_equal(bits(got), alone[LENGTH - 1 :])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="an x86 target")
+@pytest.mark.parametrize("arch", ["x86-64-v3", "x86-64"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_older_processors_keep_the_promises_too(arch: str, name: str):
+    """Values and bits on narrower vectors, without fused or bfloat16 arithmetic."""
+    attention, shape = NativePagedAttention(register("JaxservePagedAttention", arch)), SHAPES[name]
+    whole = TokenRange(0, 0, LENGTH, 0)
+    together = PagedSequences(attention, shape, lengths=[LENGTH])
+    apart = PagedSequences(attention, shape, lengths=[LENGTH])
+    (got,) = together.call(whole)
+    single = np.concatenate([apart.call(TokenRange(0, at, at + 1, 0))[0] for at in range(LENGTH)])
+    np.testing.assert_array_equal(bits(got), bits(single))
+    assert relative_error(got, together.dense(whole)) < 1e-2
