@@ -94,6 +94,8 @@ def model_config(file: Path, header: Header) -> ModelConfig:
     family = metadata.need("general.architecture", str)
     if family not in _ARCHITECTURES:
         raise UnsupportedModel(f"architecture {family!r} is not one of {', '.join(_ARCHITECTURES)}")
+    if (metadata.get("split.count", int) or 1) > 1:
+        raise UnsupportedModel("is one of several split files: join them with llama-gguf-split --merge")
     if metadata.get(f"{family}.expert_count", int):
         raise UnsupportedModel(f"architecture {family!r} with experts is not supported")
     hidden_size = metadata.need(f"{family}.embedding_length", int)

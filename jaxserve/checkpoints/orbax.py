@@ -192,6 +192,8 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 def _check_files(folder: Path, expected: dict[str, int]) -> None:
     """Finds a lost or truncated file at once; Orbax may notice one only when all else has been read."""
+    if not isinstance(expected, dict):
+        raise CheckpointError(f"{folder / DESCRIPTION}: files is not an object")
     found = _file_sizes(folder)
     for name, size in expected.items():
         if name not in found:

@@ -53,7 +53,7 @@ def make_tokenizer_fixture(gguf: Path, file: Path) -> None:
     note = (
         "transformers_ids: transformers reading the GGUF file, which ignores the `smollm` pre-tokenizer. "
         "published_ids: the same vocabulary with the pre-tokenizer of the model's own tokenizer.json (single digits, "
-        "then byte level). They differ where white space stands before a digit, and in digits other than those of ASCII."
+        "then byte level). They differ where white space stands before a digit, and in digits other than ASCII's."
     )
     file.write_text(json.dumps({"note": note, "strings": entries, "chats": chats}, indent=1) + "\n")
     differing = [entry["text"] for entry in entries if entry["transformers_ids"] != entry["published_ids"]]

@@ -228,6 +228,7 @@ def test_a_missing_a_misshapen_and_a_needless_tensor_are_named(tmp_path):
         ({"qwen3.rope.dimension_count": 32}, "rope.dimension_count of 32"),
         ({"qwen3.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
         ({"qwen3.expert_count": 8}, "experts"),
+        ({"split.count": 3}, "one of several split files"),
         ({"general.architecture": "mamba"}, "architecture 'mamba'"),
         ({"tokenizer.ggml.eos_token_id": 64}, "eos_token_id is 64 of 64"),
         ({"general.alignment": 0}, "alignment is 0"),

@@ -87,6 +87,7 @@ def test_int8_weights_do_not_become_floating_point(tmp_path):
         ({"quantization": "int8"}, "is missing"),
         ({"config": {}}, "is not a model configuration"),
         ({"tokenizer": {}}, "eos_ids"),
+        ({"files": ["params"]}, "files is not an object"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(folder, changes, message):
