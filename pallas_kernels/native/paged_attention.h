@@ -293,8 +293,14 @@ class Job {
     pieces_ = static_cast<int>(tiles_.size()) * call.kv_heads;
   }
 
-  // How many threads have something to do.
-  int useful_threads() const { return std::max(1, std::max(pieces_, writes_)); }
+  // How many threads are worth waking: each should have some ten microseconds of work, at an eighth of one for a query
+  // head of a token against a block.
+  int useful_threads() const {
+    constexpr int64_t kCostPerThread = 80;
+    int64_t cost = 0;
+    for (const Tile& tile : tiles_) cost += (2 + tile.cost()) * call_.q_heads;
+    return static_cast<int>(std::min<int64_t>(std::max(pieces_, writes_), cost / kCostPerThread + 1));
+  }
 
   void work() {
     simd::FlushDenormals flush;
