@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from jaxserve.models.config import FrequencyFactors, LinearScaling, Llama3Scaling, RopeConfig
 from pallas_kernels import linear as packed
+from pallas_kernels import rotary
 from pallas_kernels.linear import LiveRows
 
 Quantization = Literal["none", "int8"]
@@ -173,7 +174,8 @@ Rotation = tuple[Float32[Array, "token 1 half"], Float32[Array, "token 1 half"]]
 def rotation(positions: Int32[Array, " token"], rope: RopeConfig, head_dim: int) -> Rotation:
     """Cosine and sine of each token's angles, to be shared by all layers."""
     angles = positions[:, None, None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)
-    return jnp.cos(angles), jnp.sin(angles)
+    # Without the barrier XLA computes them again for each element of each layer, a tenth of a step on CPU.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def rotate(x: Float[Array, "token head head_dim"], by: Rotation) -> Float[Array, "token head head_dim"]:
@@ -181,3 +183,25 @@ def rotate(x: Float[Array, "token head head_dim"], by: Rotation) -> Float[Array,
     cosine, sine = by
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
+
+
+def split_heads(
+    qkv: Float[Array, "token qkv"],
+    by: Rotation,
+    q_heads: int,
+    kv_heads: int,
+    norms: tuple[RMSNorm, RMSNorm] | None,
+    *,
+    matmul: Matmul,
+    live: LiveRows | None,
+) -> tuple[Array, Array, Array]:
+    """q [token q_head head_dim], k and v [token kv_head head_dim] of their product; q and k normed, then rotated."""
+    if matmul == "native":
+        given = {} if norms is None else {"norms": tuple(n.weight[...] for n in norms), "epsilon": norms[0].epsilon}
+        return rotary.split_heads(qkv, *by, q_heads, kv_heads, live=live, **given)
+    head_dim = qkv.shape[1] // (q_heads + 2 * kv_heads)
+    parts = jnp.split(qkv, (q_heads * head_dim, (q_heads + kv_heads) * head_dim), axis=-1)
+    q, k, v = (part.reshape(qkv.shape[0], -1, head_dim) for part in parts)
+    if norms is not None:
+        q, k = norms[0](q), norms[1](k)
+    return rotate(q, by), rotate(k, by), v

@@ -6,6 +6,7 @@
 
 #include "linear_rows.h"
 #include "linear_tiles.h"
+#include "live_rows.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -13,11 +14,6 @@ namespace jaxserve {
 namespace {
 
 namespace ffi = xla::ffi;
-
-// Rows [begin, begin + count) of x and out; `first` is the number of live rows before them.
-struct LiveRange {
-  int64_t begin, count, first;
-};
 
 struct Call {
   const char* x;
@@ -29,11 +25,8 @@ struct Call {
   int64_t blocks;
   Epilogue epilogue;
   char* out;
-  int64_t tokens;
   int64_t size_out;
-  LiveRange live[2];
-
-  int64_t live_rows() const { return live[0].count + live[1].count; }
+  LiveRows live;
 };
 
 // Memory of the calling thread, kept from call to call.
@@ -51,10 +44,10 @@ class Pieces {
       : call_(call),
         tiles_(tiles),
         threads_(threads),
-        rows_(call.live_rows()),
+        rows_(call.live.count()),
         identity_(call.form.is_identity()),
         groups_((call.panels + kMaxPanels - 1) / kMaxPanels),
-        dead_pieces_(std::min(threads, call.tokens - rows_)) {
+        dead_pieces_(std::min(threads, call.live.dead_count())) {
     // Pieces enough to go round evenly, with rows enough in each to be worth the reading of the weights.
     const int64_t wanted = (4 * threads + groups_ - 1) / groups_;
     const int64_t rows = std::clamp<int64_t>((rows_ + wanted - 1) / wanted, kLeastChunk, kMostChunk);
@@ -73,7 +66,7 @@ class Pieces {
     piece -= preparations_;
     if (piece >= chunks_ * groups_) return zero_dead_rows(piece - chunks_ * groups_);
     // Pieces are taken in order: all of the preparation is in the hands of threads that run.
-    while (done_.load(std::memory_order_acquire) < preparations_) cpu_relax();
+    while (done_.load(std::memory_order_acquire) < preparations_) simd::pause();
     multiply(piece / groups_ * chunk_, piece % groups_);
   }
 
@@ -81,18 +74,12 @@ class Pieces {
   static constexpr int64_t kLeastChunk = 64;
   static constexpr int64_t kMostChunk = 256;
 
-  // The token of a live row.
-  int64_t token(int64_t row) const {
-    const LiveRange& range = call_.live[row >= call_.live[1].first];
-    return range.begin + row - range.first;
-  }
-
   void prepare(int64_t piece) {
     float* work = reinterpret_cast<float*>(scratch<1>((call_.form.size + kPanel) * sizeof(float)));
     const int64_t row_bytes = call_.form.size * size_of(call_.form.type);
     for (int64_t row = piece * rows_ / preparations_; row < (piece + 1) * rows_ / preparations_; ++row) {
       char* to = prepared_ + row * call_.form.stride;
-      scales_[row] = prepare_row(call_.form, call_.x + token(row) * row_bytes, to, work);
+      scales_[row] = prepare_row(call_.form, call_.x + call_.live.token(row) * row_bytes, to, work);
     }
     done_.fetch_add(1, std::memory_order_release);
   }
@@ -112,9 +99,8 @@ class Pieces {
     int64_t fetched = 0;
     alignas(64) char sums[2][kTileBytes];
     for (int64_t row = begin, rows; row < chunk_end; row += rows) {
-      const int64_t range_end = row < call_.live[1].first ? call_.live[1].first : rows_;
-      rows = std::min<int64_t>(kMaxRows, std::min(range_end, chunk_end) - row);
-      arguments.x = identity_ ? call_.x + token(row) * call_.form.stride : prepared_ + row * call_.form.stride;
+      rows = std::min<int64_t>(kMaxRows, std::min(call_.live.neighbours_end(row), chunk_end) - row);
+      arguments.x = identity_ ? call_.x + call_.live.token(row) * call_.form.stride : prepared_ + row * call_.form.stride;
       for (int64_t half = 0; half < call_.halves; ++half) {
         const char* weight = call_.weight + half * call_.panels * call_.panel_stride;
         arguments.prefetch = weight + next * call_.panel_stride + fetched;
@@ -145,7 +131,7 @@ class Pieces {
     const Epilogue& epilogue = call_.epilogue;
     const int64_t column = panel * kPanel, count = std::min<int64_t>(kPanel, call_.size_out - column);
     const float scale = identity_ ? 1.0f : scales_[row];
-    const int64_t at = (token(row) * call_.size_out + column) * size_of(epilogue.type);
+    const int64_t at = (call_.live.token(row) * call_.size_out + column) * size_of(epilogue.type);
     Lanes lanes = scaled(epilogue, sums, scale, column, count);
     if (call_.halves == 2) lanes = swiglu(lanes, scaled(epilogue, up_sums, scale, call_.size_out + column, count));
     if (epilogue.residual) {
@@ -157,10 +143,9 @@ class Pieces {
 
   void zero_dead_rows(int64_t piece) const {
     const int64_t row_bytes = call_.size_out * size_of(call_.epilogue.type);
-    const int64_t gap_begin = call_.live[0].count, gap = call_.live[1].begin - gap_begin;
-    const int64_t dead = call_.tokens - rows_;
+    const int64_t dead = call_.live.dead_count();
     for (int64_t i = piece * dead / dead_pieces_; i < (piece + 1) * dead / dead_pieces_; ++i)
-      std::memset(call_.out + (i < gap ? gap_begin + i : rows_ + i) * row_bytes, 0, row_bytes);
+      std::memset(call_.out + call_.live.dead_token(i) * row_bytes, 0, row_bytes);
   }
 
   static constexpr int kTileBytes = kMaxRows * kMaxPanels * kPanel * 4;
@@ -195,15 +180,6 @@ std::optional<Type> type_of(ffi::AnyBuffer buffer) {
 // Bits of `present`: the optional operands, in this order after x and weight.
 enum Operand { kScale = 1, kBias = 2, kResidual = 4, kNorm = 8, kLive = 16 };
 
-// The rows that count, [0, live[0]) and [leading, leading + live[1]); all without `live`.
-void set_live_rows(Call& call, const int32_t* live, int64_t leading) {
-  const auto within = [](int64_t value, int64_t limit) { return std::clamp<int64_t>(value, 0, limit); };
-  const int64_t first = live ? within(live[0], leading) : call.tokens;
-  const int64_t second = live ? within(live[1], call.tokens - leading) : 0;
-  call.live[0] = {0, first, 0};
-  call.live[1] = {live ? leading : call.tokens, second, first};
-}
-
 ffi::Error linear(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out, int64_t present,
                   int64_t leading_rows, float epsilon) {
   size_t next = 0;
@@ -217,25 +193,27 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Result
   const bool gated = shape.size() == 5;
   if (!type || !weights || !out_type || (!gated && shape.size() != 4) || (weights != Type::kInt8 && weights != type))
     return ffi::Error::InvalidArgument("linear: operands of a type or rank that it does not know");
-  Call call;
   const char* scale = take_if(kScale);
   const char* bias = take_if(kBias);
-  call.epilogue = {*weights, reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(bias),
-                   take_if(kResidual), *out_type};
+  const char* residual = take_if(kResidual);
   const char* norm = take_if(kNorm);
-  const char* live = take_if(kLive);
-  call.x = static_cast<const char*>(x.untyped_data());
-  call.out = static_cast<char*>(out->untyped_data());
-  call.weight = static_cast<const char*>(weight.untyped_data());
-  call.tokens = x.dimensions()[0];
-  call.size_out = out->dimensions()[1];
-  call.halves = gated ? 2 : 1;
-  call.panels = shape[gated];
-  call.panel_stride = shape[gated + 1] * kBlockBytes;
-  call.blocks = shape[gated + 1] - (weights == Type::kInt8 ? 1 : 0);
-  call.form = {*type,  *weights, x.dimensions()[1], call.blocks * kRowBlockBytes, reinterpret_cast<const float*>(norm),
-               epsilon, int8_offset()};
-  set_live_rows(call, reinterpret_cast<const int32_t*>(live), leading_rows);
+  const char* counts = take_if(kLive);
+  const int64_t tokens = x.dimensions()[0], blocks = shape[gated + 1];
+  const int64_t weight_blocks = blocks - (weights == Type::kInt8 ? 1 : 0);
+  const Call call = {
+      static_cast<const char*>(x.untyped_data()),
+      {*type, *weights, x.dimensions()[1], weight_blocks * kRowBlockBytes, reinterpret_cast<const float*>(norm), epsilon,
+       int8_offset()},
+      static_cast<const char*>(weight.untyped_data()),
+      gated ? 2 : 1,
+      shape[gated],
+      blocks * kBlockBytes,
+      weight_blocks,
+      {*weights, reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(bias), residual, *out_type},
+      static_cast<char*>(out->untyped_data()),
+      out->dimensions()[1],
+      counts ? LiveRows(tokens, reinterpret_cast<const int32_t*>(counts), leading_rows) : LiveRows(tokens),
+  };
   static const Tiles bfloat16 = bfloat16_tiles(), floats = float_tiles(), int8 = int8_tiles();
   const Tiles& tiles = weights == Type::kBfloat16 ? bfloat16 : weights == Type::kFloat ? floats : int8;
   const int64_t threads = pool.num_threads();

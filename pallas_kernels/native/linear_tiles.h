@@ -7,11 +7,10 @@
 
 #include <cstdint>
 
-#include "simd.h"
+#include "lanes.h"
 
 namespace jaxserve {
 
-constexpr int kPanel = 16;  // outputs
 constexpr int kBlockBytes = 64;
 constexpr int kRowBlockBytes = 4;
 
@@ -28,14 +27,6 @@ constexpr int kMaxPanels = 1;
 constexpr int kMaxRows = 2;
 constexpr int kMaxPanels = 1;
 #endif
-constexpr int kVectors = kPanel / simd::kLanes;  // in a panel
-
-template <typename T>
-inline T load_as(const void* from) {
-  T value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
 
 // What a tile reads and writes. Strides are in bytes; out is [panels][rows][16], float or int32.
 struct TileArguments {

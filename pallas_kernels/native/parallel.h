@@ -6,17 +6,10 @@
 #include <cstdint>
 #include <thread>
 
+#include "simd.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxserve {
-
-inline void cpu_relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 // Calls work(piece) for each piece in [0, pieces), on this thread and up to max_threads - 1 of the pool's.
 //
@@ -26,6 +19,7 @@ template <typename Work>
 void parallel_for(xla::ffi::ThreadPool& pool, int64_t pieces, int64_t max_threads, Work& work) {
   const int64_t helpers = std::min({pieces, max_threads, pool.num_threads()}) - 1;
   if (helpers <= 0) {
+    const simd::FlushDenormals flush;
     for (int64_t piece = 0; piece < pieces; ++piece) work(piece);
     return;
   }
@@ -37,6 +31,7 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t pieces, int64_t max_thread
     std::atomic<int64_t> owners;
 
     void run() {
+      const simd::FlushDenormals flush;
       int64_t mine = 0;
       for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces; ++mine) (*work)(piece);
       if (mine) done.fetch_add(mine, std::memory_order_release);
@@ -59,7 +54,7 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t pieces, int64_t max_thread
   for (int spins = 0; state->done.load(std::memory_order_acquire) < pieces; ++spins) {
     // About 50 microseconds of spinning: the others are on their last piece.
     if (spins < 1000) {
-      cpu_relax();
+      simd::pause();
     } else {
       std::this_thread::yield();
     }

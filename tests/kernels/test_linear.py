@@ -170,6 +170,6 @@ def test_operands_that_do_not_fit_are_refused(random):
     with pytest.raises(ValueError, match="weight"):
         linear(x.astype(BF16), packed, 16)
     with pytest.raises(ValueError, match="residual"):
-        linear(x, packed, 16, residual=x[:1])
+        linear(x, packed, 16, residual=x.astype(BF16))
     with pytest.raises(ValueError, match="float16"):
         pack(jnp.ones((16, 16), jnp.float16))
