@@ -1,0 +1,241 @@
+"""The command line. The only module of the package that may import `rpc`."""
+
+import argparse
+import ast
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, BinaryIO
+
+from jaxserve.commands.options import METAVARS, add_field_options, engine_config, given_fields, source_fields
+from jaxserve.commands.start import CommandError, ExitStatus, start_engine
+from jaxserve.config import EngineConfig
+from jaxserve.log import configure_logging
+from jaxserve.request import SamplingParams, StoppingParams
+
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
+
+SERVED = {"core": "process"}
+"""What a served engine has other than EngineConfig says: its loop shares no GIL with the protocol."""
+SAMPLING_OPTIONS = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in ("logit_bias", "n"))
+STOPPING_OPTIONS = tuple(StoppingParams.__dataclass_fields__)
+BROKEN_PIPE = 141
+"""Exit status where the reader of standard output has gone, as shells report SIGPIPE."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    configure_logging(arguments.log_level)
+    try:
+        return int(arguments.run(arguments))
+    except CommandError as error:
+        print(f"jaxserve: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return ExitStatus.UNUSABLE
+    except KeyboardInterrupt:
+        return ExitStatus.INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes standard output once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run`."""
+    parser = argparse.ArgumentParser(prog="jaxserve", description="Serves language models with JAX.")
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        added.add_argument(
+            "--log-level",
+            choices=("debug", "info", "warning", "error"),
+            default="warning",
+            help="least severity of what is logged, as JSON lines on standard error (default: warning)",
+        )
+        return added
+
+    _add_serve(command("serve", "serve a model over gRPC until SIGTERM"))
+    _add_generate(command("generate", "run requests given as JSON lines, writing each result as it finishes"))
+    _add_chat(command("chat", "talk with a model, or answer the lines of standard input"))
+    _add_convert(command("convert", "write a checkpoint in the native format, which loads fastest"))
+    _add_info(command("info", "describe a checkpoint: configuration, tokenizer, sizes"))
+    return parser
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(version("jaxserve"))
+        parser.exit()
+
+
+def _engine_options(parser: argparse.ArgumentParser, defaults: dict[str, str] | None = None) -> None:
+    group = parser.add_argument_group("engine", "The word none stands for None, where an option takes it.")
+    add_field_options(group, EngineConfig, defaults=defaults or {})
+
+
+def _config(arguments: argparse.Namespace, defaults: dict[str, str] | None = None) -> EngineConfig:
+    try:
+        return engine_config(arguments, defaults or {})
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+# serve
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    known = source_fields("rpc.server", "ServerConfig")  # importing it would load gRPC
+    for option, name, kind in (("--host", "host", str), ("--grpc-port", "port", int), ("--grace", "grace", float)):
+        field = known[name]
+        assert field.default is not None
+        default = ast.literal_eval(field.default)
+        text = f"{field.doc} (default: {default})"
+        parser.add_argument(option, type=kind, default=default, metavar=METAVARS[kind], help=text)
+    _engine_options(parser, SERVED)
+    parser.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from rpc.server import ServerConfig, print_report, serve
+
+    config = _config(arguments, SERVED)
+    listening = False
+
+    def report(event: dict[str, object]) -> None:
+        nonlocal listening
+        listening = listening or event["event"] == "listening"
+        print_report(event)
+
+    def start() -> "Engine":
+        return start_engine(config)
+
+    try:
+        return serve(
+            start,
+            arguments.host,
+            arguments.grpc_port,
+            arguments.grace,
+            longest_context=config.max_context or ServerConfig.longest_context,
+            report=report,
+        )
+    except RuntimeError as error:
+        if listening:
+            raise
+        raise CommandError(f"{arguments.host}:{arguments.grpc_port} cannot be had: {error}") from error
+
+
+# generate
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="file of one JSON object a line, - for standard input. An object has an id, one of prompt, token_ids and "
+        "messages, and any sampling, stopping or output field of the API (temperature, max_tokens, stop, logprobs, "
+        "...). A line that is refused becomes an error line; the others run.",
+    )
+    parser.add_argument(
+        "--output", default="-", metavar="FILE", help="where results go, - for standard output (default: -)"
+    )
+    _engine_options(parser)
+    parser.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from jaxserve.commands.generate import run_batch
+
+    config = _config(arguments)
+    with ExitStack() as files:
+        try:
+            lines = _open_input(arguments.input)
+            to_stdout = arguments.output == "-"
+            output = sys.stdout.buffer if to_stdout else files.enter_context(open(arguments.output, "wb"))
+        except OSError as error:
+            raise CommandError(f"{error.filename}: {error.strerror}") from error
+        engine = files.enter_context(start_engine(config))
+        return run_batch(engine, lines, output)
+
+
+def _open_input(name: str) -> BinaryIO:
+    """A file for the thread that reads it. It is left open: when SIGINT ends the command that thread may wait in it,
+    and closing it, as the interpreter does with sys.stdin, would wait for the thread."""
+    if name == "-":
+        return open(0, "rb", closefd=False)
+    return open(name, "rb")
+
+
+# chat
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="instructions that precede the conversation (default: none)")
+    group = parser.add_argument_group("sampling and stopping")
+    add_field_options(group, SamplingParams, SAMPLING_OPTIONS)
+    add_field_options(group, StoppingParams, STOPPING_OPTIONS)
+    _engine_options(parser)
+    parser.set_defaults(run=_chat)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from jaxserve.commands.chat import Conversation, piped_lines, typed_lines
+
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
+    with start_engine(_config(arguments)) as engine:
+        conversation = Conversation(
+            engine,
+            SamplingParams(**given_fields(arguments, SamplingParams)),
+            StoppingParams(**given_fields(arguments, StoppingParams)),
+            interactive,
+            sys.stdout,
+            sys.stderr,
+            arguments.system,
+        )
+        return conversation.run(typed_lines(sys.stderr) if interactive else piped_lines())
+
+
+# convert, info
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    model = source_fields(EngineConfig.__module__, EngineConfig.__name__)["model"].doc.replace("`", "")
+    parser.add_argument("source", metavar="SRC", help=model)
+    parser.add_argument("folder", metavar="DST", help="folder to write, which must not exist")
+    add_field_options(parser, EngineConfig, ("dtype", "quantization"))
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from jaxserve.commands.convert import convert_checkpoint
+
+    config = _config(arguments)
+    print(convert_checkpoint(arguments.source, arguments.folder, config.dtype, config.quantization))
+    return ExitStatus.SUCCESS
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object (default: off)")
+    add_field_options(parser, EngineConfig, ("model", "dtype", "quantization", "max_context", "page_size"))
+    parser.set_defaults(run=_info)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from jaxserve.commands.info import as_text, describe
+
+    description = describe(_config(arguments))
+    print(json.dumps(description) if arguments.json else as_text(description))
+    return ExitStatus.SUCCESS

@@ -1,0 +1,126 @@
+"""`jaxserve chat`: a conversation, an answer at a time, on a terminal or through pipes."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TextIO
+
+from jaxserve.commands.start import CommandError, ExitStatus
+from jaxserve.request import (
+    Delta,
+    Finished,
+    FinishReason,
+    InvalidRequest,
+    Request,
+    RequestError,
+    SamplingParams,
+    StoppingParams,
+)
+
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
+    from jaxserve.request_stream import RequestStream
+
+PROMPT = "> "
+HELP = "Ctrl-C ends an answer, /clear starts over, Ctrl-D leaves."
+
+
+@dataclass
+class Conversation:
+    """What was said, and how to go on.
+
+    Attributes:
+        engine: answers.
+        sampling, stopping: of every answer.
+        interactive: a person reads and types; else turns come from a pipe.
+        output: takes the answers, each ended by a line end.
+        errors: takes what is not an answer.
+        system: instructions that precede the conversation; None for none.
+    """
+
+    engine: "Engine"
+    sampling: SamplingParams
+    stopping: StoppingParams
+    interactive: bool
+    output: TextIO
+    errors: TextIO
+    system: str | None = None
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def run(self, lines: Iterator[str]) -> ExitStatus:
+        """Answers each line, which is a turn of the user. Raises CommandError where the options are out of range."""
+        status = ExitStatus.SUCCESS
+        try:
+            for line in lines:
+                text = line.strip()
+                if text == "/clear":
+                    self.turns.clear()
+                elif text and not self._answer(text):
+                    status = ExitStatus.REQUESTS_FAILED
+        except KeyboardInterrupt:
+            status = ExitStatus.INTERRUPTED
+        return ExitStatus.SUCCESS if self.interactive and status is ExitStatus.REQUESTS_FAILED else status
+
+    def _answer(self, text: str) -> bool:
+        """Asks, and prints the answer as it comes; whether there was one. A turn without one is forgotten."""
+        self.turns.append({"role": "user", "content": text})
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        request = Request(messages=tuple(system + self.turns), sampling=self.sampling, stopping=self.stopping)
+        try:
+            stream = self.engine.submit(request)
+        except InvalidRequest as error:
+            if error.field != "messages":
+                raise CommandError(str(error)) from error
+            return self._forget(f"{error}. /clear starts over.")
+        except RequestError as error:
+            return self._forget(str(error))
+        answer, finished = self._print(stream)
+        print(file=self.output, flush=True)
+        if finished.finish_reason is FinishReason.ERROR:
+            return self._forget(finished.error or "the engine failed")
+        self.turns.append({"role": "assistant", "content": answer})
+        return True
+
+    def _forget(self, why: str) -> bool:
+        self.turns.pop()
+        print(why, file=self.errors, flush=True)
+        return False
+
+    def _print(self, stream: "RequestStream") -> tuple[str, Finished]:
+        """Prints deltas to the end. SIGINT ends the answer; where there is no person to go on, the command too."""
+        said: list[str] = []
+        interrupted = False
+        while True:
+            try:
+                for event in stream:
+                    if isinstance(event, Delta):
+                        said.append(event.text)
+                        print(event.text, end="", file=self.output, flush=True)
+                    elif isinstance(event, Finished):
+                        if interrupted and not self.interactive:
+                            raise KeyboardInterrupt
+                        return "".join(said), event
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                stream.cancel()  # what follows is the rest of the stream, and its end
+
+
+def typed_lines(errors: TextIO) -> Iterator[str]:
+    """Lines that a person types, with the usual editing keys, until Ctrl-D."""
+    import readline  # noqa: F401  input() edits lines with it
+
+    print(HELP, file=errors)
+    while True:
+        try:
+            yield input(PROMPT)
+        except EOFError:
+            print()
+            return
+
+
+def piped_lines() -> Iterator[str]:
+    """Lines of standard input, as they come; bytes that are no UTF-8 are replaced."""
+    for line in sys.stdin.buffer:
+        yield line.decode("utf-8", "replace")

@@ -1,0 +1,275 @@
+"""`jaxserve generate`: requests as JSON lines in, results as JSON lines out, each as soon as it is known.
+
+a thread reads lines -> at most `engine.capacity` requests in flight, a task each -> a line of output
+"""
+
+import asyncio
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from jaxserve.commands.start import CommandError, ExitStatus
+from jaxserve.request import (
+    Delta,
+    Finished,
+    FinishReason,
+    InvalidRequest,
+    Request,
+    RequestError,
+    Started,
+    TokenLogprob,
+)
+
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
+    from jaxserve.request_stream import RequestStream
+
+READ_AHEAD = 64
+"""Lines read before there is room for their requests."""
+
+Write = Callable[[Mapping[str, object]], None]
+"""Writes one object as a line."""
+
+
+@dataclass
+class Line:
+    """A line of the input.
+
+    Attributes:
+        number: from 1.
+        data: what it holds, once it has been parsed.
+    """
+
+    number: int
+    text: bytes
+    data: Any = None
+
+    @property
+    def id(self) -> str | None:
+        """The request's id as given, or one made of the line's number; None where it is no usable one."""
+        given = self.data.get("id", self.data.get("request_id")) if isinstance(self.data, dict) else None
+        if given is None:
+            return f"line-{self.number}"
+        return given if isinstance(given, str) else None
+
+    def parse(self) -> Request:
+        """The request. Raises InvalidRequest for what is wrong with any model."""
+        try:
+            self.data = json.loads(self.text)
+        except json.JSONDecodeError as error:
+            raise InvalidRequest("request", f"is not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest("request", f"is not JSON: {error}") from None
+        request = Request.from_json({"id": self.id, **self.data} if isinstance(self.data, dict) else self.data)
+        request.validate()
+        return request
+
+
+@dataclass
+class Summary:
+    """What came of all lines."""
+
+    done: int = 0
+    """Requests that ran to an end of their own."""
+    failed: int = 0
+    """Lines refused, and requests that the engine failed."""
+    tokens: int = 0
+    interrupted: bool = False
+
+    @property
+    def status(self) -> ExitStatus:
+        """The command's exit status."""
+        if self.interrupted:
+            return ExitStatus.INTERRUPTED
+        return ExitStatus.REQUESTS_FAILED if self.failed else ExitStatus.SUCCESS
+
+
+class BatchRun:
+    """One run of the command. The first SIGINT reads no further and aborts what is in flight: each request still has
+    its line, with what it had generated. A second one raises KeyboardInterrupt."""
+
+    def __init__(self, engine: "Engine", write: Write):
+        self.summary = Summary()
+        self._engine = engine
+        self._write = write
+        self._room = asyncio.Semaphore(engine.capacity)
+        self._streams: set[RequestStream] = set()
+        self._lines_by_id: dict[str, int] = {}
+        self._reading: asyncio.Task[None] | None = None
+
+    async def run(self, lines: Iterable[bytes]) -> Summary:
+        """Serves every line. Raises CommandError where the input cannot be read, and what `write` raises."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self.interrupt)
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._reading = group.create_task(self._submit_all(lines, group))
+        except* CommandError as errors:
+            raise errors.exceptions[0] from None
+        except* BrokenPipeError as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+        return self.summary
+
+    def interrupt(self) -> None:
+        """Ends the run early. Runs in the event loop."""
+        self.summary.interrupted = True
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+        if self._reading is not None:
+            self._reading.cancel()
+        for stream in self._streams:
+            stream.cancel()
+
+    async def _submit_all(self, lines: Iterable[bytes], group: asyncio.TaskGroup) -> None:
+        queue = _read_in_thread(lines)
+        number = 0
+        while (item := await queue.get()) is not None:
+            if isinstance(item, OSError):
+                raise CommandError(f"the input cannot be read: {item}")
+            number += 1
+            if item.strip():
+                await self._room.acquire()
+                group.create_task(self._serve(Line(number, item)))
+
+    async def _serve(self, line: Line) -> None:
+        try:
+            stream, request = self._submit(line)
+        except RequestError as error:
+            self._refuse(line, error)
+        else:
+            self._streams.add(stream)
+            try:
+                await self._collect(stream, request)
+            finally:
+                stream.cancel()
+                self._streams.discard(stream)
+        finally:
+            self._room.release()
+
+    def _submit(self, line: Line) -> "tuple[RequestStream, Request]":
+        request = line.parse()
+        before = self._lines_by_id.get(request.request_id)
+        if before is not None:
+            raise InvalidRequest("id", f"{request.request_id!r} is that of line {before}; ids must differ")
+        stream = self._engine.submit(request)
+        self._lines_by_id[request.request_id] = line.number
+        return stream, request
+
+    def _refuse(self, line: Line, error: RequestError) -> None:
+        self.summary.failed += 1
+        field = error.field if isinstance(error, InvalidRequest) else None
+        self._write({"id": line.id, "line": line.number, "error": {"field": field, "message": str(error)}})
+
+    async def _collect(self, stream: "RequestStream", request: Request) -> None:
+        result = _Result(request)
+        async for event in stream:
+            match event:
+                case Started(seed=seed):
+                    result.seed = seed
+                case Delta():
+                    result.add(event)
+                case Finished():
+                    failed = event.finish_reason is FinishReason.ERROR
+                    self.summary.failed += failed
+                    self.summary.done += not failed
+                    self.summary.tokens += event.usage.completion_tokens
+                    self._write(result.to_json(event))
+
+
+@dataclass
+class _Result:
+    """One request's output so far."""
+
+    request: Request
+    seed: int | None = None
+    token_ids: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def add(self, delta: Delta) -> None:
+        self.token_ids += delta.token_ids
+        self.text.append(delta.text)
+        self.logprobs += delta.logprobs or ()
+
+    def to_json(self, finished: Finished) -> dict[str, object]:
+        """The line: what the request wanted sent back, and how it ended. Times are in seconds."""
+        wanted = self.request.output
+        line: dict[str, object] = {"id": self.request.request_id}
+        if wanted.return_token_ids:
+            line["token_ids"] = self.token_ids
+        if wanted.return_text:
+            line["text"] = "".join(self.text)
+        line |= {
+            "finish_reason": finished.finish_reason,
+            "matched_stop": finished.matched_stop,
+            "seed": self.seed,
+            "usage": asdict(finished.usage),
+            "timings": {name: round(seconds, 6) for name, seconds in asdict(finished.timings).items()},
+        }
+        if wanted.logprobs is not None:
+            line["logprobs"] = [_logprob(entry) for entry in self.logprobs]
+        if finished.error is not None:
+            line["error"] = {"field": None, "message": finished.error}
+        return line
+
+
+def _logprob(entry: TokenLogprob) -> dict[str, object]:
+    top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in entry.top]
+    return {"token_id": entry.token_id, "logprob": entry.logprob, "top": top}
+
+
+def _read_in_thread(lines: Iterable[bytes]) -> asyncio.Queue[bytes | OSError | None]:
+    """The lines, then None, in a bounded queue. A line may be long in coming (a pipe, a terminal), so a thread waits
+    for it; it is a daemon, for nothing but the next line can wake it."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[bytes | OSError | None] = asyncio.Queue(READ_AHEAD)
+
+    def put(item: bytes | OSError | None) -> None:
+        asyncio.run_coroutine_threadsafe(queue.put(item), loop).result()
+
+    def read() -> None:
+        try:
+            for line in lines:
+                if loop.is_closed():
+                    return  # the run was interrupted
+                put(line)
+            put(None)
+        except OSError as error:
+            put(error)
+
+    threading.Thread(target=read, name="jaxserve-input", daemon=True).start()
+    return queue
+
+
+def run_batch(engine: "Engine", lines: Iterable[bytes], output: BinaryIO) -> ExitStatus:
+    """Serves every line, and says on standard error what came of them. Raises CommandError and BrokenPipeError."""
+    began = time.monotonic()
+    summary = asyncio.run(_run(engine, lines, line_writer(output)))
+    seconds = time.monotonic() - began
+    print(
+        f"{summary.done} requests done, {summary.failed} failed; {summary.tokens} tokens in {seconds:.1f} s "
+        f"({summary.tokens / seconds:.1f} tokens/s)",
+        file=sys.stderr,
+    )
+    return summary.status
+
+
+async def _run(engine: "Engine", lines: Iterable[bytes], write: Write) -> Summary:
+    return await BatchRun(engine, write).run(lines)
+
+
+def line_writer(output: BinaryIO) -> Write:
+    """Writes objects as JSON lines, each flushed. Text is not escaped, except for what UTF-8 cannot hold."""
+
+    def write(line: Mapping[str, object]) -> None:
+        # A lone surrogate, from the JSON of an id, becomes a backslash escape, which is JSON as well.
+        output.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        output.flush()
+
+    return write

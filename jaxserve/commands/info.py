@@ -1,0 +1,63 @@
+"""`jaxserve info`: what a checkpoint holds and what it will take, read from its headers."""
+
+import math
+from dataclasses import asdict
+
+from jaxserve.commands.start import model_errors
+from jaxserve.config import EngineConfig
+
+
+def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
+    """The model's configuration, its tokenizer, and sizes under `config`. No weights are read. Raises CommandError."""
+    with model_errors():
+        from jaxserve.checkpoints import describe_model
+        from jaxserve.kv_cache import page_bytes
+        from jaxserve.models.llama import abstract_llama
+        from jaxserve.models.parameters import named_parameters
+        from jaxserve.tokenizer import Tokenizer
+
+        model, source = describe_model(config.model)
+        tokenizer = Tokenizer.from_source(source)
+        _, params = abstract_llama(model, config.dtype, config.quantization)
+    arrays = named_parameters(params).values()
+    context = min(config.max_context or model.max_context, model.max_context)
+    a_page = page_bytes(model, config.page_size, config.dtype)
+    pages = math.ceil(context / config.page_size)
+    return {
+        "model": asdict(model),
+        "tokenizer": {
+            "kind": type(source.tokenizer).__name__,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_ids": list(tokenizer.eos_ids),
+            "chat_template": source.chat_template is not None,
+        },
+        "weights": {
+            "dtype": config.dtype,
+            "quantization": config.quantization,
+            "parameters": sum(math.prod(array.shape) for array in arrays),
+            "bytes": sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays),
+        },
+        "cache": {
+            "page_tokens": config.page_size,
+            "page_bytes": a_page,
+            "context_tokens": context,
+            "context_pages": pages,
+            "context_bytes": pages * a_page,
+        },
+    }
+
+
+def as_text(description: dict[str, dict[str, object]]) -> str:
+    """One line a fact, under its heading."""
+    lines = []
+    for heading, facts in description.items():
+        lines.append(heading)
+        lines += [f"  {name:18} {_shown(value)}" for name, value in facts.items()]
+    return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)

@@ -1,0 +1,65 @@
+"""What the commands share: exit statuses, and starting an engine whose failures are one line each."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from jaxserve.commands.progress import ProgressDisplay
+from jaxserve.config import EngineConfig
+
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
+
+
+class ExitStatus(IntEnum):
+    """What the commands return. A server that was stopped before its requests were done returns 3."""
+
+    SUCCESS = 0
+    REQUESTS_FAILED = 1
+    """Some requests were refused or failed; the others were done."""
+    UNUSABLE = 2
+    """The command line, the configuration or the model is at fault. argparse returns the same."""
+    INTERRUPTED = 130
+    """SIGINT, as shells report it."""
+
+
+class CommandError(Exception):
+    """Ends a command with ExitStatus.UNUSABLE and this message, on one line."""
+
+
+@contextmanager
+def model_errors() -> Iterator[None]:
+    """Turns what is wrong with a model or its configuration into a CommandError."""
+    from jaxserve.checkpoints import CheckpointError
+    from jaxserve.engine import EngineStartError
+    from jaxserve.models.config import UnsupportedModel
+    from jaxserve.token_bytes import TokenizerError
+
+    try:
+        yield
+    except (CheckpointError, UnsupportedModel, TokenizerError, EngineStartError) as error:
+        raise CommandError(str(error)) from error
+
+
+def start_engine(config: EngineConfig) -> "Engine":
+    """An engine that is ready; progress is shown meanwhile. Raises CommandError where it cannot start.
+
+    SIGINT ends the process at once: native code that loads or compiles on another thread cannot be stopped, and would
+    crash in an interpreter that shuts down around it.
+    """
+    try:
+        with ProgressDisplay() as progress:
+            progress("starting", None)  # importing JAX takes a second
+            with model_errors():
+                from jaxserve.engine import Engine
+
+                engine = Engine(config, progress=progress)
+            progress.finish(f"{engine.model_name} is ready on {engine.device.device_kind}")
+            return engine
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ExitStatus.INTERRUPTED)
