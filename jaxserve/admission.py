@@ -92,8 +92,6 @@ class Admission:
     def _refuse_hopeless(self, field: str, request: Request) -> None:
         """Refuses text that cannot fit whatever its tokens are, without spending time on tokenizing it."""
         text = request.prompt if request.prompt is not None else "".join(m["content"] for m in request.messages or ())
-        limit = self.max_context * self.tokenizer.longest_token
-        if len(text) > limit:
-            raise InvalidRequest(
-                field, f"has {len(text)} characters; no {self.max_context} tokens hold more than {limit}"
-            )
+        least = self.tokenizer.least_tokens(text)
+        if least >= self.max_context:
+            raise InvalidRequest(field, f"has at least {least} tokens; the limit is {self.max_context - 1}")

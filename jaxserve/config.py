@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["none", "int8"]
+Matmul = Literal["xla", "native"]
 CoreKind = Literal["thread", "process"]
 
 
@@ -38,6 +39,8 @@ class EngineConfig:
     """Upper bound of the KV cache where `num_pages` is None, in bytes."""
     attention: str | None = None
     """Name of the attention implementation; None takes the platform's own."""
+    matmul: Matmul | None = None
+    """How weights are multiplied: by XLA, or on a CPU by the native kernel; None takes that where it can be built."""
     prefix_cache: bool = True
     """Reuse the pages of equal prompt prefixes."""
     pipeline_depth: int = 1
@@ -68,6 +71,7 @@ class EngineConfig:
             _require(name, value, value is None or value >= 2, "at least 2")
         _require("dtype", self.dtype, self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
         _require("quantization", self.quantization, self.quantization in ("none", "int8"), "none or int8")
+        _require("matmul", self.matmul, self.matmul in (None, "xla", "native"), "xla or native")
         _require("core", self.core, self.core in ("thread", "process"), "thread or process")
 
     @staticmethod

@@ -58,7 +58,7 @@ class Runner(Protocol):
         """Starts a step; does not wait."""
         ...
 
-    def read(self, pending: object) -> StepResults:
+    def read(self, pending: Any) -> StepResults:
         """Waits for a step."""
         ...
 
@@ -217,5 +217,12 @@ def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:
         prefill_chunks=config.prefill_chunks,
         prefix_cache=config.prefix_cache,
     )
-    ready = Ready(runner.platform, runner.device_kind, runner.max_context, runner.num_pages - 1, runner.attention_name)
+    ready = Ready(
+        platform=runner.platform,
+        device_kind=runner.device_kind,
+        max_context=runner.max_context,
+        num_pages=runner.num_pages - 1,
+        attention=runner.attention_name,
+        matmul=runner.matmul,
+    )
     return StepLoop(scheduler, runner, config.pipeline_depth, publish, ready)

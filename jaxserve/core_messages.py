@@ -72,6 +72,8 @@ class Ready:
     """Pages that requests can hold."""
     attention: str
     """Name of the attention implementation."""
+    matmul: str
+    """How weights are multiplied: `xla` or `native`."""
 
 
 @dataclass(frozen=True, slots=True)

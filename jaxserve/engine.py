@@ -218,8 +218,8 @@ class Engine:
     @overload
     def generate(self, prompt: Prompt, **fields: Any) -> AsyncIterator[Delta]: ...
     @overload
-    def generate(self, prompt: list[Prompt], **fields: Any) -> list[Completion]: ...
-    def generate(self, prompt: Prompt | list[Prompt], **fields: Any) -> AsyncIterator[Delta] | list[Completion]:
+    def generate(self, prompt: Sequence[Prompt], **fields: Any) -> list[Completion]: ...
+    def generate(self, prompt: Prompt | Sequence[Prompt], **fields: Any) -> AsyncIterator[Delta] | list[Completion]:
         """Generates for one prompt, as an async iterator of deltas, or for a list of them, waiting for all.
 
         Args:
@@ -229,7 +229,7 @@ class Engine:
         Raises:
             RequestError: a request was not accepted.
         """
-        if isinstance(prompt, list):
+        if not isinstance(prompt, str | Request | Mapping):
             return self._generate_all([_request(one, fields) for one in prompt])
         return self._generate_one(_request(prompt, fields))
 

@@ -18,10 +18,13 @@ from jaxserve.checkpoints import LoadedModel
 from jaxserve.config import EngineConfig
 from jaxserve.decode_state import DecodeState, take_slot
 from jaxserve.kv_cache import KVCache, page_bytes
+from jaxserve.models.layers import Matmul
+from jaxserve.models.packing import pack_params
 from jaxserve.request import MAX_LOGIT_BIAS
 from jaxserve.scheduler import Sequence, StepPlan, StepResults
 from jaxserve.step import StepOutput, make_step
 from pallas_kernels import select
+from pallas_kernels.linear import available as native_linear_available
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +64,17 @@ class ModelRunner:
         self.device_kind: str = device.device_kind
         self.model_config = model.config
         self.config = config
-        self.attention = select({"gpu": "cuda"}.get(device.platform, device.platform), config.attention)
+        self.attention = select("cuda" if device.platform == "gpu" else device.platform, config.attention)
         self.attention_name = self.attention.name
         self.num_pages = _num_pages(model, config)
         capacity = (self.num_pages - 1) * config.page_size
         self.max_context = min(config.max_context or 8192, model.config.max_context, capacity)
         self._max_pages = -(-self.max_context // config.page_size)
-        self._params = model.params
-        self._graphdef = model.graphdef
+        self.matmul = _choose_matmul(device.platform, config)
+        self._graphdef, self._params = model.graphdef, model.params
+        if self.matmul == "native":
+            progress("packing weights", None)
+            self._graphdef, self._params = pack_params(model.config, model.params)
         self._packer = Packer(config.slots, self._max_pages)
         self.row_counts = tuple(sorted({min(config.small_slots, config.slots), config.slots}))
         self.chunk_sizes = config.prefill_chunks
@@ -90,7 +96,7 @@ class ModelRunner:
         self._state = DecodeState.zeros(config.slots, self.model_config.vocab_size)
 
     def _compile_steps(self, progress):
-        shapes = [(rows, chunk) for rows in self.row_counts for chunk in (0, *self.chunk_sizes)]
+        shapes = [(rows, 0) for rows in self.row_counts] + [(self.config.slots, chunk) for chunk in self.chunk_sizes]
         done = 0
 
         def lower(shape: tuple[int, int]):
@@ -132,8 +138,9 @@ class ModelRunner:
         for slot, sequence in plan.new_owners:
             if features(sequence.submit) & (PENALIZES | BIASES):
                 self._own_slot_for(slot, sequence)
-        rows = next(count for count in self.row_counts if count >= len(plan.sequences))
         chunk = next(size for size in (0, *self.chunk_sizes) if size >= plan.chunk_tokens)
+        enough = (count for count in self.row_counts if count >= len(plan.sequences))
+        rows = self.config.slots if chunk else next(enough)
         return self._dispatch(plan, rows, chunk)
 
     def _dispatch(self, plan: StepPlan, rows: int, chunk: int) -> PendingStep:
@@ -175,6 +182,13 @@ class ModelRunner:
         bias_values[: len(bias)] = list(bias.values())
         arguments = jax.device_put((np.int32(slot), ids[0], ids[1], bias_ids, bias_values))
         self._state = self._take_slot(self._state, *arguments)
+
+
+def _choose_matmul(platform: str, config: EngineConfig) -> Matmul:
+    """As configured, or the native kernel on a CPU where it can be built."""
+    if config.matmul is not None:
+        return config.matmul
+    return "native" if platform == "cpu" and native_linear_available() else "xla"
 
 
 def _num_pages(model: LoadedModel, config: EngineConfig) -> int:

@@ -31,6 +31,7 @@ class SimulatedRunner:
     platform = "simulated"
     device_kind = "simulated"
     attention_name = "none"
+    matmul = "none"
     compiles_after_warmup = 0
 
     def __init__(self, config: EngineConfig, model: ModelConfig):

@@ -20,6 +20,7 @@ from jaxserve.pytree import pytree_dataclass
 from jaxserve.sampling import report_logprobs, sample_tokens
 from jaxserve.scheduler import EMITTED, FAILED, STOPPED
 from pallas_kernels import PagedAttention
+from pallas_kernels.linear import LiveRows
 
 
 @pytree_dataclass
@@ -54,30 +55,36 @@ def make_step(
         tokens = jnp.concatenate([state.last_token.at[upload.slot].get(mode="clip"), upload.chunk_tokens])
         token_rows = jnp.concatenate([jnp.where(decodes, jnp.arange(rows), -1), upload.chunk_rows])
         positions = jnp.concatenate([jnp.maximum(upload.length - 1, 0), upload.chunk_positions])
-        keys, values = list(cache.keys), list(cache.values)
+        decoding = jnp.sum(upload.slot < state.ended.shape[0])
+        live = LiveRows(jnp.stack([decoding, jnp.sum(upload.chunk_rows >= 0)]).astype(jnp.int32), rows)
 
-        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
-            out, keys[layer], values[layer] = attention.write_and_attend(
+        def attend(q: Array, k: Array, v: Array, cache: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+            keys, values = cache
+            attended = attention.write_and_attend(
                 q,
                 k,
                 v,
-                keys[layer],
-                values[layer],
+                keys,
+                values,
                 upload.page_table,
                 token_rows,
                 positions,
                 scale=config.head_dim**-0.5,
                 sliding_window=config.sliding_window,
             )
-            return out
+            return attended.out, (attended.k_pages, attended.v_pages)
 
-        hidden = model.hidden(tokens, positions, attend)
+        hidden, layers = model.hidden(
+            tokens, positions, attend, tuple(zip(cache.keys, cache.values, strict=True)), live
+        )
         sampled = hidden[:rows]
         if chunk:
             ends_prompt = (upload.sample_index >= 0)[:, None]
             sampled = jnp.where(ends_prompt, hidden[rows + jnp.maximum(upload.sample_index, 0)], sampled)
-        state, output = _choose(model.logits(sampled), upload, state, decodes | (upload.sample_index >= 0))
-        return KVCache(tuple(keys), tuple(values)), state, output
+        logits = model.logits(sampled, LiveRows(live.counts.at[1].set(0), rows))
+        state, output = _choose(logits, upload, state, decodes | (upload.sample_index >= 0))
+        keys, values = zip(*layers, strict=True)
+        return KVCache(keys, values), state, output
 
     return step
 

@@ -1,11 +1,13 @@
 """The Llama family as one definition: Llama 2 and 3, Mistral, SmolLM2, Qwen2 and Qwen3 differ in `ModelConfig` only.
 
-Attention is a callback: the step gives one that threads the paged KV cache through, a test a dense one.
+Attention is a callback: the step gives one over the paged KV cache, a test a dense one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -21,15 +23,18 @@ from jaxserve.models.layers import (
     Rotation,
     initial,
     project,
-    rotate,
     rotation,
+    split_heads,
 )
 from pallas_kernels import linear as packed
 from pallas_kernels.linear import LiveRows
 
-Attend = Callable[[int, Array, Array, Array], Array]
-"""(layer, q [token q_head head_dim], k [token kv_head head_dim], v as k) -> [token q_head head_dim]. q and k are normed
-and rotated, not scaled."""
+LayerCache = Any
+"""What attention keeps of a layer, a pytree: the paged keys and values in the engine, nothing in a test."""
+
+Attend = Callable[[Array, Array, Array, LayerCache], tuple[Array, LayerCache]]
+"""(q [token q_head head_dim], k [token kv_head head_dim], v as k, cache) -> ([token q_head head_dim], cache). q and k
+are normed and rotated, not scaled."""
 
 
 class Attention(nnx.Module):
@@ -48,17 +53,17 @@ class Attention(nnx.Module):
         x: Float[Array, "token hidden"],
         norm: RMSNorm,
         by: Rotation,
-        attend: Callable[[Array, Array, Array], Array],
+        attend: Attend,
+        cache: LayerCache,
         live: LiveRows | None,
-    ) -> Float[Array, "token hidden"]:
-        """x plus what attention adds to it."""
-        q_size, kv_size, head_dim = self.config.q_size, self.config.kv_size, self.config.head_dim
-        qkv = jnp.split(self.qkv(x, norm=norm, live=live), (q_size, q_size + kv_size), axis=-1)
-        q, k, v = (part.reshape(x.shape[0], -1, head_dim) for part in qkv)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        attended = attend(rotate(q, by), rotate(k, by), v).reshape(x.shape[0], q_size)
-        return self.out(attended, residual=x, live=live)
+    ) -> tuple[Float[Array, "token hidden"], LayerCache]:
+        """x plus what attention adds to it, and the layer's cache with the tokens in it."""
+        qkv = self.qkv(x, norm=norm, live=live)
+        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+        q_heads, kv_heads = self.config.num_q_heads, self.config.num_kv_heads
+        q, k, v = split_heads(qkv, by, q_heads, kv_heads, norms, matmul=self.qkv.matmul, live=live)
+        attended, cache = attend(q, k, v, cache)
+        return self.out(attended.reshape(x.shape[0], self.config.q_size), residual=x, live=live), cache
 
 
 class FeedForward(nnx.Module):
@@ -88,12 +93,13 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "token hidden"],
         by: Rotation,
-        attend: Callable[[Array, Array, Array], Array],
+        attend: Attend,
+        cache: LayerCache,
         live: LiveRows | None,
-    ) -> Float[Array, "token hidden"]:
-        """The residual stream after this layer."""
-        x = self.attention(x, self.attention_norm, by, attend, live)
-        return self.feed_forward(x, self.feed_forward_norm, live)
+    ) -> tuple[Float[Array, "token hidden"], LayerCache]:
+        """The residual stream after this layer, and the layer's cache."""
+        x, cache = self.attention(x, self.attention_norm, by, attend, cache, live)
+        return self.feed_forward(x, self.feed_forward_norm, live), cache
 
 
 class Llama(nnx.Module):
@@ -131,20 +137,29 @@ class Llama(nnx.Module):
         token_ids: Int32[Array, " token"],
         positions: Int32[Array, " token"],
         attend: Attend,
+        caches: Sequence[LayerCache],
         live: LiveRows | None = None,
-    ) -> Float[Array, "token hidden"]:
-        """The final normed hidden state of each token. Tokens meet only in `attend`.
+    ) -> tuple[Float[Array, "token hidden"], tuple[LayerCache, ...]]:
+        """The final normed hidden state of each token, and the caches, one a layer. Tokens meet only in `attend`.
 
         `live` names the tokens that count, None for all: the others may cost nothing and give anything finite.
         """
+
+        # All layers look alike: one is traced and called for each, which makes lowering a step three times faster.
+        @partial(jax.jit, static_argnums=0)
+        def run_layer(graphdef, params, x, by, cache, live):
+            return nnx.merge(graphdef, params)(x, by, attend, cache, live)
+
         if self.packs_embedding:
             x = packed.rows(self.embedding[...], token_ids, self.config.hidden_size)
         else:
             x = self.embedding[...][token_ids]
         by = rotation(positions, self.config.rope, self.config.head_dim)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, by, partial(attend, index), live)
-        return self.norm(x)
+        updated = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = run_layer(*nnx.split(layer), x, by, cache, live)
+            updated.append(cache)
+        return self.norm(x), tuple(updated)
 
     def logits(
         self, hidden: Float[Array, "token hidden"], live: LiveRows | None = None

@@ -17,17 +17,18 @@ def dense_logits(
     visible = (distance >= 0) & (distance < (config.sliding_window or token_ids.shape[0]))
 
     def attend(
-        layer: int,
         q: Float[Array, "token q_head head_dim"],
         k: Float[Array, "token kv_head head_dim"],
         v: Float[Array, "token kv_head head_dim"],
-    ) -> Float[Array, "token q_head head_dim"]:
+        cache: None,
+    ) -> tuple[Float[Array, "token q_head head_dim"], None]:
         group = config.num_q_heads // config.num_kv_heads
         keys, values = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
         highest = jax.lax.Precision.HIGHEST
         scores = jnp.einsum("qhd,khd->hqk", q, keys, precision=highest, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(visible, scores * config.head_dim**-0.5, -jnp.inf), axis=-1)
-        return jnp.einsum("hqk,khd->qhd", weights.astype(v.dtype), values, precision=highest)
+        return jnp.einsum("hqk,khd->qhd", weights.astype(v.dtype), values, precision=highest), cache
 
     model = nnx.merge(graphdef, params)
-    return model.logits(model.hidden(token_ids, positions, attend))
+    hidden, _ = model.hidden(token_ids, positions, attend, [None] * config.num_layers)
+    return model.logits(hidden)
