@@ -178,7 +178,9 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=32, help="most prompts in a case")
     parser.add_argument("--cells", type=int, default=9216, help="tokens in the KV cache, of all sequences together")
     parser.add_argument("--batch-tokens", type=int, default=512, help="most tokens in one llama_decode")
-    parser.add_argument("--kv", choices=("unified", "split"), default="unified", help="one KV buffer, or one a sequence")
+    parser.add_argument(
+        "--kv", choices=("unified", "split"), default="unified", help="one KV buffer, or one a sequence"
+    )
     peer = Peer(parser.parse_args())
     print(json.dumps({"version": llama_cpp.__version__, "file_mb": peer.file.stat().st_size >> 20}), flush=True)
     for line in sys.stdin:

@@ -2,8 +2,8 @@
 
     PEER_PYTHON scripts/peers/transformers_worker.py --gguf FILE --dtype bfloat16 --sequences 32
 
-Runs in an interpreter that has torch and transformers, and imports nothing of jaxserve. The first line out says what was
-loaded. Then, for each line in, {"case": "offline", "prompts": [[token id]], "output_len"}, one line
+Runs in an interpreter that has torch and transformers, and imports nothing of jaxserve. The first line out says what
+was loaded. Then, for each line in, {"case": "offline", "prompts": [[token id]], "output_len"}, one line
 {"seconds", "tokens", "tokens_per_s"}: prompts and output_len greedy tokens each, end to end.
 """
 
@@ -36,7 +36,9 @@ class Peer:
         self._model = model.eval()
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         hints = WorkloadHints(
-            max_prompt_length=arguments.context, max_generated_length=arguments.context, num_requests=arguments.sequences
+            max_prompt_length=arguments.context,
+            max_generated_length=arguments.context,
+            num_requests=arguments.sequences,
         )
         # Memory is the machine's own on a CPU: without a bound most of it would be taken for the cache.
         batching = ContinuousBatchingConfig(max_memory_percent=arguments.memory)

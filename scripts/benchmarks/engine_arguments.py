@@ -1,0 +1,52 @@
+"""The engine's options on the command lines of benchmarks."""
+
+import argparse
+
+from jaxserve.config import EngineConfig
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser, *, several_slots: bool = False) -> None:
+    """Adds the options; with `several_slots`, --slots takes a list."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--model", default=EngineConfig.model)
+    group.add_argument("--dtype", choices=("bfloat16", "float32"), default=EngineConfig.dtype)
+    group.add_argument("--quantization", choices=("none", "int8"), default=EngineConfig.quantization)
+    group.add_argument("--attention", default=None, help="attention implementation; the platform's own if unset")
+    if several_slots:
+        group.add_argument("--slots", type=int, nargs="+", default=[EngineConfig.slots], help="one run for each")
+    else:
+        group.add_argument("--slots", type=int, default=EngineConfig.slots)
+    group.add_argument(
+        "--prefill-chunks", type=int, nargs="+", default=list(EngineConfig.prefill_chunks), help="tokens"
+    )
+    group.add_argument("--max-context", type=int, default=2048, help="tokens")
+    group.add_argument(
+        "--pipeline-depth", type=int, default=EngineConfig.pipeline_depth, help="steps ahead; 0 is synchronous"
+    )
+    group.add_argument("--core", choices=("thread", "process"), default=EngineConfig.core)
+    group.add_argument(
+        "--simulated-step-ms", type=float, default=None, help="a device that sleeps this long a step, not the model"
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+    """Adds what every benchmark has."""
+    parser.add_argument("--rounds", type=int, default=rounds, help="medians are over the rounds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+
+def engine_config(arguments: argparse.Namespace, **fields: object) -> EngineConfig:
+    """The configuration that the options ask for; `fields` override them."""
+    options: dict[str, object] = {
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "quantization": arguments.quantization,
+        "attention": arguments.attention,
+        "slots": arguments.slots,
+        "prefill_chunks": tuple(arguments.prefill_chunks),
+        "max_context": arguments.max_context,
+        "pipeline_depth": arguments.pipeline_depth,
+        "core": arguments.core,
+        "simulated_step_ms": arguments.simulated_step_ms,
+    }
+    return EngineConfig(**{**options, **fields})  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,64 @@
+"""Our engine as a benchmark's worker: the same lines in and out as the peers' (see scripts/peers).
+
+    python -m benchmarks.engine_worker CONFIG      the EngineConfig as JSON
+
+Cases: {"case", "prompts": [[token id]], "output_len"}, with case
+
+    decode   the steps in which all sequences decode and no prompt rides along
+    offline  prompts and output_len tokens each, end to end
+    prefill  prompts alone, one token from each
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+from benchmarks.workload import greedy_request
+from jaxserve import Engine, EngineConfig
+from jaxserve.core_messages import StepRecord
+
+
+def decode_seconds(records: Sequence[StepRecord], sequences: int) -> tuple[int, float]:
+    """Steps in which `sequences` decoded and no prompt rode along, and the seconds between their ends."""
+    intervals = [
+        step.retired - before.retired
+        for before, step in pairwise(records)
+        if step.chunk_tokens == 0 and step.sequences == sequences and step.step == before.step + 1
+    ]
+    return len(intervals), sum(intervals)
+
+
+def measure(engine: Engine, case: str, prompts: list[list[int]], output_len: int) -> dict[str, float]:
+    """One round of a case."""
+    length = 1 if case == "prefill" else output_len
+    requests = [greedy_request(tuple(prompt), length) for prompt in prompts]
+    first = engine.loads().steps
+    start = time.perf_counter()
+    completions = engine.generate(requests)
+    seconds = time.perf_counter() - start
+    made = sum(len(completion.token_ids) for completion in completions)
+    if made != len(prompts) * length:
+        raise RuntimeError(f"{made} tokens came out of {len(prompts)} x {length}")
+    if case == "prefill":
+        made = sum(map(len, prompts))
+    elif case == "decode":
+        steps, seconds = decode_seconds([r for r in engine.step_records if r.step > first], len(prompts))
+        made = steps * len(prompts)
+    return {"seconds": seconds, "tokens": made, "tokens_per_s": made / seconds}
+
+
+def main() -> int:
+    """Answers cases until the input ends."""
+    config = EngineConfig.from_json(json.loads(sys.argv[1]))
+    with Engine(config) as engine:
+        ready = {"device": engine.device.device_kind, "attention": engine.device.attention}
+        print(json.dumps({**ready, "vocab_size": engine.model_config.vocab_size}), flush=True)
+        for line in sys.stdin:
+            print(json.dumps(measure(engine, **json.loads(line))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Numbers into figures, and figures onto the terminal."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+
+Figure = float | int | str | bool | None
+Result = Mapping[str, "Figure | Result | Sequence[Figure] | Sequence[Result]"]
+"""What a benchmark reports: JSON, in its own words."""
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value below which `percent` of the values lie, interpolated between neighbours. Raises ValueError for none.
+
+    Example: of 1, 2, 3, 4 the 50th percentile is 2.5.
+    """
+    if not values:
+        raise ValueError("no values to take a percentile of")
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def percentiles(values: Sequence[float], name: str, scale: float = 1.0) -> dict[str, float | None]:
+    """`name_p50`, `name_p90` and `name_p99` of values times `scale`; None where there are none."""
+    return {
+        f"{name}_p{percent}": rounded(scale * percentile(values, percent)) if values else None
+        for percent in (50, 90, 99)
+    }
+
+
+def median_of(rounds: Sequence[Mapping[str, Figure]]) -> dict[str, Figure]:
+    """Rounds of the same figures into one: the median of each number; of anything else, the last."""
+    result: dict[str, Figure] = {}
+    for name, last in rounds[-1].items():
+        numbers = [value for one in rounds if isinstance(value := one[name], int | float)]
+        is_number = isinstance(last, int | float) and not isinstance(last, bool)
+        result[name] = rounded(statistics.median(numbers)) if is_number else last
+    return result
+
+
+def rounded(value: float) -> float:
+    """Four significant digits, and no fewer than those before the point: 12345.6 stays 12346."""
+    return round(value) if abs(value) >= 1000 else float(f"{value:.4g}")
+
+
+def report(result: Result, as_json: bool) -> None:
+    """Prints a result, a figure a line; if `as_json`, one JSON object as the last line besides."""
+    width = max(len(line) for line, _ in _lines(result))
+    for name, value in _lines(result):
+        print(f"{name:{width}}  {value}")
+    if as_json:
+        print(json.dumps(result), flush=True)
+
+
+def _lines(result: Result, prefix: str = "") -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            lines += _lines(value, f"{prefix}{name}.")
+        elif isinstance(value, Sequence) and value and isinstance(value[0], Mapping):
+            for number, part in enumerate(value):
+                assert isinstance(part, Mapping)
+                lines += _lines(part, f"{prefix}{name}[{number}].")
+        else:
+            lines.append((prefix + name, str(value)))
+    return lines

@@ -1,0 +1,91 @@
+"""Processes that measure: each loads one engine, and then times one case for each line it is given."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from benchmarks.machine import OtherLoad, process_tree
+
+SCRIPTS = Path(__file__).resolve().parents[1]
+
+
+class WorkerFailed(RuntimeError):
+    """A worker ended instead of answering; the message has the end of what it said."""
+
+
+def python_module(module: str, *arguments: str) -> list[str]:
+    """The command that runs one of the benchmarks' own modules in this interpreter."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+def module_environment() -> dict[str, str]:
+    """An environment in which that command finds the benchmarks and the project, installed or not."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(SCRIPTS), str(SCRIPTS.parent)))}
+
+
+class Worker:
+    """A running worker. Between cases it waits for input, and takes no CPU time.
+
+    Args:
+        command: the process; it prints a JSON line when it is ready, and one for each line of JSON it reads.
+
+    Raises:
+        WorkerFailed: it did not become ready.
+    """
+
+    def __init__(self, command: Sequence[str]):
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=module_environment(),
+        )
+        self.ready: dict[str, object] = self._answer()
+        """What it said of itself."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _answer(self) -> dict:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._errors.seek(0)
+            said = self._errors.read()[-2000:].strip()
+            raise WorkerFailed(f"exit code {code}: {said}")
+        return json.loads(line)
+
+    def measure(self, case: Mapping[str, object]) -> dict:
+        """One round of a case: what the worker measured, and as `other_load` the share of the machine's CPU time that
+        went to processes other than it."""
+        assert self._process.stdin is not None
+        load = OtherLoad(process_tree(self._process.pid))
+        self._process.stdin.write(json.dumps(case) + "\n")
+        self._process.stdin.flush()
+        return {**self._answer(), "other_load": load.share()}
+
+    def close(self) -> None:
+        """Ends the worker."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()

@@ -1,0 +1,32 @@
+"""The requests that benchmarks send."""
+
+import random
+
+from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
+
+FIRST_TEXT_ID = 17
+"""Token ids below this are special in SmolLM2."""
+
+
+def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[tuple[int, ...]]:
+    """Prompts of random token ids: they share no prefix with each other or with those of another seed."""
+    random_ = random.Random(seed)
+    return [tuple(random_.randrange(FIRST_TEXT_ID, vocab_size) for _ in range(length)) for _ in range(count)]
+
+
+def greedy_request(
+    token_ids: tuple[int, ...],
+    output_len: int,
+    *,
+    stop_token_ids: tuple[int, ...] = (),
+    return_text: bool = False,
+    cache_salt: str = "",
+) -> Request:
+    """A request that runs to `output_len` tokens, unless one of `stop_token_ids` comes first."""
+    return Request(
+        token_ids=token_ids,
+        sampling=SamplingParams(temperature=0.0),
+        stopping=StoppingParams(max_tokens=output_len, ignore_eos=True, stop_token_ids=stop_token_ids),
+        output=OutputParams(return_text=return_text),
+        cache_salt=cache_salt,
+    )
