@@ -180,7 +180,15 @@ class StepLoop:
         host_seconds, self._host_since = waited - self._host_since, now
         outputs = self._scheduler.retire(plan, results, now)
         record = StepRecord(
-            plan.step, len(plan.sequences), plan.chunk_tokens, dispatched, now, host_seconds, now - waited
+            step=plan.step,
+            sequences=len(plan.sequences),
+            chunk_tokens=plan.chunk_tokens,
+            dispatched=dispatched,
+            retired=now,
+            host_seconds=host_seconds,
+            wait_seconds=now - waited,
+            taken_slots=plan.taken_slots,
+            freed_slots=_freed_slots(plan, outputs),
         )
         self._send(self._scheduler.take_ended() + outputs, record)
 
@@ -192,6 +200,14 @@ class StepLoop:
     def _send(self, outputs: list[SequenceOutput], record: StepRecord | None) -> None:
         gauges = self._scheduler.gauges(self._runner.compiles_after_warmup)
         self._publish(StepOutput(outputs, gauges, record))
+
+
+def _freed_slots(plan: StepPlan, outputs: list[SequenceOutput]) -> list[int]:
+    """Slots of the sequences that the step's outputs end."""
+    ended = {output.handle for output in outputs if output.finish_reason is not None}
+    if not ended:
+        return []
+    return [slot for slot, owner in zip(plan.slots, plan.sequences, strict=True) if owner.submit.handle in ended]
 
 
 def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:

@@ -133,6 +133,10 @@ class StepRecord:
     """The loop's own work since the last step: receive, plan, pack, dispatch, retire, publish; waits excluded."""
     wait_seconds: float
     """Waiting for the device."""
+    taken_slots: list[int]
+    """Slots whose owner takes part for the first time."""
+    freed_slots: list[int]
+    """Slots whose owner got its last token from it."""
 
 
 @dataclass(frozen=True, slots=True)

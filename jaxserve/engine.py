@@ -339,7 +339,10 @@ class Engine:
         elif output.finish_reason is not None:
             self._flush(entry)
             reason = FinishReason(output.finish_reason)
-            self._finish(output.handle, entry, reason, output.completion_tokens, output.matched_stop, output.error)
+            ended = entry.times[2]
+            self._finish(
+                output.handle, entry, reason, output.completion_tokens, output.matched_stop, output.error, ended
+            )
         return entry
 
     def _push(self, entry: _Entry, output: SequenceOutput) -> str | None:
@@ -378,13 +381,15 @@ class Engine:
         tokens: int,
         matched_stop: str | int | None = None,
         error: str | None = None,
+        ended: float | None = None,
     ) -> None:
+        """Gives the terminal event. `ended`: when the core had the last token; None for now."""
         with self._changed:
             del self._entries[handle]
             del self._handles[entry.request.request_id]
             self._changed.notify_all()
         usage = Usage(len(entry.submit.token_ids), entry.cached_tokens, tokens)
-        timings = _timings(entry.submit.arrival, entry.times, time.monotonic())
+        timings = _timings(entry.submit.arrival, entry.times, time.monotonic() if ended is None else ended)
         entry.stream.finish(Finished(entry.request.request_id, 0, reason, usage, timings, matched_stop, error))
 
     def _fail(self, error: str) -> None:
@@ -432,14 +437,14 @@ def _request(prompt: Prompt, fields: Mapping[str, Any]) -> Request:
     return Request.from_json({"prompt": prompt, **fields} if isinstance(prompt, str) else {**fields, **prompt})
 
 
-def _timings(arrival: float, times: Sequence[float], now: float) -> Timings:
+def _timings(arrival: float, times: Sequence[float], ended: float) -> Timings:
     """Phases of a request's life; those it never reached are 0."""
     scheduled, first_token, _ = times
     return Timings(
-        queue=(scheduled or now) - arrival,
-        prefill=(first_token or now) - scheduled if scheduled else 0.0,
-        decode=now - first_token if first_token else 0.0,
-        total=now - arrival,
+        queue=(scheduled or ended) - arrival,
+        prefill=(first_token or ended) - scheduled if scheduled else 0.0,
+        decode=ended - first_token if first_token else 0.0,
+        total=ended - arrival,
     )
 
 

@@ -35,6 +35,7 @@ class Sequence:
         "order",
         "pages",
         "prefill_end",
+        "prefill_start",
         "prompt_length",
         "registered",
         "slot",
@@ -51,6 +52,8 @@ class Sequence:
         self.prompt_length = len(submit.token_ids)
         self.prefill_end = self.prompt_length
         """Tokens to compute before it decodes: its prompt, or all that it had when it was preempted."""
+        self.prefill_start = 0
+        """Tokens that the prefix cache had when it took its slot."""
         self.computed = 0
         """Tokens whose keys and values are written by the steps dispatched so far."""
         self.slot = -1
@@ -100,6 +103,8 @@ class StepPlan:
     """Tokens of the row's sequence that are computed once this step is done."""
     pieces: list[Piece] = field(default_factory=list)
     chunk_tokens: int = 0
+    taken_slots: list[int] = field(default_factory=list)
+    """Slots whose owner takes part for the first time."""
     new_owners: list[tuple[int, Sequence]] = field(default_factory=list)
     """Slots that changed hands since the last step: what belongs to their new owners must reach the device."""
 
@@ -224,6 +229,8 @@ class Scheduler:
                 plan.pieces.append(Piece(len(plan.sequences), computed, sequence.token_ids[computed:end]))
                 plan.chunk_tokens += end - computed
                 ends_prompt = end == sequence.prefill_end
+                if computed == sequence.prefill_start:
+                    plan.taken_slots.append(sequence.slot)
                 plan.add(sequence, False, plan.chunk_tokens - 1 if ends_prompt else -1, end)
             if sequence.computed >= sequence.submit.max_length - 1 and sequence.computed >= sequence.prefill_end:
                 last_steps.append(sequence)
@@ -275,6 +282,7 @@ class Scheduler:
                 return
             heapq.heappop(self._waiting)
             sequence.slot = heapq.heappop(self._free_slots)
+            sequence.prefill_start = sequence.computed
             sequence.prefill_end = len(sequence.token_ids)
             if sequence.cached is None:
                 sequence.cached = sequence.computed

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jaxserve.batch import Packer
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
-from jaxserve.scheduler import EMITTED, StepPlan, StepResults
+from jaxserve.scheduler import EMITTED, STOPPED, StepPlan, StepResults
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,22 @@ class SimulatedRunner:
         if wait > 0:
             time.sleep(wait)
         plan = pending.plan
-        samples = [decodes or index >= 0 for decodes, index in zip(plan.decodes, plan.sample_index, strict=True)]
         # Letters and spaces of a byte-level vocabulary, so that detokenizing does its usual work.
         tokens = [260 + (end * 7919) % min(1000, self._vocab_size - 260) for end in plan.ends]
-        return StepResults(tokens, [EMITTED if sampled else 0 for sampled in samples], None)
+        return StepResults(tokens, _flags(plan, tokens), None)
 
     def reset(self) -> None:
         """A device without state has nothing to rebuild."""
+
+
+def _flags(plan: StepPlan, tokens: list[int]) -> list[int]:
+    """What the device says of each row: whether it sampled, and whether its token is one of its stop ids."""
+    flags = []
+    for sequence, decodes, index, end, token in zip(
+        plan.sequences, plan.decodes, plan.sample_index, plan.ends, tokens, strict=True
+    ):
+        submit = sequence.submit
+        sampled = decodes or index >= 0
+        stopped = token in submit.stop_ids and end >= submit.min_length
+        flags.append((EMITTED | STOPPED if stopped else EMITTED) if sampled else 0)
+    return flags
