@@ -15,7 +15,7 @@ from pallas_kernels.interface import Attended, check_operands, check_sizes
 
 TILE = 8
 """Tokens of a tile. One token costs what eight do."""
-BLOCK = 64
+BLOCK = 128
 """Keys of a block, or one page where that is larger."""
 
 

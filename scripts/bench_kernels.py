@@ -106,7 +106,7 @@ def measure(name: str, case: Case, heads: Heads, dtype: jnp.dtype, rounds: int) 
     best = float("inf")
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        out, keys, values = jax.block_until_ready(run(q, k, v, keys, values, *rest))
+        _, keys, values = jax.block_until_ready(run(q, k, v, keys, values, *rest))
         best = min(best, time.perf_counter() - started)
     seconds = best / layers
     start = case.chunk_context - case.chunk

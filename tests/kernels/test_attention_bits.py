@@ -25,20 +25,27 @@ LENGTH = 200
 
 def token_by_token(implementation: str, shape: Shape) -> np.ndarray:
     """The sequence's output when each token comes alone."""
-    case = PagedSequences(select("cpu", implementation), shape, lengths=[LENGTH])
-    return np.concatenate([case.call(TokenRange(0, at, at + 1, 0))[0] for at in range(LENGTH)])
+    sequences = PagedSequences(select("cpu", implementation), shape, lengths=[LENGTH])
+    return np.concatenate([sequences.call(TokenRange(0, at, at + 1, 0))[0] for at in range(LENGTH)])
 
 
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> str:
+# Plain JAX has no way of its own for small pages.
+CASES = [(name, shape) for name in IMPLEMENTATIONS for shape in SHAPES if (name, shape) != ("cpu_xla", "small-pages")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=SHAPES)
-def shape(request: pytest.FixtureRequest, implementation: str) -> Shape:
-    if implementation == "cpu_xla" and request.param == "small-pages":
-        pytest.skip("slow to compile, and page sizes are no case of their own there")
-    return SHAPES[request.param]
+@pytest.fixture(scope="module")
+def implementation(case: tuple[str, str]) -> str:
+    return case[0]
+
+
+@pytest.fixture(scope="module")
+def shape(case: tuple[str, str]) -> Shape:
+    return SHAPES[case[1]]
 
 
 @pytest.fixture(scope="module")
@@ -48,29 +55,31 @@ def alone(implementation: str, shape: Shape) -> np.ndarray:
 
 def test_chunks_give_the_bits_of_single_tokens(implementation: str, shape: Shape, alone: np.ndarray):
     for chunk in (17, 64, LENGTH):
-        case = PagedSequences(select("cpu", implementation), shape, lengths=[LENGTH])
+        sequences = PagedSequences(select("cpu", implementation), shape, lengths=[LENGTH])
         pieces = [TokenRange(0, at, min(at + chunk, LENGTH), 0) for at in range(0, LENGTH, chunk)]
-        got = np.concatenate([case.call(piece)[0] for piece in pieces])
+        got = np.concatenate([sequences.call(piece)[0] for piece in pieces])
         np.testing.assert_array_equal(bits(got), alone, err_msg=f"chunks of {chunk}")
 
 
 def test_neighbours_rows_pages_and_table_width_do_not_matter(implementation: str, shape: Shape, alone: np.ndarray):
     """The sequence comes in pieces of changing size, in changing rows, among others that come and go."""
-    case = PagedSequences(select("cpu", implementation), shape, lengths=[LENGTH, 90, 260], page_seed=1, max_pages=301)
-    case.call(TokenRange(1, 0, 80, 0), TokenRange(2, 0, 240, 1))
-    first, _ = case.call(TokenRange(0, 0, 50, 3), TokenRange(2, 0, 13, -1), rows=4)
-    *_, second = case.call(TokenRange(1, 80, 81, 2), TokenRange(2, 240, 241, 1), TokenRange(0, 50, 190, 0), rows=4)
-    third, *_ = case.call(TokenRange(0, 190, 191, 4), TokenRange(2, 241, 260, 2), rows=5)
-    _, fourth = case.call(TokenRange(1, 81, 90, 1), TokenRange(0, 191, LENGTH, 2), rows=4)
+    sequences = PagedSequences(
+        select("cpu", implementation), shape, lengths=[LENGTH, 90, 260], page_seed=1, max_pages=301
+    )
+    sequences.call(TokenRange(1, 0, 80, 0), TokenRange(2, 0, 240, 1))
+    first, _ = sequences.call(TokenRange(0, 0, 50, 3), TokenRange(2, 0, 13, -1), rows=4)
+    *_, second = sequences.call(TokenRange(1, 80, 81, 2), TokenRange(2, 240, 241, 1), TokenRange(0, 50, 190, 0), rows=4)
+    third, *_ = sequences.call(TokenRange(0, 190, 191, 4), TokenRange(2, 241, 260, 2), rows=5)
+    _, fourth = sequences.call(TokenRange(1, 81, 90, 1), TokenRange(0, 191, LENGTH, 2), rows=4)
     got = np.concatenate([first, second, third, fourth])
     np.testing.assert_array_equal(bits(got), alone)
 
 
 def test_a_changed_bit_of_one_key_is_seen(implementation: str, shape: Shape, alone: np.ndarray):
     """The comparison of bits can fail: one key of the last token's window differs in its last bit."""
-    case = PagedSequences(select("cpu", implementation), shape, lengths=[LENGTH])
-    bits(case.k[0])[LENGTH - 2, 0] ^= 1
-    (got,) = case.call(TokenRange(0, 0, LENGTH, 0))
+    sequences = PagedSequences(select("cpu", implementation), shape, lengths=[LENGTH])
+    bits(sequences.k[0])[LENGTH - 2, 0] ^= 1
+    (got,) = sequences.call(TokenRange(0, 0, LENGTH, 0))
     np.testing.assert_array_equal(bits(got)[: LENGTH - 2], alone[: LENGTH - 2])
     assert (bits(got)[LENGTH - 2 :] != alone[LENGTH - 2 :]).any()
 
@@ -81,15 +90,16 @@ os.sched_setaffinity(0, set(map(int, sys.argv[3:])))
 import numpy as np
 from paged_sequences import PagedSequences, Shape, TokenRange
 from pallas_kernels import select
-case = PagedSequences(select("cpu", sys.argv[1]), Shape(q_heads=9, kv_heads=3), lengths=[210, 90])
-first = case.call(TokenRange(0, 0, 180, 0), TokenRange(1, 0, 89, 1))
-last = case.call(TokenRange(1, 89, 90, 1), TokenRange(0, 180, 210, 0))
+sequences = PagedSequences(select("cpu", sys.argv[1]), Shape(q_heads=9, kv_heads=3), lengths=[210, 90])
+first = sequences.call(TokenRange(0, 0, 180, 0), TokenRange(1, 0, 89, 1))
+last = sequences.call(TokenRange(1, 89, 90, 1), TokenRange(0, 180, 210, 0))
 np.save(sys.argv[2], np.concatenate([*first, *last]).astype(np.float32))
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot bind a process to a processor here")
-def test_the_number_of_threads_does_not_matter(implementation: str, tmp_path: Path):
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_number_of_threads_does_not_matter(name: str, tmp_path: Path):
     """XLA takes as many threads as the process has processors."""
     processors = sorted(os.sched_getaffinity(0))
     outputs = []
@@ -97,7 +107,7 @@ def test_the_number_of_threads_does_not_matter(implementation: str, tmp_path: Pa
         output = tmp_path / f"{count}.npy"
         path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
         subprocess.run(
-            [sys.executable, "-c", SCRIPT, implementation, str(output), *map(str, processors[:count])],
+            [sys.executable, "-c", SCRIPT, name, str(output), *map(str, processors[:count])],
             check=True,
             env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
         )
@@ -108,15 +118,15 @@ def test_the_number_of_threads_does_not_matter(implementation: str, tmp_path: Pa
 
 def test_pages_copied_elsewhere_gives_the_same_bits(implementation: str, shape: Shape, alone: np.ndarray):
     """Preemption moves pages to the host and back to other numbers."""
-    case = PagedSequences(select("cpu", implementation), shape, lengths=[LENGTH, LENGTH])
-    case.call(TokenRange(0, 0, LENGTH - 1, 0))
-    moved = np.setdiff1d(case.tables[0], 0)[::-1]
-    there = {int(page): int(free) for page, free in zip(moved, np.setdiff1d(case.tables[1], 0), strict=True)}
+    sequences = PagedSequences(select("cpu", implementation), shape, lengths=[LENGTH, LENGTH])
+    sequences.call(TokenRange(0, 0, LENGTH - 1, 0))
+    moved = np.setdiff1d(sequences.tables[0], 0)[::-1]
+    there = {int(page): int(free) for page, free in zip(moved, np.setdiff1d(sequences.tables[1], 0), strict=True)}
     old, new = np.array(list(there)), np.array(list(there.values()))
-    case.k_pages = case.k_pages.at[new].set(jnp.asarray(np.asarray(case.k_pages)[old])).at[old].set(0)
-    case.v_pages = case.v_pages.at[new].set(jnp.asarray(np.asarray(case.v_pages)[old])).at[old].set(0)
-    case.tables[0] = [there.get(int(page), 0) for page in case.tables[0]]
-    (got,) = case.call(TokenRange(0, LENGTH - 1, LENGTH, 0))
+    sequences.k_pages = sequences.k_pages.at[new].set(jnp.asarray(np.asarray(sequences.k_pages)[old])).at[old].set(0)
+    sequences.v_pages = sequences.v_pages.at[new].set(jnp.asarray(np.asarray(sequences.v_pages)[old])).at[old].set(0)
+    sequences.tables[0] = [there.get(int(page), 0) for page in sequences.tables[0]]
+    (got,) = sequences.call(TokenRange(0, LENGTH - 1, LENGTH, 0))
     np.testing.assert_array_equal(bits(got), alone[LENGTH - 1 :])
 
 
