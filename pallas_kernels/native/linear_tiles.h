@@ -1,10 +1,12 @@
 // The inner loops of a product with packed weights: a few rows of x times a few panels of 16 outputs.
 //
 // All types share one geometry. A block is 4 bytes of a row of x (two bfloat16, one float, four int8) and the 64 bytes of
-// a panel that meet them, [16 outputs][4 bytes]; a panel is its blocks in order of `in`. Each output is summed in one
-// accumulator in that order, whatever the shape of the tile, so that a row's result does not depend on the other rows.
+// a panel that meet them, [16 outputs][4 bytes]; a panel is its blocks in order of `in`. Each output is summed in that
+// order, in segments of a fixed length that are then added up, whatever the shape of the tile, so that a row's result
+// does not depend on the other rows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "lanes.h"
@@ -56,7 +58,8 @@ Tiles int8_tiles();
 int int8_offset();
 
 // Product gives: Vector (of accumulators), Weights and Row, load(), broadcast(), add(); start() of a panel and the bytes of
-// header before its blocks.
+// header before its blocks; kSegment, the blocks that are summed before they join the total: short segments keep the
+// rounding error of a long float sum small.
 template <typename Product, int kRows, int kPanels>
 void tile(const TileArguments& arguments) {
   using Vector = typename Product::Vector;
@@ -75,33 +78,43 @@ void tile(const TileArguments& arguments) {
   const char* x = arguments.x;
   const int64_t row_stride = arguments.row_stride;
   const char* prefetch = arguments.prefetch;
-  for (int64_t block = 0; block < arguments.blocks; ++block) {
+  char* out = static_cast<char*>(arguments.out);
+  for (int64_t first = 0;; first += Product::kSegment) {
+    const int64_t end = std::min(first + Product::kSegment, arguments.blocks);
+    for (int64_t block = first; block < end; ++block) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kMaxPanels; ++i) __builtin_prefetch(prefetch + i * kBlockBytes, 0, 2);
-    prefetch += arguments.prefetch_step;
-    typename Product::Weights weights[kCount];
+      for (int i = 0; i < kMaxPanels; ++i) __builtin_prefetch(prefetch + i * kBlockBytes, 0, 2);
+      prefetch += arguments.prefetch_step;
+      typename Product::Weights weights[kCount];
 #pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) {
-      weights[i] =
-          Product::load(panels + (i / kVectors) * panel_stride + (i % kVectors) * (kBlockBytes / kVectors));
+      for (int i = 0; i < kCount; ++i) {
+        weights[i] =
+            Product::load(panels + (i / kVectors) * panel_stride + (i % kVectors) * (kBlockBytes / kVectors));
+      }
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row) {
+        const typename Product::Row value = Product::broadcast(x + row * row_stride);
+#pragma GCC unroll 16
+        for (int i = 0; i < kCount; ++i) sums[row][i] = Product::add(sums[row][i], weights[i], value);
+      }
+      panels += kBlockBytes;
+      x += kRowBlockBytes;
     }
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      const typename Product::Row value = Product::broadcast(x + row * row_stride);
 #pragma GCC unroll 16
-      for (int i = 0; i < kCount; ++i) sums[row][i] = Product::add(sums[row][i], weights[i], value);
+      for (int i = 0; i < kCount; ++i) {
+        const int64_t at = (i / kVectors * kRows + row) * kVectors + i % kVectors;
+        Vector total = sums[row][i];
+        if (first > 0) {
+          std::memcpy(&total, out + at * sizeof(Vector), sizeof(Vector));
+          total += sums[row][i];
+        }
+        std::memcpy(out + at * sizeof(Vector), &total, sizeof(Vector));
+        sums[row][i] = Vector{};
+      }
     }
-    panels += kBlockBytes;
-    x += kRowBlockBytes;
-  }
-  char* out = static_cast<char*>(arguments.out);
-#pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) {
-      const int64_t at = (i / kVectors * kRows + row) * kVectors + i % kVectors;
-      std::memcpy(out + at * sizeof(Vector), &sums[row][i], sizeof(Vector));
-    }
+    if (end == arguments.blocks) return;
   }
 }
 
