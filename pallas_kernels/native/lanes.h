@@ -27,39 +27,55 @@ struct Lanes {
   simd::Vec at[kVectors];
 
   template <typename F>
-  static Lanes of(F value) {
+  SIMD_INLINE static Lanes of(F value) {
     Lanes lanes;
     for (int i = 0; i < kVectors; ++i) lanes.at[i] = value(i);
     return lanes;
   }
 };
 
-// `count` of 16 numbers from an array of type bfloat16 or float; the rest are 0.
-inline Lanes load_lanes(const char* from, Type type, int64_t count = kPanel) {
-  char whole[4 * kPanel] = {};
-  if (count < kPanel) from = static_cast<const char*>(std::memcpy(whole, from, count * size_of(type)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * simd::kLanes)));
+
+// 16 numbers from an array of type bfloat16 or float.
+SIMD_INLINE Lanes load_lanes(const char* from, Type type) {
   if (type == Type::kFloat) return Lanes::of([&](int i) { return simd::load(from + i * sizeof(simd::Vec)); });
   return Lanes::of([&](int i) {
-    typedef uint16_t Half __attribute__((vector_size(2 * simd::kLanes)));
-    const Half half = load_as<Half>(from + i * sizeof(Half));
+    const HalfVec half = load_as<HalfVec>(from + i * sizeof(HalfVec));
     return (simd::Vec)(__builtin_convertvector(half, simd::IntVec) << 16);
   });
 }
 
-inline void store_lanes(char* to, Type type, const Lanes& lanes, int64_t count = kPanel) {
-  char whole[4 * kPanel];
-  char* at = count < kPanel ? whole : to;
+SIMD_INLINE void store_lanes(char* to, Type type, const Lanes& lanes) {
   for (int i = 0; i < kVectors; ++i) {
     if (type == Type::kFloat) {
-      simd::store(at + i * sizeof(simd::Vec), lanes.at[i]);
+      simd::store(to + i * sizeof(simd::Vec), lanes.at[i]);
     } else {
-      typedef uint16_t Half __attribute__((vector_size(2 * simd::kLanes)));
-      const simd::IntVec upper = simd::to_bfloat16(lanes.at[i]) >> 16;
-      const Half half = __builtin_convertvector(upper, Half);
-      std::memcpy(at + i * sizeof half, &half, sizeof half);
+      const HalfVec half = __builtin_convertvector(simd::to_bfloat16(lanes.at[i]) >> 16, HalfVec);
+      std::memcpy(to + i * sizeof half, &half, sizeof half);
     }
   }
-  if (count < kPanel) std::memcpy(to, whole, count * size_of(type));
+}
+
+// Fewer than 16; the rest are 0.
+__attribute__((noinline)) inline Lanes load_some(const char* from, Type type, int64_t count) {
+  char whole[4 * kPanel] = {};
+  std::memcpy(whole, from, count * size_of(type));
+  return load_lanes(whole, type);
+}
+
+__attribute__((noinline)) inline void store_some(char* to, Type type, const Lanes& lanes, int64_t count) {
+  char whole[4 * kPanel];
+  store_lanes(whole, type, lanes);
+  std::memcpy(to, whole, count * size_of(type));
+}
+
+// `count` of 16.
+SIMD_INLINE Lanes load_lanes(const char* from, Type type, int64_t count) {
+  return count < kPanel ? load_some(from, type, count) : load_lanes(from, type);
+}
+
+SIMD_INLINE void store_lanes(char* to, Type type, const Lanes& lanes, int64_t count) {
+  count < kPanel ? store_some(to, type, lanes, count) : store_lanes(to, type, lanes);
 }
 
 }  // namespace jaxserve

@@ -108,11 +108,7 @@ class Pieces {
         multiply_tile(arguments, rows, panels, sums[half]);
       }
       fetched += arguments.prefetch_step * call_.blocks;
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t p = 0; p < panels; ++p) {
-          const int64_t at = (p * rows + i) * kPanel * 4;
-          finish(row + i, panel + p, sums[0] + at, sums[1] + at);
-        }
+      finish(row, rows, panel, panels, sums[0], sums[1]);
     }
   }
 
@@ -126,19 +122,25 @@ class Pieces {
     }
   }
 
-  // Writes 16 outputs of a row, or what there is of them.
-  void finish(int64_t row, int64_t panel, const char* sums, const char* up_sums) const {
-    const Epilogue& epilogue = call_.epilogue;
-    const int64_t column = panel * kPanel, count = std::min<int64_t>(kPanel, call_.size_out - column);
-    const float scale = identity_ ? 1.0f : scales_[row];
-    const int64_t at = (call_.live.token(row) * call_.size_out + column) * size_of(epilogue.type);
-    Lanes lanes = scaled(epilogue, sums, scale, column, count);
-    if (call_.halves == 2) lanes = swiglu(lanes, scaled(epilogue, up_sums, scale, call_.size_out + column, count));
-    if (epilogue.residual) {
-      const Lanes residual = load_lanes(epilogue.residual + at, epilogue.type, count);
-      for (int v = 0; v < kVectors; ++v) lanes.at[v] += residual.at[v];
+  // Writes a tile's outputs, what there is of them.
+  void finish(int64_t row, int64_t rows, int64_t panel, int64_t panels, const char* sums, const char* up_sums) const {
+    const Epilogue epilogue = call_.epilogue;
+    const bool gated = call_.halves == 2;
+    const int64_t size_out = call_.size_out, item = size_of(epilogue.type), token = call_.live.token(row);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t column = (panel + p) * kPanel, count = std::min<int64_t>(kPanel, size_out - column);
+      for (int64_t i = 0; i < rows; ++i, sums += kPanel * 4, up_sums += kPanel * 4) {
+        const float scale = identity_ ? 1.0f : scales_[row + i];
+        const int64_t at = ((token + i) * size_out + column) * item;
+        Lanes lanes = scaled(epilogue, sums, scale, column, count);
+        if (gated) lanes = swiglu(lanes, scaled(epilogue, up_sums, scale, size_out + column, count));
+        if (epilogue.residual) {
+          const Lanes residual = load_lanes(epilogue.residual + at, epilogue.type, count);
+          for (int v = 0; v < kVectors; ++v) lanes.at[v] += residual.at[v];
+        }
+        store_lanes(call_.out + at, epilogue.type, lanes, count);
+      }
     }
-    store_lanes(call_.out + at, epilogue.type, lanes, count);
   }
 
   void zero_dead_rows(int64_t piece) const {

@@ -85,7 +85,7 @@ struct Epilogue {
 };
 
 // 16 sums of a row to floats, `column` being that of the first, of which `count` exist.
-inline Lanes scaled(const Epilogue& epilogue, const char* sums, float row_scale, int64_t column, int64_t count) {
+SIMD_INLINE Lanes scaled(const Epilogue& epilogue, const char* sums, float row_scale, int64_t column, int64_t count) {
   Lanes lanes = load_lanes(sums, Type::kFloat);
   if (epilogue.weights == Type::kInt8) {
     const Lanes scale = load_lanes(reinterpret_cast<const char*>(epilogue.scale + column), Type::kFloat, count);
@@ -100,7 +100,7 @@ inline Lanes scaled(const Epilogue& epilogue, const char* sums, float row_scale,
 }
 
 // silu(gate) * up, with silu(x) = x / (1 + exp(-x)).
-inline Lanes swiglu(const Lanes& gate, const Lanes& up) {
+SIMD_INLINE Lanes swiglu(const Lanes& gate, const Lanes& up) {
   const simd::Vec one = simd::broadcast(1.0f), log2e = simd::broadcast(1.44269504088896341f);
   return Lanes::of([&](int v) {
     // exp2 wants x <= 0: the smaller of exp(x) and exp(-x) serves both signs.
