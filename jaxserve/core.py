@@ -187,6 +187,7 @@ class StepLoop:
             retired=now,
             host_seconds=host_seconds,
             wait_seconds=now - waited,
+            given_slots=[slot for slot, _ in plan.new_owners],
             taken_slots=plan.taken_slots,
             freed_slots=_freed_slots(plan, outputs),
         )

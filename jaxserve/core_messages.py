@@ -133,6 +133,8 @@ class StepRecord:
     """The loop's own work since the last step: receive, plan, pack, dispatch, retire, publish; waits excluded."""
     wait_seconds: float
     """Waiting for the device."""
+    given_slots: list[int]
+    """Slots that changed hands since the last step."""
     taken_slots: list[int]
     """Slots whose owner takes part for the first time."""
     freed_slots: list[int]
