@@ -48,7 +48,7 @@ class OtherLoad:
     """
 
     def __init__(self, pids: list[int]):
-        self._pids = [*pids, os.getpid()]
+        self._pids = list({*pids, os.getpid()})
         self._start = self._read()
 
     def _read(self) -> tuple[float, float] | None:

@@ -42,17 +42,17 @@ def median_of(rounds: Sequence[Mapping[str, Figure]]) -> dict[str, Figure]:
 
 
 def rounded(value: float) -> float:
-    """Four significant digits, and no fewer than those before the point: 12345.6 stays 12346."""
-    return round(value) if abs(value) >= 1000 else float(f"{value:.4g}")
+    """Four significant digits, and no fewer than those before the point: 12345.6 is 12346. Integers stay."""
+    return value if isinstance(value, int) else round(value) if abs(value) >= 1000 else float(f"{value:.4g}")
 
 
-def report(result: Result, as_json: bool) -> None:
-    """Prints a result, a figure a line; if `as_json`, one JSON object as the last line besides."""
+def report(result: Result, as_json: bool, also: Result | None = None) -> None:
+    """Prints a result, a figure a line; if `as_json`, one JSON object with it and `also` as the last line besides."""
     width = max(len(line) for line, _ in _lines(result))
     for name, value in _lines(result):
         print(f"{name:{width}}  {value}")
     if as_json:
-        print(json.dumps(result), flush=True)
+        print(json.dumps({**result, **(also or {})}), flush=True)
 
 
 def _lines(result: Result, prefix: str = "") -> list[tuple[str, str]]:

@@ -1,0 +1,95 @@
+"""Drawings of what benchmarks measure. matplotlib is an optional extra, imported only where something is drawn."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.steps import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {"device": "#2b6cb0", "host": "#dd6b20"}
+
+
+def require_plots() -> None:
+    """Ends the program with what to install, before anything is measured, where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib: pip install 'jaxserve[plot]'")
+
+
+def _axes(rows: int, title: str, height: float) -> "list[Axes]":
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, 1, figsize=(9, height), layout="constrained", squeeze=False)
+    figure.suptitle(title)
+    return list(axes[:, 0])
+
+
+def _save(axes: "Axes", file: Path) -> None:
+    from matplotlib import pyplot
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(str(file), dpi=120)
+    pyplot.close("all")
+
+
+def timeline(file: Path, modes: Mapping[str, Mapping[str, Sequence[Interval]]], title: str) -> None:
+    """For each mode a panel with a lane for each of `modes[mode]`: bars of the intervals, in ms from the first."""
+    panels = _axes(len(modes), title, 1.6 * len(modes) + 0.8)
+    span = 0.0
+    for axes, (mode, lanes) in zip(panels, modes.items(), strict=True):
+        origin = min(start for intervals in lanes.values() for start, _ in intervals)
+        for place, (lane, intervals) in enumerate(lanes.items()):
+            bars = [(1e3 * (start - origin), 1e3 * (end - start)) for start, end in intervals]
+            span = max(span, *(start + width for start, width in bars))
+            # Neighbouring steps in two shades, so that they can be told apart where nothing lies between them.
+            for shade, part in ((1.0, bars[::2]), (0.55, bars[1::2])):
+                axes.broken_barh(part, (place - 0.35, 0.7), color=COLOURS.get(lane), alpha=shade)
+        axes.set_yticks(range(len(lanes)), list(lanes))
+        axes.set_title(mode, loc="left", fontsize="medium")
+        axes.grid(axis="x", alpha=0.3)
+    for axes in panels:
+        axes.set_xlim(0, span)
+    panels[-1].set_xlabel("ms")
+    _save(panels[-1], file)
+
+
+def lines(file: Path, series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> None:
+    """A line for each series of (x, y), on a logarithmic x axis ticked at the points."""
+    (axes,) = _axes(1, f"{y} over {x}", 4.0)
+    for name, points in series.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    places = sorted({place for points in series.values() for place, _ in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(axes, file)
+
+
+def distributions(file: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> None:
+    """For each panel (what is on its x axis) the cumulative distribution of each series of values, up to its p99.9."""
+    all_axes = _axes(len(panels), title, 2.6 * len(panels) + 0.6)
+    for axes, (label, series) in zip(all_axes, panels.items(), strict=True):
+        for name, values in series.items():
+            ordered = sorted(values)
+            shares = [(index + 1) / len(ordered) for index in range(len(ordered))]
+            axes.step(ordered, shares, where="post", label=name)
+        ends = [sorted(values)[int(0.999 * (len(values) - 1))] for values in series.values()]
+        axes.set_xlim(0, 1.05 * max(ends))
+        axes.set_ylim(0, 1)
+        axes.set_xlabel(label)
+        axes.set_ylabel("share of all")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+    _save(all_axes[-1], file)
