@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import jax
-import jaxlib
+from jaxlib import version as jaxlib_version
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _run(command: Sequence[str]) -> None:
 
 def _key(command: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for part in (*command, jaxlib.__version__, _compiler_version(command[0]), _processor()):
+    for part in (*command, jaxlib_version.__version__, _compiler_version(command[0]), _processor()):
         digest.update(part.encode() + b"\0")
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in (".cc", ".h"):

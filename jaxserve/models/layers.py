@@ -117,7 +117,8 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(weight)
         self.scale = None if scale is None else nnx.Param(scale)
         self.bias = nnx.Param(initial(rngs, (outputs,), jnp.float32)) if bias else None
-        self.size_out, self.matmul, self.gated = size_out, form.matmul, gated
+        self.size_out, self.gated = size_out, gated
+        self.matmul: Matmul = form.matmul
 
     def __call__(
         self,

@@ -1,0 +1,57 @@
+"""Building the native kernels: once, whole, and with the reason where it cannot be done."""
+
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels.native_build import SOURCES, NativeUnavailable, build
+
+
+def compiler(folder: Path, script: str) -> str:
+    """A program that stands for a compiler."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+# Writes the file after -o, and a line for each run.
+WORKS = """echo run >> "$(dirname "$0")/runs"
+while [ "$1" != -o ] && [ $# -gt 0 ]; do shift; done
+[ $# -eq 0 ] || echo built > "$2"
+"""
+
+
+def test_each_source_is_compiled_once_and_the_library_kept(tmp_path):
+    program = compiler(tmp_path, WORKS)
+    library = build(folder=tmp_path / "cache", compilers=(program,))
+    assert library.read_text() == "built\n"
+    # Each source, the link and the question for the version.
+    runs = len((tmp_path / "runs").read_text().splitlines())
+    assert runs == len(list(SOURCES.glob("*.cc"))) + 2
+    assert build(folder=tmp_path / "cache", compilers=(program,)) == library
+    assert len((tmp_path / "runs").read_text().splitlines()) == runs
+    assert list((tmp_path / "cache").iterdir()) == [library]
+
+
+def test_processors_do_not_share_a_library(tmp_path):
+    program = compiler(tmp_path, WORKS)
+    assert build("x86-64", tmp_path, (program,)) != build("native", tmp_path, (program,))
+
+
+def test_without_a_compiler_the_reason_names_what_was_looked_for(tmp_path):
+    with pytest.raises(NativeUnavailable, match="no-such-compiler"):
+        build(folder=tmp_path, compilers=("no-such-compiler",))
+
+
+def test_a_failing_compiler_leaves_nothing_and_its_words_are_kept(tmp_path):
+    program = compiler(tmp_path, "echo something is wrong >&2; exit 1")
+    with pytest.raises(NativeUnavailable, match="something is wrong"):
+        build(folder=tmp_path / "cache", compilers=(program,))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_a_reason(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NativeUnavailable, match="file"):
+        build(folder=tmp_path / "file" / "cache", compilers=(compiler(tmp_path, WORKS),))
