@@ -11,6 +11,7 @@ struct Product {
   typedef __m512bh Row;
   static constexpr int kHeaderBytes = 0;
   static constexpr int64_t kSegment = INT64_MAX / 2;
+  static constexpr bool kCompensates = false;
   static Vector start(const char*) { return _mm512_setzero_ps(); }
   static Weights load(const char* at) { return (__m512bh)_mm512_loadu_si512(at); }
   static Row broadcast(const char* at) { return (__m512bh)_mm512_set1_epi32(load_as<int32_t>(at)); }
@@ -25,6 +26,7 @@ struct Product {
   typedef Weights Row;
   static constexpr int kHeaderBytes = 0;
   static constexpr int64_t kSegment = INT64_MAX / 2;
+  static constexpr bool kCompensates = false;
   static Vector start(const char*) { return Vector{}; }
   static Weights load(const char* at) {
     const simd::Vec pairs = simd::load(at);

@@ -9,7 +9,8 @@ struct Product {
   typedef simd::Vec Weights;
   typedef simd::Vec Row;
   static constexpr int kHeaderBytes = 0;
-  static constexpr int64_t kSegment = 64;
+  static constexpr int64_t kSegment = 16;
+  static constexpr bool kCompensates = true;
   static Vector start(const char*) { return Vector{}; }
   static Weights load(const char* at) { return simd::load(at); }
   static Row broadcast(const char* at) { return simd::broadcast(load_as<float>(at)); }

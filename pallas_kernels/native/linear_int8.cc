@@ -14,6 +14,7 @@ struct Product {
   typedef __m512i Row;
   static constexpr int kHeaderBytes = kBlockBytes;
   static constexpr int64_t kSegment = INT64_MAX / 2;
+  static constexpr bool kCompensates = false;
   static Vector start(const char* at) {
     return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(_mm512_loadu_si512(at), 7));
   }
@@ -29,6 +30,7 @@ struct Product {
   typedef __m256i Row;
   static constexpr int kHeaderBytes = kBlockBytes;
   static constexpr int64_t kSegment = INT64_MAX / 2;
+  static constexpr bool kCompensates = false;
   static Vector start(const char* at) {
     return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(load_as<__m256i>(at), 7));
   }
@@ -44,6 +46,7 @@ struct Product {
   typedef int8x16_t Row;
   static constexpr int kHeaderBytes = kBlockBytes;
   static constexpr int64_t kSegment = INT64_MAX / 2;
+  static constexpr bool kCompensates = false;
   static Vector start(const char*) { return vdupq_n_s32(0); }
   static Weights load(const char* at) { return load_as<int8x16_t>(at); }
   static Row broadcast(const char* at) { return vreinterpretq_s8_s32(vdupq_n_s32(load_as<int32_t>(at))); }
@@ -76,6 +79,7 @@ struct Product {
   typedef Weights Row;
   static constexpr int kHeaderBytes = kBlockBytes;
   static constexpr int64_t kSegment = INT64_MAX / 2;
+  static constexpr bool kCompensates = false;
   static Vector start(const char*) { return Vector{}; }
   static Weights load(const char* at) {
     const ShortVector pairs = load_as<ShortVector>(at);

@@ -58,8 +58,8 @@ Tiles int8_tiles();
 int int8_offset();
 
 // Product gives: Vector (of accumulators), Weights and Row, load(), broadcast(), add(); start() of a panel and the bytes of
-// header before its blocks; kSegment, the blocks that are summed before they join the total: short segments keep the
-// rounding error of a long float sum small.
+// header before its blocks; kSegment, the blocks that are summed at once, and kCompensates, whether segments are added up
+// with what rounding loses (Kahan): one huge product then spoils the sum of its own segment only.
 template <typename Product, int kRows, int kPanels>
 void tile(const TileArguments& arguments) {
   using Vector = typename Product::Vector;
@@ -78,8 +78,8 @@ void tile(const TileArguments& arguments) {
   const char* x = arguments.x;
   const int64_t row_stride = arguments.row_stride;
   const char* prefetch = arguments.prefetch;
-  char* out = static_cast<char*>(arguments.out);
-  for (int64_t first = 0;; first += Product::kSegment) {
+  Vector totals[kRows][kCount] = {}, lost[kRows][kCount] = {};
+  for (int64_t first = 0; first < arguments.blocks; first += Product::kSegment) {
     const int64_t end = std::min(first + Product::kSegment, arguments.blocks);
     for (int64_t block = first; block < end; ++block) {
 #pragma GCC unroll 16
@@ -100,21 +100,27 @@ void tile(const TileArguments& arguments) {
       panels += kBlockBytes;
       x += kRowBlockBytes;
     }
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kCount; ++i) {
-        const int64_t at = (i / kVectors * kRows + row) * kVectors + i % kVectors;
-        Vector total = sums[row][i];
-        if (first > 0) {
-          std::memcpy(&total, out + at * sizeof(Vector), sizeof(Vector));
-          total += sums[row][i];
+    if constexpr (Product::kCompensates) {
+      for (int row = 0; row < kRows; ++row) {
+        for (int i = 0; i < kCount; ++i) {
+          const Vector term = sums[row][i] - lost[row][i];
+          const Vector total = totals[row][i] + term;
+          lost[row][i] = (total - totals[row][i]) - term;
+          totals[row][i] = total;
+          sums[row][i] = Vector{};
         }
-        std::memcpy(out + at * sizeof(Vector), &total, sizeof(Vector));
-        sums[row][i] = Vector{};
       }
     }
-    if (end == arguments.blocks) return;
+  }
+  const auto& results = Product::kCompensates ? totals : sums;
+  char* out = static_cast<char*>(arguments.out);
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t at = (i / kVectors * kRows + row) * kVectors + i % kVectors;
+      std::memcpy(out + at * sizeof(Vector), &results[row][i], sizeof(Vector));
+    }
   }
 }
 

@@ -53,7 +53,7 @@ def test_greedy_tokens_and_logprobs_equal_transformers(engine: Engine):
         )
         for case in REFERENCE
     ]
-    ties, compared = 0, 0
+    ties, compared, worst = 0, 0, 0.0
     for case, completion in zip(REFERENCE, engine.generate(requests), strict=True):
         for index, (got, want) in enumerate(zip(completion.token_ids, case["generated_ids"], strict=True)):
             if got != want:
@@ -61,9 +61,10 @@ def test_greedy_tokens_and_logprobs_equal_transformers(engine: Engine):
                 ties += 1
                 break  # what follows a tie that broke the other way is another text
             assert completion.logprobs is not None
-            assert completion.logprobs[index].logprob == pytest.approx(case["logprobs"][index], abs=1e-3)
+            worst = max(worst, abs(completion.logprobs[index].logprob - case["logprobs"][index]))
             compared += 1
-    print(f"{compared} tokens of {len(REFERENCE)} prompts are equal, {ties} ties broke the other way")
+    print(f"{compared} tokens of {len(REFERENCE)} prompts equal, {ties} other ties, worst logprob {worst:.1e} off")
+    assert worst < 1e-3
     assert len(REFERENCE) >= 20
     assert ties <= 2
 
