@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import monitoring
 
 from jaxserve.batch import BIASES, PENALIZES, Packer, Upload, features
@@ -71,10 +72,13 @@ class ModelRunner:
         self.max_context = min(config.max_context or 8192, model.config.max_context, capacity)
         self._max_pages = -(-self.max_context // config.page_size)
         self.matmul = _choose_matmul(device.platform, config)
-        self._graphdef, self._params = model.graphdef, model.params
+        graphdef, params = model.graphdef, model.params
         if self.matmul == "native":
             progress("packing weights", None)
-            self._graphdef, self._params = pack_params(model.config, model.params)
+            graphdef, params = pack_params(model.config, params)
+        leaves, structure = jax.tree.flatten(params)
+        self._weights = tuple(leaves)
+        self._build_model = lambda weights: nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
         self._packer = Packer(config.slots, self._max_pages)
         self.row_counts = tuple(sorted({min(config.small_slots, config.slots), config.slots}))
         self.chunk_sizes = config.prefill_chunks
@@ -101,9 +105,9 @@ class ModelRunner:
 
         def lower(shape: tuple[int, int]):
             rows, chunk = shape
-            step = make_step(self._graphdef, self.model_config, self.attention, rows, chunk)
+            step = make_step(self._build_model, self.model_config, self.attention, rows, chunk)
             packed = jax.ShapeDtypeStruct((Upload.size(rows, chunk, self._max_pages),), jnp.int32)
-            return jax.jit(step, donate_argnums=(1, 2)).lower(self._params, self._cache, self._state, packed)
+            return jax.jit(step, donate_argnums=(1, 2)).lower(self._weights, self._cache, self._state, packed)
 
         def compile_step(lowered):
             nonlocal done
@@ -145,7 +149,7 @@ class ModelRunner:
 
     def _dispatch(self, plan: StepPlan, rows: int, chunk: int) -> PendingStep:
         packed = jax.device_put(self._packer.pack(plan, rows, chunk))
-        self._cache, self._state, output = self._steps[rows, chunk](self._params, self._cache, self._state, packed)
+        self._cache, self._state, output = self._steps[rows, chunk](self._weights, self._cache, self._state, packed)
         output.tokens_and_flags.copy_to_host_async()
         reports = any(sequence.submit.logprobs >= 0 for sequence in plan.sequences)
         if reports:

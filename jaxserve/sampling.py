@@ -13,8 +13,8 @@ from jaxserve.batch import BIASES, FILTERS, PENALIZES, REPORTS_LOGPROBS, SAMPLES
 from jaxserve.decode_state import DecodeState
 from jaxserve.request import MAX_LOGPROBS
 
-DRAW_BLOCK = 128
-"""Tokens whose probabilities are summed together before the running sum, when a token is drawn."""
+BLOCK = 128
+"""Tokens of the vocabulary that are looked at together before the whole is."""
 
 Logits = Float[Array, "row vocab"]
 
@@ -39,11 +39,18 @@ def sample_tokens(logits: Logits, rows: Upload, state: DecodeState) -> Int32[Arr
 
 
 def argmax(logits: Logits) -> Int32[Array, " row"]:
-    """Lowest index of each row's maximum, in two passes that vectorize (a variadic reduction does not, on CPU)."""
-    vocab = logits.shape[-1]
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    index = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return jnp.minimum(jnp.min(jnp.where(logits == best, index, vocab), axis=-1), vocab - 1)
+    """Lowest index of each row's maximum: the best block, then the best in it. One pass that vectorizes, on CPU, where
+    the argmax of a whole row takes ten times as long."""
+    blocks = _blocks(logits, -jnp.inf)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    best = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
+    return (block * BLOCK + best).astype(jnp.int32)
+
+
+def _blocks(values: Logits, filler: float) -> Float[Array, "row vocab_block block"]:
+    """Each row cut into blocks, the last one filled up."""
+    padded = jnp.pad(values, ((0, 0), (0, -values.shape[-1] % BLOCK)), constant_values=filler)
+    return padded.reshape(values.shape[0], -1, BLOCK)
 
 
 def _mask_stop_ids(logits: Logits, rows: Upload) -> Logits:
@@ -116,8 +123,7 @@ def _threshold(values: Logits, mass: Logits, target: Float[Array, " row"]) -> Fl
 
 def _draw(weights: Logits, rows: Upload) -> Int32[Array, " row"]:
     """Inverts each row's distribution at one uniform number, by blocks so that the running sums stay short."""
-    count, vocab = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % DRAW_BLOCK))).reshape(count, -1, DRAW_BLOCK)
+    blocks = _blocks(weights, 0.0)
     sums = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
     # Just under 1, so that rounding cannot carry the target past the last token.
     target = _uniform(rows.seed, rows.length) * (1 - 2**-20) * sums[:, -1]
@@ -125,8 +131,8 @@ def _draw(weights: Logits, rows: Upload) -> Int32[Array, " row"]:
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     before = jnp.where(block > 0, jnp.take_along_axis(sums, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
     offset = jnp.sum(jnp.cumsum(inside, axis=-1) <= (target - before)[:, None], axis=-1)
-    last = jnp.max(jnp.where(inside > 0, jnp.arange(DRAW_BLOCK), 0), axis=-1)
-    return (block * DRAW_BLOCK + jnp.minimum(offset, last)).astype(jnp.int32)
+    last = jnp.max(jnp.where(inside > 0, jnp.arange(BLOCK), 0), axis=-1)
+    return (block * BLOCK + jnp.minimum(offset, last)).astype(jnp.int32)
 
 
 def _uniform(seed: Int32[Array, " row"], position: Int32[Array, " row"]) -> Float[Array, " row"]:

@@ -6,16 +6,15 @@ own sequence alone.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jaxserve.batch import PENALIZES, Upload
 from jaxserve.decode_state import DecodeState
 from jaxserve.kv_cache import KVCache
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.llama import Llama
 from jaxserve.pytree import pytree_dataclass
 from jaxserve.sampling import report_logprobs, sample_tokens
 from jaxserve.scheduler import EMITTED, FAILED, STOPPED
@@ -35,21 +34,25 @@ class StepOutput:
     logprob_ids: Int32[Array, "row reported"]
 
 
-StepFunction = Callable[[Any, KVCache, DecodeState, Array], tuple[KVCache, DecodeState, StepOutput]]
+Weights = tuple[Array, ...]
+"""The model's parameters as a flat tuple: a tree of them costs a millisecond of Python a step to take apart."""
+
+StepFunction = Callable[[Weights, KVCache, DecodeState, Array], tuple[KVCache, DecodeState, StepOutput]]
 
 
 def make_step(
-    graphdef: nnx.GraphDef, config: ModelConfig, attention: PagedAttention, rows: int, chunk: int
+    build_model: Callable[[Weights], Llama], config: ModelConfig, attention: PagedAttention, rows: int, chunk: int
 ) -> StepFunction:
     """The step function for `rows` rows and `chunk` chunk tokens (0 for a decode step).
 
-    Its arguments are the model's parameters, cache and state (DONATED) and the packed int32 upload.
+    Its arguments are the model's weights, from which `build_model` makes the model while tracing, cache and state
+    (DONATED) and the packed int32 upload.
     """
 
     def step(
-        params: Any, cache: KVCache, state: DecodeState, packed: Int32[Array, " packed"]
+        weights: Weights, cache: KVCache, state: DecodeState, packed: Int32[Array, " packed"]
     ) -> tuple[KVCache, DecodeState, StepOutput]:
-        model = nnx.merge(graphdef, params)
+        model = build_model(weights)
         upload = Upload.unpack(packed, rows, chunk)
         decodes = upload.decodes & ~state.ended.at[upload.slot].get(mode="clip")
         tokens = jnp.concatenate([state.last_token.at[upload.slot].get(mode="clip"), upload.chunk_tokens])
