@@ -76,9 +76,10 @@ class Ready:
     """How weights are multiplied: `xla` or `native`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceOutput:
-    """What one step gave one sequence."""
+    """What one step gave one sequence. Not frozen, which would make it take three times as long to make: there are as
+    many in each step as rows."""
 
     handle: int
     token_ids: list[int]
@@ -166,11 +167,25 @@ def _row(message: Any) -> list[Any]:
     return [getattr(message, field.name) for field in fields(message)]
 
 
+def _split(outputs: list[SequenceOutput]) -> tuple[list[int], list[SequenceOutput]]:
+    """Those of one token and nothing else, which most are, as `handle, token, handle, token, ...`; and the others."""
+    plain: list[int] = []
+    others: list[SequenceOutput] = []
+    for output in outputs:
+        if output.logprobs is None and output.started is None and output.finish_reason is None:
+            (token,) = output.token_ids
+            plain += (output.handle, token)
+        else:
+            others.append(output)
+    return plain, others
+
+
 def encode(message: Message) -> bytes:
-    """One msgpack array: the type's number, then its fields in order."""
+    """One msgpack array: the type's number, then its fields in order; a step's outputs as `_split` has them."""
     if isinstance(message, StepOutput):
+        plain, others = _split(message.outputs)
         record = message.record and _row(message.record)
-        body = [[_row(output) for output in message.outputs], _row(message.gauges), record]
+        body = [plain, [_row(output) for output in others], _row(message.gauges), record]
     else:
         body = _row(message)
     data = msgpack.packb([_NUMBER[type(message)], *body])
@@ -182,8 +197,8 @@ def decode(data: bytes) -> Message:
     """Inverse of `encode`. Raises ValueError for bytes that are no message."""
     number, *body = msgpack.unpackb(data, strict_map_key=False)
     if number == _NUMBER[StepOutput]:
-        outputs, gauges, record = body
-        return StepOutput(
-            [SequenceOutput(*output) for output in outputs], Gauges(*gauges), record and StepRecord(*record)
-        )
+        plain, others, gauges, record = body
+        outputs = [SequenceOutput(handle, [token], None) for handle, token in zip(plain[::2], plain[1::2], strict=True)]
+        outputs += [SequenceOutput(*output) for output in others]
+        return StepOutput(outputs, Gauges(*gauges), record and StepRecord(*record))
     return _TYPES[number](*body)

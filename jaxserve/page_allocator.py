@@ -5,6 +5,7 @@ it stays zero, so that masked reads find finite values there.
 """
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -19,9 +20,7 @@ def root_key(salt: str) -> PageKey:
 
 def next_key(parent: PageKey, token_ids: Sequence[int]) -> PageKey:
     """The key of the page that holds `token_ids` (one page of them) after the page named `parent`."""
-    return hashlib.blake2b(
-        parent + b"".join(token.to_bytes(4, "little") for token in token_ids), digest_size=16
-    ).digest()
+    return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=16).digest()
 
 
 class PageAllocator:

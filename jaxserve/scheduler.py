@@ -25,13 +25,16 @@ class Sequence:
 
     __slots__ = (
         "cached",
+        "capacity",
         "computed",
         "done",
         "first_scheduled",
         "first_token",
+        "handle",
         "in_flight",
         "keys",
         "last_step",
+        "max_length",
         "order",
         "pages",
         "prefill_end",
@@ -45,6 +48,8 @@ class Sequence:
 
     def __init__(self, submit: Submit, arrival: int):
         self.submit = submit
+        self.handle = submit.handle
+        self.max_length = submit.max_length
         self.order = (-submit.priority, arrival)
         """Smaller goes first, and gives way last."""
         self.token_ids = list(submit.token_ids)
@@ -58,6 +63,8 @@ class Sequence:
         """Tokens whose keys and values are written by the steps dispatched so far."""
         self.slot = -1
         self.pages: list[int] = []
+        self.capacity = 0
+        """Tokens that its pages hold."""
         self.keys: list[PageKey] = []
         """Chain of keys of its full pages, as far as it is known."""
         self.registered = 0
@@ -108,16 +115,18 @@ class StepPlan:
     new_owners: list[tuple[int, Sequence]] = field(default_factory=list)
     """Slots that changed hands since the last step: what belongs to their new owners must reach the device."""
 
-    def add(self, sequence: Sequence, decodes: bool, sample_index: int, end: int) -> None:
-        """Gives a sequence the next row."""
-        self.sequences.append(sequence)
-        self.slots.append(sequence.slot)
-        self.decodes.append(decodes)
-        self.sample_index.append(sample_index)
-        self.ends.append(end)
-        sequence.computed = end
-        sequence.in_flight += 1
-        sequence.last_step = self.step
+    def fill_columns(self) -> None:
+        """Fills what follows from the rows' sequences and the pieces. A pass for each column is the cheapest way."""
+        rows = len(self.sequences)
+        self.slots = [sequence.slot for sequence in self.sequences]
+        self.ends = [sequence.computed for sequence in self.sequences]
+        self.decodes = [True] * rows
+        self.sample_index = [-1] * rows
+        for piece in self.pieces:
+            self.chunk_tokens += len(piece.token_ids)
+            self.decodes[piece.row] = False
+            if self.ends[piece.row] == self.sequences[piece.row].prefill_end:
+                self.sample_index[piece.row] = self.chunk_tokens - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,28 +225,32 @@ class Scheduler:
         self._make_room()
         self._admit(now)
         budget = self._chunk_budget()
-        last_steps = []
+        rows: list[Sequence] = plan.sequences
+        last_steps: list[Sequence] = []
         for sequence in self.running:
             computed = sequence.computed
             if computed >= sequence.prefill_end:
-                if computed >= len(sequence.pages) * self.page_size:
+                if computed >= sequence.capacity:
                     continue  # its next page is still fenced
-                plan.add(sequence, True, -1, computed + 1)
+                end = computed + 1
             elif budget > 0:
                 end = min(sequence.prefill_end, computed + budget)
                 budget -= end - computed
-                plan.pieces.append(Piece(len(plan.sequences), computed, sequence.token_ids[computed:end]))
-                plan.chunk_tokens += end - computed
-                ends_prompt = end == sequence.prefill_end
+                plan.pieces.append(Piece(len(rows), computed, sequence.token_ids[computed:end]))
                 if computed == sequence.prefill_start:
                     plan.taken_slots.append(sequence.slot)
-                plan.add(sequence, False, plan.chunk_tokens - 1 if ends_prompt else -1, end)
-            if sequence.computed >= sequence.submit.max_length - 1 and sequence.computed >= sequence.prefill_end:
+            else:
+                continue
+            sequence.computed = end
+            sequence.in_flight += 1
+            sequence.last_step = plan.step
+            rows.append(sequence)
+            if end >= sequence.max_length - 1:  # never before the end of its prompt
                 last_steps.append(sequence)
-        for sequence in last_steps:
-            self._release_slot(sequence)
-        if not plan.sequences:
+        if not rows:
             return None
+        plan.fill_columns()
+        self._release_slots(last_steps)
         plan.new_owners, self._new_owners = self._new_owners, []
         self._step = plan.step
         return plan
@@ -256,7 +269,7 @@ class Scheduler:
         allocator, page_size = self.allocator, self.page_size
         tight = allocator.available < len(self.running)
         for sequence in sorted(self.running, key=_order) if tight else self.running:
-            if sequence.computed < len(sequence.pages) * page_size or sequence.slot < 0:
+            if sequence.computed < sequence.capacity or sequence.slot < 0:
                 continue
             while (page := allocator.allocate(1)) is None and not self._fences:
                 victim = max(self.running, key=_order)
@@ -265,6 +278,7 @@ class Scheduler:
                     break
             if page is not None:
                 sequence.pages += page
+                sequence.capacity += page_size
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
@@ -304,6 +318,7 @@ class Scheduler:
             allocator.release(cached)
             return False
         sequence.pages = cached + fresh
+        sequence.capacity = len(sequence.pages) * self.page_size
         sequence.registered = len(cached)
         sequence.computed = len(cached) * self.page_size
         return True
@@ -325,16 +340,24 @@ class Scheduler:
         tokens, flags, logprobs = results.tokens, results.flags, results.logprobs
         while self._fences and self._fences[0][0] <= plan.step:
             self.allocator.release(self._fences.popleft()[1])
+        prefix_cache, page_size = self.prefix_cache, self.page_size
         outputs = []
-        for row, sequence in enumerate(plan.sequences):
+        for row, (sequence, end, token, flag) in enumerate(
+            zip(plan.sequences, plan.ends, tokens, flags, strict=False)  # the device's rows are padded
+        ):
             sequence.in_flight -= 1
             if sequence.done:
                 self.overrun_tokens += 1
-            elif flags[row]:
-                if self.prefix_cache and sequence.pages and not flags[row] & FAILED:
-                    self._register(sequence, plan.ends[row])
-                reported = None if logprobs is None else logprobs[row]
-                outputs.append(self._accept(sequence, tokens[row], flags[row], reported, now))
+            elif flag:
+                if prefix_cache and end // page_size > sequence.registered and sequence.pages and not flag & FAILED:
+                    self._register(sequence, end)
+                if flag == EMITTED and logprobs is None and sequence.first_token and end + 1 < sequence.max_length:
+                    # Most rows: one more token, and nothing else to tell.
+                    sequence.token_ids.append(token)
+                    outputs.append(SequenceOutput(sequence.handle, [token], None))
+                else:
+                    reported = None if logprobs is None else logprobs[row]
+                    outputs.append(self._accept(sequence, token, flag, reported, now))
             else:
                 assert not plan.decodes[row] and plan.sample_index[row] < 0, "a row ended unseen"
         return outputs
@@ -415,6 +438,14 @@ class Scheduler:
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.slot = -1
 
+    def _release_slots(self, sequences: list[Sequence]) -> None:
+        """`_release_slot` of several, in one pass over those that run."""
+        for sequence in sequences:
+            heapq.heappush(self._free_slots, sequence.slot)
+            sequence.slot = -1
+        if sequences:
+            self.running = [sequence for sequence in self.running if sequence.slot >= 0]
+
     def _release_pages(self, sequence: Sequence) -> None:
         """Frees the pages now, or when the last step that may write to them has retired."""
         if sequence.in_flight:
@@ -422,6 +453,7 @@ class Scheduler:
         else:
             self.allocator.release(sequence.pages)
         sequence.pages = []
+        sequence.capacity = 0
         sequence.registered = 0
 
     @property

@@ -56,13 +56,14 @@ class SimulatedRunner:
 
     def read(self, pending: SimulatedStep) -> StepResults:
         """Waits until a step is done."""
-        wait = pending.done - time.monotonic()
-        if wait > 0:
-            time.sleep(wait)
         plan = pending.plan
         # Letters and spaces of a byte-level vocabulary, so that detokenizing does its usual work.
         tokens = [260 + (end * 7919) % min(1000, self._vocab_size - 260) for end in plan.ends]
-        return StepResults(tokens, _flags(plan, tokens), None)
+        results = StepResults(tokens, _flags(plan, tokens), None)
+        wait = pending.done - time.monotonic()
+        if wait > 0:
+            time.sleep(wait)
+        return results
 
     def reset(self) -> None:
         """A device without state has nothing to rebuild."""
