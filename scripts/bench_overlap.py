@@ -32,7 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import steps
-from benchmarks.churn import Round, Work, run_round
+from benchmarks.churn import PROMPT_LEN, Round, Work, run_round
 from benchmarks.engine_arguments import add_engine_arguments, add_run_arguments, engine_config
 from benchmarks.machine import OtherLoad, process_tree
 from benchmarks.neighbours import SHORT_LEN, Neighbourhood
@@ -51,7 +51,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser, several_slots=True)
     parser.add_argument("--requests-per-slot", type=int, default=3)
-    parser.add_argument("--output-len", type=int, default=64, help="tokens, on average")
+    parser.add_argument(
+        "--output-len",
+        type=int,
+        default=None,
+        help="tokens, on average; by default 64, and more where the prompts of "
+        "so many slots would not fit into as many steps",
+    )
     parser.add_argument("--text", action="store_true", help="detokenize, as for a client that wants text")
     parser.add_argument("--probes", type=int, default=200, help="short requests among neighbours; 0 leaves that out")
     parser.add_argument("--long-len", type=int, default=1900, help="tokens of a long neighbour")
@@ -149,7 +155,8 @@ def run_slots(slots: int, arguments: argparse.Namespace) -> Run:
     config = engine_config(arguments, slots=slots, max_waiting=count)
     with Engine(replace(config, pipeline_depth=0)) as synchronous, Engine(config) as pipelined:
         rounds: dict[Engine, list[Round]] = {synchronous: [], pipelined: []}
-        work = Work.make(count, arguments.output_len, pipelined.model_config.vocab_size)
+        output_len = arguments.output_len or max(64, PROMPT_LEN * slots // (config.prefill_chunks[0] // 2))
+        work = Work.make(count, output_len, pipelined.model_config.vocab_size)
         work.stop_every_other(run_round(pipelined, work.requests("learn", arguments.text)).streams)
         load = OtherLoad(process_tree(os.getpid()))
         for number in range(arguments.rounds):
