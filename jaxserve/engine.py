@@ -394,7 +394,7 @@ class Engine:
 
     def _fail(self, error: str) -> None:
         """Ends every request in flight: the core is gone."""
-        self._failure = error
+        self._failure = self._failure or error
         entries = list(self._entries.items())
         for handle, entry in entries:
             self._flush(entry)

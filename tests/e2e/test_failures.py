@@ -1,0 +1,112 @@
+"""What one request or one step does wrong stays its own."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxserve.core import MAX_RESTARTS
+from jaxserve.engine import Engine, collect
+from jaxserve.request import EngineUnavailable, Request, SamplingParams, StoppingParams
+
+FAMILY = Path(__file__).parents[1] / "fixtures" / "families" / "llama2"
+POISON = 77
+"""A token whose embedding is made NaN."""
+
+
+def requests(count: int, **fields: str) -> list[Request]:
+    return [
+        Request(
+            token_ids=tuple(range(3, 3 + 5 * (index + 1))),
+            sampling=SamplingParams(temperature=0.0),
+            stopping=StoppingParams(max_tokens=20, min_tokens=20),
+            **fields,
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    """An engine of a tiny model in which one token makes the logits NaN."""
+    folder = tmp_path_factory.mktemp("poisoned") / "model"
+    shutil.copytree(FAMILY, folder)
+    tensors = dict(load_file(folder / "model.safetensors"))
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["model.embed_tokens.weight"][POISON] = np.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with Engine(model=str(folder), dtype="float32", slots=8, prefill_chunks=(32,), num_pages=64) as engine:
+        yield engine
+
+
+def test_a_row_that_is_not_finite_fails_alone_and_is_not_cached(tiny: Engine):
+    alone = tiny.generate(requests(3))
+    poisoned = Request(token_ids=(*range(3, 35), POISON), stopping=StoppingParams(max_tokens=5))
+    first, bad, *rest = tiny.generate([requests(3)[0], poisoned, *requests(3)[1:]])
+    assert (bad.finish_reason, bad.token_ids) == ("error", ())
+    assert "not finite" in (bad.error or "")
+    assert [c.token_ids for c in (first, *rest)] == [c.token_ids for c in alone]
+    after = Request(token_ids=tuple(range(3, 40)), stopping=StoppingParams(max_tokens=1), cache_salt="")
+    (clean,) = tiny.generate([after])
+    assert clean.finish_reason == "length"
+    assert tiny.loads().available_pages == tiny.loads().total_pages
+
+
+@pytest.mark.parametrize("where", ["dispatch", "read"])
+def test_after_a_failed_step_streams_go_on_without_a_lost_or_repeated_token(tiny: Engine, where: str):
+    undisturbed = [c.token_ids for c in tiny.generate(requests(5, cache_salt="undisturbed"))]
+    runner = tiny._core._loop._runner
+    original, calls = getattr(runner, where), 0
+
+    def fail_once(argument: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise RuntimeError("injected")
+        return original(argument)
+
+    setattr(runner, where, fail_once)
+    try:
+        disturbed = [c.token_ids for c in tiny.generate(requests(5, cache_salt=where))]
+    finally:
+        setattr(runner, where, original)
+    assert calls > 9
+    assert disturbed == undisturbed
+    assert tiny.is_healthy
+    assert tiny.loads().available_pages == tiny.loads().total_pages
+
+
+def test_steps_that_keep_failing_end_every_stream_and_the_engine_says_so():
+    with Engine(simulated_step_ms=0.5, slots=4, max_context=256) as engine:
+        runner = engine._core._loop._runner
+        failures = 0
+
+        def fail(_: object) -> None:
+            nonlocal failures
+            failures += 1
+            raise RuntimeError("injected")
+
+        runner.dispatch = fail
+        streams = [engine.submit(request) for request in requests(6)]
+        completions = [collect(stream) for stream in streams]
+        assert {completion.finish_reason for completion in completions} == {"error"}
+        assert "injected" in (completions[0].error or "")
+        assert failures == MAX_RESTARTS + 1
+        assert not engine.is_healthy
+        with pytest.raises(EngineUnavailable, match="injected"):
+            engine.submit(requests(1)[0])
+
+
+def test_a_killed_engine_process_ends_every_stream():
+    engine = Engine(simulated_step_ms=5.0, slots=4, max_context=256, core="process")
+    try:
+        streams = [engine.submit(request) for request in requests(6)]
+        next(streams[0])
+        engine._core._process.kill()
+        reasons = {collect(stream).finish_reason for stream in streams}
+        assert reasons == {"error"}
+        assert not engine.is_healthy
+    finally:
+        engine.shutdown()
