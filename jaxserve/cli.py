@@ -6,9 +6,9 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from jaxserve.commands.options import METAVARS, add_field_options, engine_config, given_fields, source_fields
 from jaxserve.commands.start import CommandError, ExitStatus, start_engine
@@ -51,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        description = about[0].upper() + about[1:] + "."
+        # No abbreviations: a script that uses one breaks when a new option shares its start.
+        added = commands.add_parser(name, help=about, description=description, allow_abbrev=False)
         added.add_argument(
             "--log-level",
             choices=("debug", "info", "warning", "error"),
@@ -169,12 +171,17 @@ def _generate(arguments: argparse.Namespace) -> int:
         return run_batch(engine, lines, output)
 
 
-def _open_input(name: str) -> BinaryIO:
-    """A file for the thread that reads it. It is left open: when SIGINT ends the command that thread may wait in it,
-    and closing it, as the interpreter does with sys.stdin, would wait for the thread."""
-    if name == "-":
-        return open(0, "rb", closefd=False)
-    return open(name, "rb")
+def _open_input(name: str) -> Iterator[bytes]:
+    """The lines of a file, which is opened now. Only the thread that reads them closes it: when SIGINT ends the
+    command that thread may wait in it, and closing it from here, as the interpreter does with sys.stdin, would wait
+    for the thread."""
+    file = open(0 if name == "-" else name, "rb", closefd=name != "-")  # noqa: SIM115
+
+    def lines() -> Iterator[bytes]:
+        with file:
+            yield from file
+
+    return lines()
 
 
 # chat

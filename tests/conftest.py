@@ -1,5 +1,6 @@
-"""One loaded model for the whole session."""
+"""One loaded model for the whole session, and what a test must not leave changed."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -12,3 +13,14 @@ def engine() -> Iterator[Engine]:
     """SmolLM2 in float32, in this process, with the defaults of everything else but the context."""
     with Engine(model="smollm2-135m", dtype="float32", max_context=2048, max_waiting=64) as engine:
         yield engine
+
+
+@pytest.fixture
+def logging_unchanged() -> Iterator[None]:
+    """For tests of what configures logging: the handlers and levels from before come back."""
+    loggers = [logging.getLogger(name) for name in (None, "jaxserve", "rpc", "pallas_kernels")]
+    before = [(logger, logger.handlers[:], logger.level) for logger in loggers]
+    yield
+    for logger, handlers, level in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)

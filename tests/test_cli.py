@@ -1,0 +1,247 @@
+"""The commands, run in this process with the session's engine; servers and pipes in processes of their own."""
+
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from jaxserve.checkpoints.registry import find
+from jaxserve.cli import main
+from jaxserve.commands.generate import run_batch
+from jaxserve.engine import Engine
+
+pytestmark = pytest.mark.usefixtures("logging_unchanged")
+
+FAMILY = Path(__file__).parent / "fixtures" / "families" / "qwen2"
+PATIENCE = 30.0
+"""Seconds after which something that must happen has not; nothing is asserted to be fast by it."""
+
+
+def generate(engine: Engine, lines: Iterator[bytes] | list[bytes]) -> tuple[int, list[dict]]:
+    """Exit status and output lines of a batch."""
+    output = io.BytesIO()
+    status = run_batch(engine, lines, output)
+    return status, [json.loads(line) for line in output.getvalue().splitlines()]
+
+
+def line(**fields: object) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
+
+
+def greedy(**fields: object) -> bytes:
+    return line(**{"temperature": 0, "ignore_eos": True, "max_tokens": 4, **fields})
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.005)
+
+
+def test_generate_writes_each_request_as_it_finishes_with_what_the_engine_gives(engine: Engine):
+    prompts = {"long": ("Once upon a time", 40), "short": ("The sea", 2), "middle": ("One, two,", 12)}
+    status, results = generate(engine, [greedy(id=id, prompt=p, max_tokens=n) for id, (p, n) in prompts.items()])
+    assert status == 0
+    assert [result["id"] for result in results] == ["short", "middle", "long"]
+    for result in results:
+        prompt, tokens = prompts[result["id"]]
+        (whole,) = engine.generate([prompt], temperature=0, ignore_eos=True, max_tokens=tokens)
+        assert result["token_ids"] == list(whole.token_ids)
+        assert (result["text"], result["finish_reason"]) == (whole.text, "length")
+        assert result["usage"]["completion_tokens"] == tokens
+        assert set(result["timings"]) == {"queue", "prefill", "decode", "total"}
+        assert "logprobs" not in result
+
+
+def test_generate_takes_every_kind_of_prompt_and_gives_what_is_asked_for(engine: Engine):
+    lines = [
+        greedy(id="ids", token_ids=[504, 2988], logprobs=2),
+        greedy(id="chat", messages=[{"role": "user", "content": "Hi"}], return_token_ids=False),
+        greedy(id="quiet", prompt="a", return_text=False),
+        b"\n",
+        greedy(prompt="nameless"),
+    ]
+    status, results = generate(engine, lines)
+    by_id = {result["id"]: result for result in results}
+    assert status == 0
+    assert set(by_id) == {"ids", "chat", "quiet", "line-5"}
+    for token_id, entry in zip(by_id["ids"]["token_ids"], by_id["ids"]["logprobs"], strict=True):
+        assert entry["token_id"] == token_id
+        assert [top["logprob"] for top in entry["top"]] == sorted((t["logprob"] for t in entry["top"]), reverse=True)
+        assert entry["top"][0] == {"token_id": token_id, "logprob": entry["logprob"]}
+        assert len(entry["top"]) == 2
+    assert "token_ids" not in by_id["chat"]
+    assert "text" not in by_id["quiet"]
+
+
+BAD = [
+    (line(id="x", prompt="a", temperature=-1), "temperature", "[0, 100], got -1"),
+    (line(id="x", prompt="a", max_tokens=10**6), "max_tokens", "in a context of 2048"),
+    (line(id="x", prompt="a", token_ids=[1]), "prompt", "prompt and token_ids are set"),
+    (line(id="x", prompt="a", top_q=1), "top_q", "is not a field of a request"),
+    (line(id="x", prompt="word " * 3000), "prompt", "2047"),
+    (line(id=["x"], prompt="a"), "request_id", "1 to 128 characters"),
+    (line(id="good", prompt="a"), "id", "line 1"),
+    (b'{"id": "x", \n', "request", "is not JSON"),
+    (b'["a"]\n', "request", "must be a JSON object"),
+    (b"[" * 100_000 + b"\n", "request", "is not JSON"),
+    (b'{"prompt": "\xff"}\n', "request", "is not JSON"),
+    (line(id="x", prompt="a", seed=int("9" * 400)), "seed", "4294967295"),
+    (line(id="\ud800", prompt="a", stop=[""]), "stop", "1 to 256 characters"),
+    (line(id="x", prompt="a", model="gpt-9"), None, "gpt-9"),
+]
+
+
+@pytest.mark.parametrize(
+    ("bad", "field", "says"), BAD, ids=[f"{field}-{number}" for number, (_, field, _) in enumerate(BAD)]
+)
+def test_a_bad_line_names_line_field_and_limit_and_the_others_run(engine: Engine, bad: bytes, field: str, says: str):
+    status, results = generate(engine, [greedy(id="good", prompt="a"), bad, greedy(id="last", prompt="b")])
+    assert status == 1
+    errors = [result for result in results if "error" in result]
+    (error,) = errors
+    assert (error["line"], error["error"]["field"]) == (2, field)
+    assert says in error["error"]["message"]
+    assert {result["id"] for result in results if "error" not in result} == {"good", "last"}
+
+
+def test_more_lines_than_the_queue_holds_all_run(engine: Engine):
+    random_ = random.Random(5)
+    count = engine.capacity + 60
+    lines = [greedy(id=str(n), token_ids=[random_.randrange(17, 49152)], max_tokens=1) for n in range(count)]
+    status, results = generate(engine, iter(lines))
+    assert status == 0
+    assert {result["id"] for result in results} == {str(n) for n in range(count)}
+
+
+def test_a_result_is_there_before_the_next_line_is(engine: Engine):
+    output = io.BytesIO()
+
+    def lines() -> Iterator[bytes]:
+        for number in range(3):
+            yield greedy(id=str(number), prompt="a")
+            eventually(lambda wanted=number + 1: output.getvalue().count(b"\n") == wanted)
+
+    assert run_batch(engine, lines(), output) == 0
+
+
+def test_an_interrupt_writes_what_there_is_and_frees_every_page(engine: Engine, capsys: pytest.CaptureFixture[str]):
+    never = threading.Event()
+
+    def lines() -> Iterator[bytes]:
+        for number in range(2):
+            yield greedy(id=str(number), prompt="a", max_tokens=2000)
+        eventually(lambda: engine.loads().running == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+        never.wait(PATIENCE)
+        yield greedy(prompt="too late")
+
+    status, results = generate(engine, lines())
+    never.set()
+    assert status == 130
+    assert {(result["id"], result["finish_reason"]) for result in results} == {("0", "abort"), ("1", "abort")}
+    eventually(lambda: engine.loads().available_pages == engine.loads().total_pages)
+
+
+def test_a_reader_that_goes_away_ends_the_batch_and_frees_every_page(engine: Engine):
+    class Gone(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_batch(engine, [greedy(prompt="a"), greedy(prompt="a", max_tokens=1000)], Gone())
+    eventually(lambda: engine.loads().running == 0)
+    assert engine.loads().available_pages == engine.loads().total_pages
+
+
+def test_generate_reads_and_writes_files(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("jaxserve.cli.start_engine", lambda config: nullcontext(engine))
+    (tmp_path / "in").write_bytes(greedy(id="ä", prompt="a") + line(id="bad"))
+    assert main(["generate", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]) == 1
+    results = [json.loads(text) for text in (tmp_path / "out").read_text(encoding="utf-8").splitlines()]
+    assert {result["id"] for result in results} == {"ä", "bad"}
+
+
+def failure(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """The one line that a command which cannot run leaves, after its progress."""
+    assert main(list(command)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    errors = [text for text in captured.err.splitlines() if text.startswith("jaxserve: error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in captured.err
+    return errors[0]
+
+
+def test_what_is_wrong_with_configuration_or_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert "slots: must be at least 1, got 0" in failure(capsys, "chat", "--slots", "0")
+    assert "nowhere" in failure(capsys, "generate", "--input", str(tmp_path / "nowhere"))
+    assert "no-model is neither" in failure(capsys, "info", "--model", "no-model")
+
+
+@pytest.mark.parametrize("command", ["chat", "info"])
+def test_a_truncated_checkpoint_is_named_with_its_tensor(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    whole = find("smollm2-135m")
+    cut = tmp_path / "cut.gguf"
+    with whole.open("rb") as source:
+        cut.write_bytes(source.read(whole.stat().st_size // 8))
+    error = failure(capsys, command, "--model", str(cut))
+    assert "cut.gguf" in error
+    assert "tensor" in error
+
+
+def test_convert_writes_a_folder_that_info_describes(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    folder = str(tmp_path / "native")
+    assert main(["convert", str(FAMILY), folder, "--dtype", "float32"]) == 0
+    assert f"wrote {folder}: float32" in capsys.readouterr().out
+    assert main(["info", "--model", folder, "--dtype", "float32", "--json"]) == 0
+    description = json.loads(capsys.readouterr().out)
+    assert main(["info", "--model", str(FAMILY), "--dtype", "float32", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == description
+    assert description["model"]["family"] == "qwen2"
+    assert description["weights"]["bytes"] == 4 * description["weights"]["parameters"]
+    assert "exists already" in failure(capsys, "convert", str(FAMILY), folder)
+
+
+def test_info_for_people_has_a_fact_a_line(capsys: pytest.CaptureFixture[str]):
+    assert main(["info", "--max-context", "2048"]) == 0
+    facts = dict(text.split(maxsplit=1) for text in capsys.readouterr().out.splitlines() if text.startswith(" "))
+    assert (facts["parameters"], facts["context_pages"], facts["page_bytes"]) == ("134,515,008", "128", "368,640")
+
+
+def test_serve_says_that_its_port_is_taken(capsys: pytest.CaptureFixture[str]):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1:{port} cannot be had" in failure(capsys, "serve", "--grpc-port", port)
+
+
+def test_serve_reports_its_states_and_leaves_in_good_order_at_sigterm():
+    command = [sys.executable, "-m", "jaxserve", "serve", "--grpc-port", "0", "--simulated-step-ms", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            reports = [json.loads(server.stdout.readline()) for _ in range(2)]
+            assert [report["event"] for report in reports] == ["listening", "ready"]
+            server.send_signal(signal.SIGTERM)
+            output, errors = server.communicate(timeout=PATIENCE)
+        finally:
+            server.kill()
+    assert server.returncode == 0, errors
+    assert [json.loads(text)["event"] for text in output.splitlines()] == ["draining", "stopped"]
+    assert "is ready on simulated" in errors
