@@ -17,7 +17,10 @@ class RequestStream:
     def __init__(self, request_id: str, cancel: Callable[[], None]):
         self.request_id = request_id
         self._cancel = cancel
-        self._changed = threading.Condition()
+        # A bare lock costs a fifth of a condition, which only a reader that blocks needs.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._is_blocked = False
         self._started: Started | None = None
         self._token_ids: list[int] = []
         self._text: list[str] = []
@@ -35,32 +38,37 @@ class RequestStream:
 
     def start(self, started: Started) -> None:
         """Gives `Started`."""
-        with self._changed:
+        with self._lock:
             self._started = started
-            self._changed.notify()
+            self._notify()
 
     def push(self, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None) -> int:
         """Adds to the delta that is read next; returns the number of tokens that are unread."""
-        with self._changed:
+        with self._lock:
             self._has_delta = True
             self._token_ids += token_ids
             if text:
                 self._text.append(text)
             if logprobs is not None:
                 self._logprobs = (self._logprobs or []) + logprobs
-            self._changed.notify()
+            self._notify()
             return len(self._token_ids)
 
     def finish(self, finished: Finished) -> None:
         """Gives the terminal event; nothing may follow."""
-        with self._changed:
+        with self._lock:
             assert self._finished is None, "a request ends once"
             self._finished = finished
+            self._notify()
+
+    def _notify(self) -> None:
+        if self._is_blocked:
+            self._is_blocked = False
             self._changed.notify()
 
     def take_waiter(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
         """The reader's future, to be woken by the caller in its event loop."""
-        with self._changed:
+        with self._lock:
             waiter, self._waiter = self._waiter, None
             return waiter
 
@@ -85,10 +93,11 @@ class RequestStream:
         return self
 
     def __next__(self) -> Event:
-        with self._changed:
+        with self._lock:
             while (event := self._next_event()) is None:
                 if self._closed:
                     raise StopIteration
+                self._is_blocked = True
                 self._changed.wait()
             return event
 
@@ -97,7 +106,7 @@ class RequestStream:
 
     async def __anext__(self) -> Event:
         while True:
-            with self._changed:
+            with self._lock:
                 event = self._next_event()
                 if event is not None:
                     return event
