@@ -1,170 +1,18 @@
-// x times a packed weight, as an XLA custom call: live rows only, split by panels over XLA's own threads.
+// XLA custom calls: a product with a packed weight, packing, rows of a packed weight, and heads out of a product. What they
+// do is in the headers; here is what XLA hands over, and the sharing of work among its own threads.
 
-#include <atomic>
 #include <optional>
-#include <vector>
 
-#include "linear_rows.h"
-#include "linear_tiles.h"
-#include "live_rows.h"
+#include "linear_packing.h"
+#include "linear_product.h"
 #include "parallel.h"
+#include "rotary.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxserve {
 namespace {
 
 namespace ffi = xla::ffi;
-
-struct Call {
-  const char* x;
-  RowForm form;
-  const char* weight;
-  int64_t halves;        // 2 for SwiGLU: all panels of the gate, then all of the up projection
-  int64_t panels;        // of a half
-  int64_t panel_stride;  // bytes
-  int64_t blocks;
-  Epilogue epilogue;
-  char* out;
-  int64_t size_out;
-  LiveRows live;
-};
-
-// Memory of the calling thread, kept from call to call.
-template <int kPurpose>
-char* scratch(int64_t bytes) {
-  thread_local std::vector<char> memory;
-  if (static_cast<int64_t>(memory.size()) < bytes) memory.resize(bytes);
-  return memory.data();
-}
-
-// The pieces of a call: first rows are prepared, then multiplied by groups of panels, then dead rows zeroed.
-class Pieces {
- public:
-  Pieces(const Call& call, const Tiles& tiles, int64_t threads)
-      : call_(call),
-        tiles_(tiles),
-        threads_(threads),
-        rows_(call.live.count()),
-        identity_(call.form.is_identity()),
-        groups_((call.panels + kMaxPanels - 1) / kMaxPanels),
-        dead_pieces_(std::min(threads, call.live.dead_count())) {
-    // Pieces enough to go round evenly, with rows enough in each to be worth the reading of the weights.
-    const int64_t wanted = (4 * threads + groups_ - 1) / groups_;
-    const int64_t rows = std::clamp<int64_t>((rows_ + wanted - 1) / wanted, kLeastChunk, kMostChunk);
-    chunk_ = (rows + kMaxRows - 1) / kMaxRows * kMaxRows;
-    chunks_ = (rows_ + chunk_ - 1) / chunk_;
-    if (identity_) return;
-    preparations_ = std::min((rows_ + 1) / 2, 2 * threads);
-    prepared_ = scratch<0>(rows_ * (call.form.stride + sizeof(float)));
-    scales_ = reinterpret_cast<float*>(prepared_ + rows_ * call.form.stride);
-  }
-
-  int64_t count() const { return preparations_ + chunks_ * groups_ + dead_pieces_; }
-
-  void operator()(int64_t piece) {
-    if (piece < preparations_) return prepare(piece);
-    piece -= preparations_;
-    if (piece >= chunks_ * groups_) return zero_dead_rows(piece - chunks_ * groups_);
-    // Pieces are taken in order: all of the preparation is in the hands of threads that run.
-    while (done_.load(std::memory_order_acquire) < preparations_) simd::pause();
-    multiply(piece / groups_ * chunk_, piece % groups_);
-  }
-
- private:
-  static constexpr int64_t kLeastChunk = 64;
-  static constexpr int64_t kMostChunk = 256;
-
-  void prepare(int64_t piece) {
-    float* work = reinterpret_cast<float*>(scratch<1>((call_.form.size + kPanel) * sizeof(float)));
-    const int64_t row_bytes = call_.form.size * size_of(call_.form.type);
-    for (int64_t row = piece * rows_ / preparations_; row < (piece + 1) * rows_ / preparations_; ++row) {
-      char* to = prepared_ + row * call_.form.stride;
-      scales_[row] = prepare_row(call_.form, call_.x + call_.live.token(row) * row_bytes, to, work);
-    }
-    done_.fetch_add(1, std::memory_order_release);
-  }
-
-  // The rows of a chunk, from `begin`, times the panels of a group.
-  void multiply(int64_t begin, int64_t group) {
-    const int64_t chunk_end = std::min(begin + chunk_, rows_);
-    const int64_t panel = group * kMaxPanels, panels = std::min<int64_t>(kMaxPanels, call_.panels - panel);
-    const int64_t next = std::min(group + threads_, groups_ - 1) * kMaxPanels;
-    // The group that this thread will probably take next is fetched meanwhile, a part in each pass over this one.
-    const int64_t passes = (chunk_end - begin + kMaxRows - 1) / kMaxRows;
-    TileArguments arguments;
-    arguments.row_stride = call_.form.stride;
-    arguments.panel_stride = call_.panel_stride;
-    arguments.blocks = call_.blocks;
-    arguments.prefetch_step = kMaxPanels * kBlockBytes / passes;
-    int64_t fetched = 0;
-    alignas(64) char sums[2][kTileBytes];
-    for (int64_t row = begin, rows; row < chunk_end; row += rows) {
-      rows = std::min<int64_t>(kMaxRows, std::min(call_.live.neighbours_end(row), chunk_end) - row);
-      arguments.x = identity_ ? call_.x + call_.live.token(row) * call_.form.stride : prepared_ + row * call_.form.stride;
-      for (int64_t half = 0; half < call_.halves; ++half) {
-        const char* weight = call_.weight + half * call_.panels * call_.panel_stride;
-        arguments.prefetch = weight + next * call_.panel_stride + fetched;
-        arguments.panels = weight + panel * call_.panel_stride;
-        multiply_tile(arguments, rows, panels, sums[half]);
-      }
-      fetched += arguments.prefetch_step * call_.blocks;
-      finish(row, rows, panel, panels, sums[0], sums[1]);
-    }
-  }
-
-  void multiply_tile(TileArguments arguments, int64_t rows, int64_t panels, char* sums) const {
-    arguments.out = sums;
-    if (panels == kMaxPanels) return tiles_.wide[rows - 1](arguments);
-    for (int64_t p = 0; p < panels; ++p) {
-      tiles_.narrow[rows - 1](arguments);
-      arguments.panels += call_.panel_stride;
-      arguments.out = static_cast<char*>(arguments.out) + rows * kPanel * 4;
-    }
-  }
-
-  // Writes a tile's outputs, what there is of them.
-  void finish(int64_t row, int64_t rows, int64_t panel, int64_t panels, const char* sums, const char* up_sums) const {
-    const Epilogue epilogue = call_.epilogue;
-    const bool gated = call_.halves == 2;
-    const int64_t size_out = call_.size_out, item = size_of(epilogue.type), token = call_.live.token(row);
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t column = (panel + p) * kPanel, count = std::min<int64_t>(kPanel, size_out - column);
-      for (int64_t i = 0; i < rows; ++i, sums += kPanel * 4, up_sums += kPanel * 4) {
-        const float scale = identity_ ? 1.0f : scales_[row + i];
-        const int64_t at = ((token + i) * size_out + column) * item;
-        Lanes lanes = scaled(epilogue, sums, scale, column, count);
-        if (gated) lanes = swiglu(lanes, scaled(epilogue, up_sums, scale, size_out + column, count));
-        if (epilogue.residual) {
-          const Lanes residual = load_lanes(epilogue.residual + at, epilogue.type, count);
-          for (int v = 0; v < kVectors; ++v) lanes.at[v] += residual.at[v];
-        }
-        store_lanes(call_.out + at, epilogue.type, lanes, count);
-      }
-    }
-  }
-
-  void zero_dead_rows(int64_t piece) const {
-    const int64_t row_bytes = call_.size_out * size_of(call_.epilogue.type);
-    const int64_t dead = call_.live.dead_count();
-    for (int64_t i = piece * dead / dead_pieces_; i < (piece + 1) * dead / dead_pieces_; ++i)
-      std::memset(call_.out + call_.live.dead_token(i) * row_bytes, 0, row_bytes);
-  }
-
-  static constexpr int kTileBytes = kMaxRows * kMaxPanels * kPanel * 4;
-
-  const Call& call_;
-  const Tiles& tiles_;
-  const int64_t threads_;
-  const int64_t rows_;
-  const bool identity_;
-  const int64_t groups_;
-  const int64_t dead_pieces_;
-  int64_t chunk_, chunks_;
-  int64_t preparations_ = 0;
-  char* prepared_ = nullptr;
-  float* scales_ = nullptr;
-  std::atomic<int64_t> done_{0};
-};
 
 std::optional<Type> type_of(ffi::AnyBuffer buffer) {
   switch (buffer.element_type()) {
@@ -179,48 +27,132 @@ std::optional<Type> type_of(ffi::AnyBuffer buffer) {
   }
 }
 
+// The operands, one after the other.
+class Operands {
+ public:
+  explicit Operands(ffi::RemainingArgs operands) : operands_(operands) {}
+  ffi::AnyBuffer take() { return operands_.get<ffi::AnyBuffer>(next_++).value(); }
+  // The next one's data, or null where it is not given.
+  template <typename T>
+  const T* take_if(bool given) {
+    return given ? static_cast<const T*>(take().untyped_data()) : nullptr;
+  }
+
+ private:
+  ffi::RemainingArgs operands_;
+  size_t next_ = 0;
+};
+
 // Bits of `present`: the optional operands, in this order after x and weight.
 enum Operand { kScale = 1, kBias = 2, kResidual = 4, kNorm = 8, kLive = 16 };
 
-ffi::Error linear(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out, int64_t present,
+ffi::Error linear(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Result<ffi::AnyBuffer> out, int64_t present,
                   int64_t leading_rows, float epsilon) {
-  size_t next = 0;
-  const auto take = [&] { return operands.get<ffi::AnyBuffer>(next++).value(); };
-  const auto take_if = [&](Operand operand) {
-    return present & operand ? static_cast<const char*>(take().untyped_data()) : nullptr;
-  };
-  const ffi::AnyBuffer x = take(), weight = take();
+  Operands operands(arguments);
+  const ffi::AnyBuffer x = operands.take(), weight = operands.take();
   const auto type = type_of(x), weights = type_of(weight), out_type = type_of(*out);
   const auto shape = weight.dimensions();
   const bool gated = shape.size() == 5;
   if (!type || !weights || !out_type || (!gated && shape.size() != 4) || (weights != Type::kInt8 && weights != type))
     return ffi::Error::InvalidArgument("linear: operands of a type or rank that it does not know");
-  const char* scale = take_if(kScale);
-  const char* bias = take_if(kBias);
-  const char* residual = take_if(kResidual);
-  const char* norm = take_if(kNorm);
-  const char* counts = take_if(kLive);
+  const auto* scale = operands.take_if<float>(present & kScale);
+  const auto* bias = operands.take_if<float>(present & kBias);
+  const auto* residual = operands.take_if<char>(present & kResidual);
+  const auto* norm = operands.take_if<float>(present & kNorm);
+  const auto* counts = operands.take_if<int32_t>(present & kLive);
   const int64_t tokens = x.dimensions()[0], blocks = shape[gated + 1];
   const int64_t weight_blocks = blocks - (weights == Type::kInt8 ? 1 : 0);
-  const Call call = {
+  const ProductCall call = {
       static_cast<const char*>(x.untyped_data()),
-      {*type, *weights, x.dimensions()[1], weight_blocks * kRowBlockBytes, reinterpret_cast<const float*>(norm), epsilon,
+      {*type, *weights, x.dimensions()[1], weight_blocks * kRowBlockBytes, norm, epsilon,
        int8_offset()},
       static_cast<const char*>(weight.untyped_data()),
       gated ? 2 : 1,
       shape[gated],
       blocks * kBlockBytes,
       weight_blocks,
-      {*weights, reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(bias), residual, *out_type},
+      {*weights, scale, bias, residual, *out_type},
       static_cast<char*>(out->untyped_data()),
       out->dimensions()[1],
-      counts ? LiveRows(tokens, reinterpret_cast<const int32_t*>(counts), leading_rows) : LiveRows(tokens),
+      counts ? LiveRows(tokens, counts, leading_rows) : LiveRows(tokens),
   };
   static const Tiles bfloat16 = bfloat16_tiles(), floats = float_tiles(), int8 = int8_tiles();
   const Tiles& tiles = weights == Type::kBfloat16 ? bfloat16 : weights == Type::kFloat ? floats : int8;
   const int64_t threads = pool.num_threads();
-  Pieces pieces(call, tiles, threads);
+  ProductPieces pieces(call, tiles, threads);
   parallel_for(pool, pieces.count(), threads, pieces);
+  return ffi::Error::Success();
+}
+
+PackedLayout layout(ffi::AnyBuffer packed) {
+  const auto shape = packed.dimensions();
+  return {static_cast<char*>(packed.untyped_data()), shape[shape.size() - 4], shape[shape.size() - 3],
+          packed.element_type() == ffi::S8 ? 1 : 0};
+}
+
+ffi::Error pack(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::Result<ffi::AnyBuffer> packed) {
+  const auto type = type_of(weight);
+  if (!type || type != type_of(*packed))
+    return ffi::Error::InvalidArgument("pack: a weight is bfloat16, float32 or int8");
+  const PackedLayout to = layout(*packed);
+  const int64_t halves = packed->dimensions().size() == 5 ? 2 : 1;
+  const int64_t row_bytes = weight.dimensions()[1] * size_of(*type), outputs = weight.dimensions()[0] / halves;
+  const char* from = static_cast<const char*>(weight.untyped_data());
+  auto work = [&](int64_t panel) {
+    const int64_t half = panel / to.panels, first = panel % to.panels * kPanel;
+    const int64_t count = std::min<int64_t>(kPanel, outputs - first);
+    pack_panel(to, panel, from + (half * outputs + first) * row_bytes, count, row_bytes);
+  };
+  parallel_for(pool, halves * to.panels, pool.num_threads(), work);
+  return ffi::Error::Success();
+}
+
+ffi::Error packed_rows(ffi::AnyBuffer packed, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::AnyBuffer> out) {
+  const auto type = type_of(packed);
+  if (!type || type != type_of(*out))
+    return ffi::Error::InvalidArgument("rows: a packed weight is bfloat16, float32 or int8");
+  const PackedLayout from = layout(packed);
+  const int64_t tokens = out->dimensions()[0], row_bytes = out->dimensions()[1] * size_of(*type);
+  for (int64_t token = 0; token < tokens; ++token)
+    unpack_row(from, ids.typed_data()[token], row_bytes, static_cast<char*>(out->untyped_data()) + token * row_bytes);
+  return ffi::Error::Success();
+}
+
+// Tokens of a piece of split_heads: fewer are not worth another thread.
+constexpr int64_t kPieceTokens = 32;
+
+ffi::Error split_heads(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Result<ffi::AnyBuffer> q,
+                       ffi::Result<ffi::AnyBuffer> k, ffi::Result<ffi::AnyBuffer> v, bool norms, bool lives,
+                       int64_t leading_rows, float epsilon) {
+  Operands operands(arguments);
+  const ffi::AnyBuffer qkv = operands.take();
+  const auto type = type_of(qkv);
+  if (!type || type == Type::kInt8)
+    return ffi::Error::InvalidArgument("split_heads: q, k and v are bfloat16 or float32");
+  const auto* cosine = operands.take_if<float>(true);
+  const auto* sine = operands.take_if<float>(true);
+  const auto* q_norm = operands.take_if<char>(norms);
+  const auto* k_norm = operands.take_if<char>(norms);
+  const auto* counts = operands.take_if<int32_t>(lives);
+  const int64_t tokens = qkv.dimensions()[0], head_dim = q->dimensions()[2];
+  const Rotation by = {*type, head_dim, cosine, sine, epsilon};
+  const LiveRows live = counts ? LiveRows(tokens, counts, leading_rows) : LiveRows(tokens);
+  const auto part = [&](ffi::AnyBuffer out, const char* norm, bool rotates) {
+    const int64_t bytes = out.dimensions()[1] * head_dim * size_of(*type);
+    return HeadsPart{static_cast<char*>(out.untyped_data()), bytes, norm, rotates};
+  };
+  const HeadsPart parts[] = {part(*q, q_norm, true), part(*k, k_norm, true), part(*v, nullptr, false)};
+  const int64_t row_bytes = parts[0].bytes + parts[1].bytes + parts[2].bytes;
+  const int64_t pieces = std::max<int64_t>(1, live.count() / kPieceTokens);
+  auto work = [&](int64_t piece) {
+    for (int64_t row = piece * live.count() / pieces; row < (piece + 1) * live.count() / pieces; ++row) {
+      const int64_t token = live.token(row);
+      split_token(by, parts, token, static_cast<const char*>(qkv.untyped_data()) + token * row_bytes);
+    }
+  };
+  parallel_for(pool, pieces, pool.num_threads(), work);
+  for (int64_t dead = 0; dead < live.dead_count(); ++dead)
+    for (const HeadsPart& part : parts) std::memset(part.out + live.dead_token(dead) * part.bytes, 0, part.bytes);
   return ffi::Error::Success();
 }
 
@@ -233,5 +165,29 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxserveLinear, jaxserve::linear,
                                   .RemainingArgs()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<int64_t>("present")
+                                  .Attr<int64_t>("leading_rows")
+                                  .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxservePack, jaxserve::pack,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxservePackedRows, jaxserve::packed_rows,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxserveSplitHeads, jaxserve::split_heads,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<bool>("norms")
+                                  .Attr<bool>("lives")
                                   .Attr<int64_t>("leading_rows")
                                   .Attr<float>("epsilon"));
