@@ -58,13 +58,12 @@ class Round:
 
 
 async def send_all(engine: Engine, requests: list[Request]) -> list[StreamTimes]:
-    """Sends the requests together and reads their streams, in one event loop."""
-
-    async def send(request: Request) -> StreamTimes:
+    """Sends the requests together and reads their streams, in one event loop; the streams in the requests' order."""
+    streams = []
+    for request in requests:
         sent = time.monotonic()
-        return await follow(engine.submit(request), sent)
-
-    return await asyncio.gather(*(send(request) for request in requests))
+        streams.append(follow(engine.submit(request), sent))
+    return await asyncio.gather(*streams)
 
 
 def run_round(engine: Engine, requests: list[Request], traced: bool = False) -> Round:

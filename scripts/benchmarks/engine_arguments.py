@@ -2,16 +2,21 @@
 
 import argparse
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import CoreKind, EngineConfig
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser, *, several_slots: bool = False) -> None:
-    """Adds the options; with `several_slots`, --slots takes a list."""
+def add_engine_arguments(
+    parser: argparse.ArgumentParser, *, several_slots: bool = False, core: CoreKind = EngineConfig.core
+) -> None:
+    """Adds the options; with `several_slots`, --slots takes a list. `core` is the default of --core."""
     group = parser.add_argument_group("engine")
     group.add_argument("--model", default=EngineConfig.model)
     group.add_argument("--dtype", choices=("bfloat16", "float32"), default=EngineConfig.dtype)
     group.add_argument("--quantization", choices=("none", "int8"), default=EngineConfig.quantization)
     group.add_argument("--attention", default=None, help="attention implementation; the platform's own if unset")
+    group.add_argument(
+        "--matmul", choices=("xla", "native"), default=None, help="how weights are multiplied; as is best if unset"
+    )
     if several_slots:
         group.add_argument("--slots", type=int, nargs="+", default=[EngineConfig.slots], help="one run for each")
     else:
@@ -23,7 +28,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, several_slots: bool
     group.add_argument(
         "--pipeline-depth", type=int, default=EngineConfig.pipeline_depth, help="steps ahead; 0 is synchronous"
     )
-    group.add_argument("--core", choices=("thread", "process"), default=EngineConfig.core)
+    group.add_argument("--core", choices=("thread", "process"), default=core)
     group.add_argument(
         "--simulated-step-ms", type=float, default=None, help="a device that sleeps this long a step, not the model"
     )
@@ -42,6 +47,7 @@ def engine_config(arguments: argparse.Namespace, **fields: object) -> EngineConf
         "dtype": arguments.dtype,
         "quantization": arguments.quantization,
         "attention": arguments.attention,
+        "matmul": arguments.matmul,
         "slots": arguments.slots,
         "prefill_chunks": tuple(arguments.prefill_chunks),
         "max_context": arguments.max_context,

@@ -2,19 +2,22 @@
 
     python -m benchmarks.engine_worker CONFIG      the EngineConfig as JSON
 
-Cases: {"case", "prompts": [[token id]], "output_len"}, with case
+Cases: {"case", "prompts": [[token id]], "output_len"}, with "return_text" to have text made as well, and "concurrency"
+to submit a request only when another has ended; with case
 
     decode   the steps in which all sequences decode and no prompt rides along
     offline  prompts and output_len tokens each, end to end
     prefill  prompts alone, one token from each
 """
 
+import asyncio
 import json
 import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 
+from benchmarks.latency import closed_loop
 from benchmarks.workload import greedy_request
 from jaxserve import Engine, EngineConfig
 from jaxserve.core_messages import StepRecord
@@ -30,15 +33,25 @@ def decode_seconds(records: Sequence[StepRecord], sequences: int) -> tuple[int, 
     return len(intervals), sum(intervals)
 
 
-def measure(engine: Engine, case: str, prompts: list[list[int]], output_len: int) -> dict[str, float]:
+def measure(
+    engine: Engine,
+    case: str,
+    prompts: list[list[int]],
+    output_len: int,
+    return_text: bool = False,
+    concurrency: int | None = None,
+) -> dict[str, float]:
     """One round of a case."""
     length = 1 if case == "prefill" else output_len
-    requests = [greedy_request(tuple(prompt), length) for prompt in prompts]
+    requests = [greedy_request(tuple(prompt), length, return_text=return_text) for prompt in prompts]
     first = engine.loads().steps
     start = time.perf_counter()
-    completions = engine.generate(requests)
+    if concurrency is None:
+        done = engine.generate(requests)
+    else:
+        done = asyncio.run(closed_loop(engine.submit, requests, concurrency))
     seconds = time.perf_counter() - start
-    made = sum(len(completion.token_ids) for completion in completions)
+    made = sum(len(one.token_ids) for one in done)
     if made != len(prompts) * length:
         raise RuntimeError(f"{made} tokens came out of {len(prompts)} x {length}")
     if case == "prefill":

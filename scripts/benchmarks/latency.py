@@ -1,11 +1,12 @@
 """When the messages of a stream arrive, and the figures that follow from it."""
 
+import asyncio
 import time
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.summary import percentiles
-from jaxserve.request import Delta, Event, Finished
+from jaxserve.request import Delta, Event, Finished, Request
 
 
 @dataclass
@@ -20,6 +21,10 @@ class StreamTimes:
     ended: float = 0.0
     """When the terminal message came."""
     finished: Finished | None = None
+
+    def to_json(self) -> dict[str, float | list[float] | list[int]]:
+        """What of it passes between processes, which share the clock."""
+        return {"sent": self.sent, "arrivals": self.arrivals, "token_ids": self.token_ids, "ended": self.ended}
 
     @property
     def first_token(self) -> float:
@@ -65,6 +70,22 @@ async def follow(events: AsyncIterable[Event], sent: float) -> StreamTimes:
             if event.error is not None:
                 raise RuntimeError(f"request {event.request_id} failed: {event.error}")
     return times
+
+
+async def closed_loop(
+    send: Callable[[Request], AsyncIterable[Event]], requests: Iterable[Request], concurrency: int
+) -> list[StreamTimes]:
+    """Sends requests so that `concurrency` streams are open until there are no more; in the order in which they end."""
+    streams: list[StreamTimes] = []
+    waiting = iter(requests)
+
+    async def send_in_turn() -> None:
+        for request in waiting:
+            sent = time.monotonic()
+            streams.append(await follow(send(request), sent))
+
+    await asyncio.gather(*(send_in_turn() for _ in range(concurrency)))
+    return streams
 
 
 def latency_figures(streams: Sequence[StreamTimes]) -> dict[str, float | None]:

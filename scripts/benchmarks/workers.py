@@ -79,6 +79,11 @@ class Worker:
         self._process.stdin.flush()
         return {**self._answer(), "other_load": load.share()}
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def close(self) -> None:
         """Ends the worker."""
         if self._process.stdin is not None:
