@@ -19,6 +19,17 @@ BLOCK = 128
 Logits = Float[Array, "row vocab"]
 
 
+def row_sums(values: Float[Array, "row ..."]) -> Float[Array, "row ..."]:
+    """Sums over the last axis in a fixed order: halves are added until one element is left. The order of XLA's own sums
+    follows the shape of the whole, so that a row's sum would depend on how many rows there are."""
+    size = values.shape[-1]
+    padding = [(0, 0)] * (values.ndim - 1) + [(0, (1 << (size - 1).bit_length()) - size)]
+    values = jnp.pad(values, padding)
+    while (half := values.shape[-1] // 2) > 0:
+        values = values[..., :half] + values[..., half:]
+    return values[..., 0]
+
+
 def any_row(rows: Upload, feature: int) -> Bool[Array, ""]:
     """Whether a row asks for a feature (a bit of `Upload.features`)."""
     return jnp.any(rows.features & feature != 0)
@@ -95,7 +106,7 @@ def _filter(weights: Logits, rows: Upload) -> Logits:
     top_k = jnp.where(filters & (rows.top_k > 0), jnp.minimum(rows.top_k, vocab), vocab)
     top_p = jnp.where(filters, rows.top_p, 1.0)
     kept = weights * (weights >= _threshold(weights, jnp.ones_like(weights), top_k.astype(jnp.float32))[:, None])
-    target = top_p * jnp.sum(kept, axis=-1)
+    target = top_p * row_sums(kept)
     nucleus = kept * (kept >= _threshold(kept, kept, target)[:, None])
     kept = jnp.where((top_p < 1.0)[:, None], nucleus, kept)
     # The likeliest token has weight 1.
@@ -114,7 +125,7 @@ def _threshold(values: Logits, mass: Logits, target: Float[Array, " row"]) -> Fl
         low, high = bounds
         middle = (low + high) // 2
         threshold = lax.bitcast_convert_type(middle, jnp.float32)[:, None]
-        enough = jnp.sum(jnp.where(values >= threshold, mass, 0.0), axis=-1) >= target
+        enough = row_sums(jnp.where(values >= threshold, mass, 0.0)) >= target
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     low, _ = lax.fori_loop(0, 30, halve, (low, high))
@@ -124,7 +135,7 @@ def _threshold(values: Logits, mass: Logits, target: Float[Array, " row"]) -> Fl
 def _draw(weights: Logits, rows: Upload) -> Int32[Array, " row"]:
     """Inverts each row's distribution at one uniform number, by blocks so that the running sums stay short."""
     blocks = _blocks(weights, 0.0)
-    sums = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    sums = jnp.cumsum(row_sums(blocks), axis=-1)
     # Just under 1, so that rounding cannot carry the target past the last token.
     target = _uniform(rows.seed, rows.length) * (1 - 2**-20) * sums[:, -1]
     block = jnp.minimum(jnp.sum(sums <= target[:, None], axis=-1), sums.shape[1] - 1)
@@ -152,7 +163,7 @@ def report_logprobs(
 
     def report(logits: Logits, tokens: Array) -> tuple[Array, Array]:
         best = jnp.max(logits, axis=-1)
-        total = best + jnp.log(jnp.sum(jnp.exp(logits - best[:, None]), axis=-1))
+        total = best + jnp.log(row_sums(jnp.exp(logits - best[:, None])))
         top, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
         chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
         values = jnp.concatenate([chosen, top], axis=-1) - total[:, None]

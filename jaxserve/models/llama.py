@@ -140,7 +140,7 @@ class Llama(nnx.Module):
         caches: Sequence[LayerCache],
         live: LiveRows | None = None,
     ) -> tuple[Float[Array, "token hidden"], tuple[LayerCache, ...]]:
-        """The final normed hidden state of each token, and the caches, one a layer. Tokens meet only in `attend`.
+        """The last layer's residual stream, for `logits`, and the caches, one a layer. Tokens meet only in `attend`.
 
         `live` names the tokens that count, None for all: the others may cost nothing and give anything finite.
         """
@@ -159,18 +159,20 @@ class Llama(nnx.Module):
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = run_layer(*nnx.split(layer), x, by, cache, live)
             updated.append(cache)
-        return self.norm(x), tuple(updated)
+        return x, tuple(updated)
 
     def logits(
         self, hidden: Float[Array, "token hidden"], live: LiveRows | None = None
     ) -> Float32[Array, "token vocab"]:
-        """Scores of the next token, in float32; `live` as in `hidden`."""
+        """Scores of the next token after the final norm, in float32; `hidden` and `live` as of `hidden`."""
         float32 = jnp.dtype(jnp.float32)
         if self.lm_head is not None:
-            return self.lm_head(hidden, live=live, dtype=float32)
+            return self.lm_head(hidden, norm=self.norm, live=live, dtype=float32)
+        embedding, vocab_size = self.embedding[...], self.config.vocab_size
         if self.packs_embedding:
-            return packed.linear(hidden, self.embedding[...], self.config.vocab_size, live=live, dtype=float32)
-        return project(hidden, self.embedding[...], None, float32)
+            norm = {"norm": self.norm.weight[...], "epsilon": self.norm.epsilon}
+            return packed.linear(hidden, embedding, vocab_size, live=live, dtype=float32, **norm)
+        return project(self.norm(hidden), embedding, None, float32)
 
 
 def abstract_llama(

@@ -1,0 +1,80 @@
+"""A request's tokens and log-probabilities are its own: the same bits in any company, at any slot, however its prompt is
+cut, after a prefix hit, after preemption, synchronous or not."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxserve.engine import Engine, RequestStream, collect
+from jaxserve.request import Completion, OutputParams, Request, SamplingParams, StoppingParams
+
+FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
+REQUESTS = 48
+SUBMISSIONS = 600
+
+
+def make_request(number: int, **fields: str) -> Request:
+    """One of REQUESTS fixed requests; several share prefixes, and every kind of sampling is among them."""
+    random_ = random.Random(number)
+    shared = random.Random(number % 4)
+    prefix = [shared.randrange(3, 250) for _ in range(random_.choice((0, 16, 33)))]
+    own = [random_.randrange(3, 250) for _ in range(random_.randint(1, 60))]
+    sampling = (
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.8, seed=number),
+        SamplingParams(temperature=1.1, seed=number, top_k=20, top_p=0.9, min_p=0.01),
+        SamplingParams(temperature=0.7, seed=number, frequency_penalty=0.5, repetition_penalty=1.3, logit_bias={5: 3.0}),
+    )[number % 4]
+    output = random_.randint(1, 40)
+    return Request(
+        token_ids=(*prefix, *own),
+        sampling=sampling,
+        stopping=StoppingParams(max_tokens=output, min_tokens=output // 2),
+        output=OutputParams(logprobs=random_.choice((0, 2)), return_text=False),
+        **fields,
+    )
+
+
+def outcome(completion: Completion) -> tuple:
+    return completion.token_ids, completion.logprobs, completion.finish_reason
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["smollm2", "qwen3"])
+def test_thousands_of_requests_in_random_schedules_give_their_solo_bits(family: str, dtype: str):
+    shape = {"model": str(FAMILIES / family), "dtype": dtype, "max_context": 160}
+    with Engine(**shape, slots=1, prefill_chunks=(160,), prefix_cache=False, pipeline_depth=0) as solo:
+        alone = [outcome(solo.generate([make_request(number)])[0]) for number in range(REQUESTS)]
+    mismatches, cached, cancelled = 0, 0, 0
+    random_ = random.Random(5)
+    with Engine(**shape, slots=7, small_slots=3, prefill_chunks=(16, 48), num_pages=18, page_size=16) as engine:
+        waiting: list[tuple[int, RequestStream]] = []
+
+        def collect_oldest() -> None:
+            nonlocal mismatches, cached
+            number, stream = waiting.pop(0)
+            completion = collect(stream)
+            cached += completion.usage.cached_tokens
+            if completion.finish_reason != "abort":
+                mismatches += outcome(completion) != alone[number]
+
+        for _ in range(SUBMISSIONS):
+            number = random_.randrange(REQUESTS)
+            stream = engine.submit(make_request(number, cache_salt=random_.choice(("", "", str(number)))))
+            waiting.append((number, stream))
+            if random_.random() < 0.05:
+                random_.choice(waiting)[1].cancel()
+                cancelled += 1
+            if random_.random() < 0.1:
+                time.sleep(random_.random() * 0.005)
+            while len(waiting) > random_.randint(1, 40):
+                collect_oldest()
+        while waiting:
+            collect_oldest()
+        loads = engine.loads()
+    assert mismatches == 0
+    assert cached > 0 and cancelled > 0 and loads.preemptions > 0
+    assert loads.available_pages == loads.total_pages
+    assert loads.compiles_after_warmup == 0
