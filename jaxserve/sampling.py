@@ -43,6 +43,12 @@ def sample_tokens(logits: Logits, rows: Upload, state: DecodeState) -> Int32[Arr
         rows: the step's upload.
         state: penalty counts and logit biases, by slot.
     """
+    plain = ~(any_row(rows, BIASES | PENALIZES | SAMPLES) | jnp.any(rows.length < rows.min_length))
+    return lax.cond(plain, lambda x, *_: argmax(x), _process_and_choose, logits, rows, state)
+
+
+def _process_and_choose(logits: Logits, rows: Upload, state: DecodeState) -> Int32[Array, " row"]:
+    # A feature that no row asks for still costs a copy of the logits here, but not where none is asked for at all.
     logits = lax.cond(jnp.any(rows.length < rows.min_length), _mask_stop_ids, lambda x, *_: x, logits, rows)
     logits = lax.cond(any_row(rows, BIASES), _add_bias, lambda x, *_: x, logits, rows, state)
     logits = lax.cond(any_row(rows, PENALIZES), _penalize, lambda x, *_: x, logits, rows, state)

@@ -45,7 +45,7 @@ def make_requests(arguments: argparse.Namespace, vocab_size: int, seed: int) -> 
         Request(
             token_ids=tuple(random_.randrange(vocab_size) for _ in range(arguments.prompt_len)),
             sampling=SamplingParams(temperature=0.0),
-            stopping=StoppingParams(max_tokens=length, min_tokens=length),
+            stopping=StoppingParams(max_tokens=length, ignore_eos=True),
             output=OutputParams(return_text=False),
         )
         for _ in range(arguments.requests)
