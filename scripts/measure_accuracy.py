@@ -20,11 +20,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from jaxserve.checkpoints import load_model
+from jaxserve.checkpoints import describe_model, load_model
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.layers import Quantization
 from jaxserve.tokenizer import Tokenizer
 
-FORMS = (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), ("float32", "int8"))
+FORMS: tuple[tuple[str, Quantization], ...] = (
+    ("float32", "none"),
+    ("bfloat16", "none"),
+    ("bfloat16", "int8"),
+    ("float32", "int8"),
+)
 
 
 def window_logprobs(graphdef: nnx.GraphDef, config: ModelConfig):
@@ -56,12 +62,12 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     arguments = parser.parse_args()
     text = "\n".join(topics[name] for name in sorted(topics))
-    windows, reference, result = None, [], {}
+    _, source = describe_model(arguments.model)
+    ids = jnp.asarray(Tokenizer.from_source(source).encode(text), jnp.int32)
+    windows = ids[: arguments.windows * arguments.window].reshape(arguments.windows, arguments.window)
+    reference, result = [], {}
     for dtype, quantization in FORMS:
         model = load_model(arguments.model, dtype, quantization)
-        if windows is None:
-            ids = jnp.asarray(Tokenizer.from_source(model.tokenizer_source).encode(text), jnp.int32)
-            windows = ids[: arguments.windows * arguments.window].reshape(arguments.windows, arguments.window)
         compiled = window_logprobs(model.graphdef, model.config)
         loss = divergence = agree = 0.0
         for index, window in enumerate(windows):

@@ -25,7 +25,9 @@ def make_request(number: int, **fields: str) -> Request:
         SamplingParams(temperature=0.0),
         SamplingParams(temperature=0.8, seed=number),
         SamplingParams(temperature=1.1, seed=number, top_k=20, top_p=0.9, min_p=0.01),
-        SamplingParams(temperature=0.7, seed=number, frequency_penalty=0.5, repetition_penalty=1.3, logit_bias={5: 3.0}),
+        SamplingParams(
+            temperature=0.7, seed=number, frequency_penalty=0.5, repetition_penalty=1.3, logit_bias={5: 3.0}
+        ),
     )[number % 4]
     output = random_.randint(1, 40)
     return Request(
