@@ -45,6 +45,8 @@ class EngineConfig:
     """Reuse the pages of equal prompt prefixes."""
     pipeline_depth: int = 1
     """Steps dispatched ahead of the one being read; 0 is synchronous."""
+    publish_ahead: int = 8
+    """Steps whose tokens may wait to be delivered; past it the step loop waits, so that none is ever much older."""
     max_waiting: int = 1024
     """Requests accepted beyond those that hold a slot; past it QueueFull is raised."""
     stream_buffer_tokens: int = 8192
@@ -58,7 +60,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field and the limit."""
-        for name in ("slots", "small_slots", "page_size", "cache_bytes", "stream_buffer_tokens"):
+        for name in ("slots", "small_slots", "page_size", "cache_bytes", "publish_ahead", "stream_buffer_tokens"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         _require("pipeline_depth", self.pipeline_depth, 0 <= self.pipeline_depth <= 4, "in [0, 4]")
         _require("max_waiting", self.max_waiting, self.max_waiting >= 0, "at least 0")

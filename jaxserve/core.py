@@ -30,7 +30,8 @@ from jaxserve.scheduler import Scheduler, StepPlan, StepResults
 
 log = logging.getLogger(__name__)
 
-Publish = Callable[[Message], None]
+Publish = Callable[[Message], float]
+"""Gives a message out; returns the seconds that it waited until the front had room for it."""
 
 MAX_RESTARTS = 3
 """Failed steps after which the engine fails, unless RESTART_WINDOW steps lie between them."""
@@ -200,7 +201,7 @@ class StepLoop:
 
     def _send(self, outputs: list[SequenceOutput], record: StepRecord | None) -> None:
         gauges = self._scheduler.gauges(self._runner.compiles_after_warmup)
-        self._publish(StepOutput(outputs, gauges, record))
+        self._host_since += self._publish(StepOutput(outputs, gauges, record))
 
 
 def _freed_slots(plan: StepPlan, outputs: list[SequenceOutput]) -> list[int]:

@@ -2,18 +2,19 @@
 
 import contextlib
 import json
-import queue
 import socket
 import subprocess
 import sys
 import threading
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from typing import Protocol, runtime_checkable
 
 from jaxserve.config import EngineConfig
 from jaxserve.core import StepLoop, build_step_loop
+from jaxserve.core_channel import MessageSocket, Outbox
 from jaxserve.core_messages import Failed, Message, Shutdown, decode, encode
+
+SEND_BUFFER_BYTES = 1 << 14
 
 
 @runtime_checkable
@@ -38,23 +39,20 @@ class CoreThread:
 
     def __init__(self, config: EngineConfig):
         self._config = config
-        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._outbox = Outbox(config.publish_ahead)
         self._loop: StepLoop | None = None
         self._thread = threading.Thread(target=self._run, name="jaxserve-core", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._loop = build_step_loop(self._config, self._publish)
+            self._loop = build_step_loop(self._config, self._outbox.put)
         except Exception as error:
-            self._messages.put(Failed(str(error) or type(error).__name__))
+            self._outbox.put(Failed(str(error) or type(error).__name__))
         else:
-            self._messages.put(self._loop.ready)
+            self._outbox.put(self._loop.ready)
             self._loop.run()
-        self._messages.put(None)
-
-    def _publish(self, message: Message) -> None:
-        self._messages.put(message)
+        self._outbox.close()
 
     def send(self, command: Message) -> None:
         """Gives the core a command. Thread-safe."""
@@ -63,7 +61,7 @@ class CoreThread:
 
     def receive(self) -> Message | None:
         """The core's next message; None once it has ended."""
-        return self._messages.get()
+        return self._outbox.get()
 
     def join(self) -> None:
         """Waits for the core to end after Shutdown."""
@@ -73,13 +71,15 @@ class CoreThread:
 class CoreProcess:
     """A core in a process of its own, so that detokenizing and protocols do not share the step loop's GIL.
 
-    The two ends of a socket pair carry length-prefixed msgpack messages. The child ends when its end is closed, so no
+    The two ends of a socket pair carry the messages as msgpack. The child ends when its end is closed, so no
     orphan outlives this process.
     """
 
     def __init__(self, config: EngineConfig):
         here, there = socket.socketpair()
-        self._connection = Connection(here.detach())
+        # What the core has sent and nobody has read is part of what it publishes ahead: no more than a few steps.
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        self._connection = MessageSocket(here)
         with there:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "jaxserve.core_process", str(there.fileno())],
@@ -89,11 +89,14 @@ class CoreProcess:
         self._connection.send_bytes(json.dumps(asdict(config)).encode())
         self._lock = threading.Lock()
         self._stopping = False
+        self._ended = False
 
     def send(self, command: Message) -> None:
         """Gives the core a command. Thread-safe. A command to a core that has ended is dropped: `receive` says so."""
         data = encode(command)
         with self._lock:
+            if self._ended:
+                return
             self._stopping = self._stopping or isinstance(command, Shutdown)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._connection.send_bytes(data)
@@ -115,6 +118,9 @@ class CoreProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        with self._lock:
+            self._ended = True
+            self._connection.close()
 
     @property
     def pid(self) -> int:

@@ -1,30 +1,35 @@
 """The entry of an engine's own process: `python -m jaxserve.core_process FD`, started by `CoreProcess`."""
 
-import gc
 import json
 import os
-import queue
 import signal
+import socket
 import sys
 import threading
-from multiprocessing.connection import Connection
 
+from jaxserve import garbage_collection
 from jaxserve.config import EngineConfig
 from jaxserve.core import build_step_loop
-from jaxserve.core_messages import Failed, Message, Shutdown, decode, encode
+from jaxserve.core_channel import MessageSocket, Outbox
+from jaxserve.core_messages import Failed, Shutdown, decode, encode
 from jaxserve.log import configure_logging
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds after which a thread that wants the GIL gets it."""
 
 
 def main() -> int:
     """Runs a core until the other end says Shutdown or goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when to stop
     configure_logging()
-    connection = Connection(int(sys.argv[1]))
+    # The step loop shares this process with two small threads, and must not wait 5 ms for either to give up the GIL.
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    connection = MessageSocket(socket.socket(fileno=int(sys.argv[1])))
     config = EngineConfig.from_json(json.loads(connection.recv_bytes()))
-    outgoing: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+    outbox = Outbox(config.publish_ahead)
 
     def send_all() -> None:
-        while (message := outgoing.get()) is not None:
+        while (message := outbox.get()) is not None:
             try:
                 connection.send_bytes(encode(message))
             except (BrokenPipeError, ConnectionResetError):
@@ -33,10 +38,10 @@ def main() -> int:
     sender = threading.Thread(target=send_all, name="jaxserve-core-send")
     sender.start()
     try:
-        loop = build_step_loop(config, outgoing.put)
+        loop = build_step_loop(config, outbox.put)
     except Exception as error:
-        outgoing.put(Failed(str(error) or type(error).__name__))
-        outgoing.put(None)
+        outbox.put(Failed(str(error) or type(error).__name__))
+        outbox.close()
         sender.join()
         return 1
 
@@ -49,12 +54,10 @@ def main() -> int:
                 return
 
     threading.Thread(target=receive_all, name="jaxserve-core-receive", daemon=True).start()
-    # What is there now stays: a full collection, which halts the loop, need not look at it again (70 ms otherwise).
-    gc.collect()
-    gc.freeze()
-    outgoing.put(loop.ready)
+    garbage_collection.quieten()
+    outbox.put(loop.ready)
     loop.run()
-    outgoing.put(None)
+    outbox.close()
     sender.join()
     return 0
 

@@ -300,7 +300,7 @@ class Engine:
         if self._delivery.is_alive():
             self._core.send(Shutdown())
             self._delivery.join()
-            self._core.join()
+        self._core.join()
         atexit.unregister(self.shutdown)
         return finished
 
