@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from jaxserve import garbage_collection
 from jaxserve.commands.options import METAVARS, add_field_options, engine_config, given_fields, source_fields
 from jaxserve.commands.start import CommandError, ExitStatus, start_engine
 from jaxserve.config import EngineConfig
@@ -120,7 +121,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         print_report(event)
 
     def start() -> "Engine":
-        return start_engine(config)
+        engine = start_engine(config)
+        garbage_collection.quieten()
+        return engine
 
     try:
         return serve(

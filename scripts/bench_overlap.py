@@ -39,7 +39,7 @@ from benchmarks.neighbours import SHORT_LEN, Neighbourhood
 from benchmarks.plots import require_plots
 from benchmarks.summary import Figure, median_of, percentile, percentiles, report, rounded
 
-from jaxserve import Engine
+from jaxserve import Engine, garbage_collection
 from jaxserve.core_messages import StepRecord
 
 SHOWN_STEPS = 8
@@ -154,6 +154,7 @@ def run_slots(slots: int, arguments: argparse.Namespace) -> Run:
     count = slots * arguments.requests_per_slot
     config = engine_config(arguments, slots=slots, max_waiting=count)
     with Engine(replace(config, pipeline_depth=0)) as synchronous, Engine(config) as pipelined:
+        garbage_collection.quieten()  # as in a server
         rounds: dict[Engine, list[Round]] = {synchronous: [], pipelined: []}
         output_len = arguments.output_len or max(64, PROMPT_LEN * slots // (config.prefill_chunks[0] // 2))
         work = Work.make(count, output_len, pipelined.model_config.vocab_size)
