@@ -9,7 +9,8 @@ the steps between the first and the last that had every slot, and medians over t
 
     device_idle_ratio   part of the time that the device had nothing to do
     gap_ms_*            from a step's end to the next one's start on the device
-    overlap_efficiency  (sync - async) / (sync - device), in ms a step: 1 if all of the host's time is hidden
+    overlap_efficiency  (sync - async) / (sync - device), in ms a step: 1 if all of the host's time is hidden; None if
+                        there is next to none
     host_step_ms_*      the step loop's own work
     delivery_lag_ms_*   from the end of the step that made a request's last token to its client's receipt
     slot_reuse_lag_steps  most steps from a slot's last token to its next owner; 1 is the least possible
@@ -42,6 +43,8 @@ from benchmarks.summary import Figure, median_of, percentile, percentiles, repor
 from jaxserve import Engine, garbage_collection
 from jaxserve.core_messages import StepRecord
 
+LEAST_HIDEABLE = 0.01
+"""Part of a synchronous step below which the host's time is noise, and how much of it is hidden cannot be said."""
 SHOWN_STEPS = 8
 """Steps in a drawing."""
 
@@ -84,12 +87,14 @@ def round_figures(one: Round, slots: int, arguments: argparse.Namespace) -> dict
     full = one.records[loaded]
     device = device_intervals(one.records, arguments.simulated_step_ms)[loaded]
     busy = steps.busy_seconds(one.trace or device)
+    between = full[-1].retired - full[0].retired
+    step_seconds = steps.window_seconds(full) / len(full) if arguments.trace else between / (len(full) - 1)
     host = [record.host_seconds for record in full]
     lags = [stream.delivery_lag for stream in one.streams]
     reuse = steps.reuse_lags(full)
     tokens = sum(len(stream.token_ids) for stream in one.streams)
     return {
-        "step_ms": 1e3 * (full[-1].retired - full[0].retired) / (len(full) - 1),
+        "step_ms": 1e3 * step_seconds,
         "device_step_ms": 1e3 * busy / len(full),
         "device_idle_ratio": max(0.0, steps.idle_ratio(one.trace or device)),
         **percentiles(steps.gaps(device), "gap_ms", 1e3),
@@ -129,12 +134,13 @@ def overlap_figures(synchronous: dict, pipelined: dict, arguments: argparse.Name
     # Records tell the device's time apart from the host's only where they take turns.
     device = (synchronous if source == "records" else pipelined)["device_step_ms"]
     sync, overlapped = synchronous["step_ms"], pipelined["step_ms"]
+    hideable = sync - device
     return {
         "sync_step_ms": sync,
         "async_step_ms": overlapped,
         "device_step_ms": device,
         "device_time_from": source,
-        "overlap_efficiency": rounded((sync - overlapped) / (sync - device)) if sync > device else None,
+        "overlap_efficiency": rounded((sync - overlapped) / hideable) if hideable > LEAST_HIDEABLE * sync else None,
         "device_idle_ratio_sync": synchronous["device_idle_ratio"],
     }
 
@@ -162,8 +168,7 @@ def run_slots(slots: int, arguments: argparse.Namespace) -> Run:
         load = OtherLoad(process_tree(os.getpid()))
         for number in range(arguments.rounds):
             for engine, done in rounds.items():
-                traced = arguments.trace and engine is pipelined
-                done.append(run_round(engine, work.requests(str(number), arguments.text), traced))
+                done.append(run_round(engine, work.requests(str(number), arguments.text), arguments.trace))
         neighbours = run_neighbours(pipelined, arguments) if arguments.probes else {}
         other_load = load.share()
         device = pipelined.device.device_kind
