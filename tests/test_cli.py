@@ -24,8 +24,8 @@ from jaxserve.engine import Engine
 pytestmark = pytest.mark.usefixtures("logging_unchanged")
 
 FAMILY = Path(__file__).parent / "fixtures" / "families" / "qwen2"
-PATIENCE = 30.0
-"""Seconds after which something that must happen has not; nothing is asserted to be fast by it."""
+PATIENCE = 300.0
+"""Seconds after which a process hangs; nothing is asserted to be fast by it."""
 
 
 def generate(engine: Engine, lines: Iterator[bytes] | list[bytes]) -> tuple[int, list[dict]]:
@@ -44,10 +44,12 @@ def greedy(**fields: object) -> bytes:
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
+    """Waits for a condition that must come true. Counts looks, not seconds: a machine may pause for minutes."""
+    for _ in range(6000):
+        if condition():
+            return
         time.sleep(0.005)
+    raise AssertionError("it never came true")
 
 
 def test_generate_writes_each_request_as_it_finishes_with_what_the_engine_gives(engine: Engine):
