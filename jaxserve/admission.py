@@ -26,8 +26,8 @@ class Admission:
     max_context: int
 
     def prepare(self, request: Request, handle: int, arrival: float) -> Submit:
-        """Validates and tokenizes. Raises InvalidRequest or ModelNotFound."""
-        request.validate()
+        """Checks a request, whose form is valid, against the model and tokenizes it. Raises InvalidRequest or
+        ModelNotFound."""
         vocab_size = self.model_config.vocab_size
         eos_ids = self.model_config.eos_ids
         request.sampling.validate(vocab_size)

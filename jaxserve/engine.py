@@ -177,6 +177,7 @@ class Engine:
         Raises:
             RequestError: one of its subclasses says why the request was not accepted; nothing is then allocated.
         """
+        request.validate()
         self._check_room(request)
         handle = next(self._numbers)
         submit = self._admission.prepare(request, handle, time.monotonic())

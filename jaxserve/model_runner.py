@@ -4,6 +4,8 @@
 """
 
 import logging
+import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +31,13 @@ from pallas_kernels.linear import available as native_linear_available
 
 log = logging.getLogger(__name__)
 
-_compiles = 0
+_compiles: Counter[int] = Counter()
+"""Programs compiled so far, by the thread that compiled them: a process may use JAX beside the engine."""
 
 
 def _count_compile(event: str, duration_secs: float, **_: str | int) -> None:
-    global _compiles
     if event == "/jax/core/compile/backend_compile_duration":
-        _compiles += 1
+        _compiles[threading.get_ident()] += 1
 
 
 monitoring.register_event_duration_secs_listener(_count_compile)
@@ -86,12 +88,13 @@ class ModelRunner:
         self._steps = self._compile_steps(progress)
         self._take_slot = self._compile_take_slot()
         self._warm_up(progress)
-        self._compiles_at_warmup = _compiles
+        self._thread = threading.get_ident()
+        self._compiles_at_warmup = _compiles[self._thread]
 
     @property
     def compiles_after_warmup(self) -> int:
-        """Programs compiled since the engine said that it was ready. More than 0 is a defect."""
-        return _compiles - self._compiles_at_warmup
+        """Programs that the step loop's thread, which made this runner, compiled since. More than 0 is a defect."""
+        return _compiles[self._thread] - self._compiles_at_warmup
 
     def reset(self) -> None:
         """An empty cache and state, at the start or after a step failed."""
