@@ -1,6 +1,6 @@
 """One llama.cpp model as a benchmark's peer: cases in, measurements out, a JSON line each.
 
-    PEER_PYTHON scripts/peers/llama_cpp_worker.py --gguf FILE --form bf16 --sequences 32 --cells 9216
+    PEER_PYTHON scripts/peers/llama_cpp_worker.py --gguf FILE --form bf16 --sequences 32 --cells 16384
 
 Runs in an interpreter that has llama-cpp-python, and imports nothing of jaxserve. Uses the library's low-level calls:
 one llama_batch carries a token of each sequence. The first line out says what was loaded. Then, for each line in,
@@ -176,11 +176,9 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, required=True, help="folder of the converted files")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=32, help="most prompts in a case")
-    parser.add_argument("--cells", type=int, default=9216, help="tokens in the KV cache, of all sequences together")
+    parser.add_argument("--cells", type=int, default=16384, help="tokens in the KV cache, of all sequences together")
     parser.add_argument("--batch-tokens", type=int, default=512, help="most tokens in one llama_decode")
-    parser.add_argument(
-        "--kv", choices=("unified", "split"), default="unified", help="one KV buffer, or one a sequence"
-    )
+    parser.add_argument("--kv", choices=("unified", "split"), default="split", help="one KV buffer, or one a sequence")
     peer = Peer(parser.parse_args())
     print(json.dumps({"version": llama_cpp.__version__, "file_mb": peer.file.stat().st_size >> 20}), flush=True)
     for line in sys.stdin:
