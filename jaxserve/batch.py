@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from jaxserve.core_messages import Submit
 from jaxserve.pytree import pytree_dataclass
 from jaxserve.request import MAX_STOP_TOKEN_IDS
-from jaxserve.scheduler import Sequence, StepPlan
+from jaxserve.sequence import Sequence, StepPlan
 
 
 class Column(IntEnum):

@@ -26,7 +26,8 @@ from jaxserve.core_messages import (
     StepRecord,
     Submit,
 )
-from jaxserve.scheduler import Scheduler, StepPlan, StepResults
+from jaxserve.scheduler import Scheduler
+from jaxserve.sequence import StepPlan, StepResults
 
 log = logging.getLogger(__name__)
 

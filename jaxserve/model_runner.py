@@ -24,7 +24,7 @@ from jaxserve.kv_cache import KVCache, page_bytes
 from jaxserve.models.layers import Matmul
 from jaxserve.models.packing import pack_params
 from jaxserve.request import MAX_LOGIT_BIAS
-from jaxserve.scheduler import Sequence, StepPlan, StepResults
+from jaxserve.sequence import Sequence, StepPlan, StepResults
 from jaxserve.step import StepOutput, make_step
 from pallas_kernels import select
 from pallas_kernels.linear import available as native_linear_available

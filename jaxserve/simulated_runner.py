@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jaxserve.batch import Packer
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
-from jaxserve.scheduler import EMITTED, STOPPED, StepPlan, StepResults
+from jaxserve.sequence import EMITTED, STOPPED, StepPlan, StepResults
 
 
 @dataclass(frozen=True)

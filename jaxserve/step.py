@@ -17,7 +17,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama
 from jaxserve.pytree import pytree_dataclass
 from jaxserve.sampling import report_logprobs, sample_tokens
-from jaxserve.scheduler import EMITTED, FAILED, STOPPED
+from jaxserve.sequence import EMITTED, FAILED, STOPPED
 from pallas_kernels import PagedAttention
 from pallas_kernels.linear import LiveRows
 
@@ -28,7 +28,7 @@ class StepOutput:
     """What the host reads of a step. Never donated: it is being copied to the host while the next step runs."""
 
     tokens_and_flags: Int32[Array, "2 row"]
-    """The token of each row, then its flags (`scheduler.EMITTED`, `STOPPED`, `FAILED`)."""
+    """The token of each row, then its flags (`sequence.EMITTED`, `STOPPED`, `FAILED`)."""
     logprobs: Float[Array, "row reported"]
     """Of the chosen token, then of the likeliest; zeros unless a row asked."""
     logprob_ids: Int32[Array, "row reported"]

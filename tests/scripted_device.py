@@ -4,7 +4,8 @@ import hashlib
 from collections import deque
 
 from jaxserve.core_messages import SequenceOutput, Submit
-from jaxserve.scheduler import EMITTED, FAILED, STOPPED, Scheduler, StepPlan, StepResults
+from jaxserve.scheduler import Scheduler
+from jaxserve.sequence import EMITTED, FAILED, STOPPED, StepPlan, StepResults
 
 
 def submit(handle: int, prompt: int = 5, output: int = 8, **fields) -> Submit:

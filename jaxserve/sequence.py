@@ -1,0 +1,131 @@
+"""What the scheduler knows of a request, and what it tells the device and hears from it: one plan and one set of
+results a step."""
+
+from dataclasses import dataclass, field
+
+from jaxserve.core_messages import Submit
+from jaxserve.page_allocator import PageKey
+
+EMITTED, STOPPED, FAILED = 1, 2, 4
+"""Flags of a row that sampled: it gave a token; that token is one of its stop ids; its logits were not finite."""
+
+TokenLogprobs = tuple[int, float, list[tuple[int, float]]]
+"""(token_id, logprob, likeliest [(token_id, logprob)])"""
+
+
+class Sequence:
+    """The scheduler's record of one request."""
+
+    __slots__ = (
+        "cached",
+        "capacity",
+        "computed",
+        "done",
+        "first_scheduled",
+        "first_token",
+        "handle",
+        "in_flight",
+        "keys",
+        "last_step",
+        "max_length",
+        "order",
+        "pages",
+        "prefill_end",
+        "prefill_start",
+        "prompt_length",
+        "registered",
+        "slot",
+        "submit",
+        "token_ids",
+    )
+
+    def __init__(self, submit: Submit, arrival: int):
+        self.submit = submit
+        self.handle = submit.handle
+        self.max_length = submit.max_length
+        self.order = (-submit.priority, arrival)
+        """Smaller goes first, and gives way last."""
+        self.token_ids = list(submit.token_ids)
+        """Prompt and verified output."""
+        self.prompt_length = len(submit.token_ids)
+        self.prefill_end = self.prompt_length
+        """Tokens to compute before it decodes: its prompt, or all that it had when it was preempted."""
+        self.prefill_start = 0
+        """Tokens that the prefix cache had when it took its slot."""
+        self.computed = 0
+        """Tokens whose keys and values are written by the steps dispatched so far."""
+        self.slot = -1
+        self.pages: list[int] = []
+        self.capacity = 0
+        """Tokens that its pages hold."""
+        self.keys: list[PageKey] = []
+        """Chain of keys of its full pages, as far as it is known."""
+        self.registered = 0
+        """Pages of it that others may find."""
+        self.cached: int | None = None
+        """Tokens found in the prefix cache when it first took a slot."""
+        self.in_flight = 0
+        """Steps dispatched with it and not yet retired."""
+        self.last_step = 0
+        """The last step dispatched with it."""
+        self.first_scheduled = 0.0
+        self.first_token = 0.0
+        self.done = False
+
+
+@dataclass(slots=True)
+class Piece:
+    """Consecutive prompt tokens of one sequence that ride in a step."""
+
+    row: int
+    start: int
+    """Position of the first of them."""
+    token_ids: list[int]
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: a row for each sequence that takes part, and prompt tokens beside them."""
+
+    step: int
+    sequences: list[Sequence] = field(default_factory=list)
+    """Owner of each row."""
+    slots: list[int] = field(default_factory=list)
+    """Slot of each row."""
+    decodes: list[bool] = field(default_factory=list)
+    """Whether the row decodes its sequence's last token."""
+    sample_index: list[int] = field(default_factory=list)
+    """Where the row's prompt ends in this step: index of its last token in the chunk; -1 elsewhere."""
+    ends: list[int] = field(default_factory=list)
+    """Tokens of the row's sequence that are computed once this step is done."""
+    pieces: list[Piece] = field(default_factory=list)
+    chunk_tokens: int = 0
+    taken_slots: list[int] = field(default_factory=list)
+    """Slots whose owner takes part for the first time."""
+    new_owners: list[tuple[int, Sequence]] = field(default_factory=list)
+    """Slots that changed hands since the last step: what belongs to their new owners must reach the device."""
+
+    def fill_columns(self) -> None:
+        """Fills what follows from the rows' sequences and the pieces. A pass for each column is the cheapest way."""
+        rows = len(self.sequences)
+        self.slots = [sequence.slot for sequence in self.sequences]
+        self.ends = [sequence.computed for sequence in self.sequences]
+        self.decodes = [True] * rows
+        self.sample_index = [-1] * rows
+        for piece in self.pieces:
+            self.chunk_tokens += len(piece.token_ids)
+            self.decodes[piece.row] = False
+            if self.ends[piece.row] == self.sequences[piece.row].prefill_end:
+                self.sample_index[piece.row] = self.chunk_tokens - 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepResults:
+    """What a step gave, by row."""
+
+    tokens: list[int]
+    """The token of each row that sampled; anything elsewhere."""
+    flags: list[int]
+    """EMITTED, STOPPED, FAILED; 0 for a row that did not sample or had ended on the device."""
+    logprobs: list[TokenLogprobs] | None
+    """Where any row asked."""
