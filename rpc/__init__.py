@@ -1,5 +1,6 @@
 """The network side of jaxserve: protocol, gRPC server, clients.
 
-A request's way: `servicer` (Generate) -> `convert` -> the engine's `submit` -> its stream -> `convert` -> client.
+A request's way: `servicer` (Generate) -> `convert` -> `call_runner`: the engine's `submit`, its stream -> `convert` ->
+client. The servicers of other protocols differ in what they convert alone.
 `server` owns the process: listening, loading, health, draining. `errors` says every refusal on both sides.
 """

@@ -22,9 +22,9 @@ class _Malformed:
 class MalformedRequests(grpc.aio.ServerInterceptor):
     """Answers bytes that do not parse with INVALID_ARGUMENT; grpc.aio alone answers UNKNOWN and logs a traceback."""
 
-    def __init__(self, prefix: str):
-        """`prefix`: of the full names of the methods to guard, as "/jaxserve.v1."."""
-        self._prefix = prefix
+    def __init__(self, *prefixes: str):
+        """`prefixes`: of the full names of the methods to guard, as "/jaxserve.v1.Inference/"."""
+        self._prefixes = prefixes
         self._guarded: dict[str, grpc.RpcMethodHandler] = {}
 
     async def intercept_service(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -32,10 +32,10 @@ class MalformedRequests(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
-        """Gives methods under the prefix a handler that sees what does not parse."""
+        """Gives methods under the prefixes a handler that sees what does not parse."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(self._prefix):
+        if handler is None or not method.startswith(self._prefixes):
             return handler
         if method not in self._guarded:
             self._guarded[method] = _guard(handler)

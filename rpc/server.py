@@ -20,6 +20,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from rpc.call_runner import CallRunner
 from rpc.control import ControlServicer
 from rpc.lifecycle import Lifecycle, State
 from rpc.malformed import MalformedRequests
@@ -120,14 +121,15 @@ class Server:
         self._watching: asyncio.Task[None] | None = None
         self._began = time.monotonic()
         self._server = grpc.aio.server(
-            interceptors=[MalformedRequests("/jaxserve.v1.")], options=config.channel_options()
+            interceptors=[MalformedRequests(*(f"/{service}/" for service in SERVICES))],
+            options=config.channel_options(),
         )
         self._add_services()
 
     def _add_services(self) -> None:
-        inference = InferenceServicer(self.lifecycle, self.calls, self._tokenizing)
+        runner = CallRunner(self.lifecycle, self.calls, self._tokenizing)
         control = ControlServicer(self.lifecycle, self.calls, self._tokenizing, self.config.max_request_bytes)
-        jaxserve_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
+        jaxserve_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(runner), self._server)
         jaxserve_pb2_grpc.add_ControlServicer_to_server(control, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.lifecycle.health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)

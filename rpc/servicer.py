@@ -1,142 +1,40 @@
 """`jaxserve.v1.Inference`: from a request message to the engine, and from its events to the stream."""
 
-import asyncio
-import logging
-import time
 import uuid
-from concurrent.futures import Executor
+from functools import partial
 
-import grpc
 import grpc.aio
 
-from jaxserve.request import EngineUnavailable, Finished, FinishReason, QueueFull, Request
 from rpc import errors
+from rpc.call_runner import CallRunner
 from rpc.convert import OutputCollector, event_to_proto, request_from_proto
-from rpc.lifecycle import Lifecycle, State
-from rpc.open_calls import OpenCall, OpenCalls
-from rpc.served_engine import EventStream, ServedEngine
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
-logger = logging.getLogger(__name__)
-
-INLINE_CHARACTERS = 2048
-"""Longest text, in characters, that is tokenized on the event loop: about a millisecond. Longer goes to a thread."""
-INLINE_TOKENS = 8192
-"""Longest prompt of token ids that is checked on the event loop: likewise."""
-RETRY_AFTER = 1.0
-"""Seconds after which a client is told to try again when too many long prompts wait to be tokenized."""
-
 
 class InferenceServicer(jaxserve_pb2_grpc.InferenceServicer):
-    """Generate and GenerateOnce. An error of one call ends that call alone."""
+    """Generate and GenerateOnce."""
 
-    def __init__(self, lifecycle: Lifecycle, calls: OpenCalls, tokenizing: Executor):
-        """`tokenizing`: threads on which long prompts are submitted, so that the event loop never waits."""
-        self._lifecycle = lifecycle
-        self._calls = calls
-        self._tokenizing = tokenizing
-        self._submitting = 0
-        """Submissions that wait for a thread or run in one; the engine does not count them yet."""
+    def __init__(self, runner: CallRunner):
+        self._runner = runner
 
     @errors.answered
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        call = self._open(request, context)
-        stream = await self._admit(request, context, call)
-        last: Finished | None = None
-        try:
-            async for event in stream:
-                if isinstance(event, Finished):
-                    last = event
-                call.write_began = time.monotonic()
-                await context.write(event_to_proto(event))
-                call.write_began = None
-        except grpc.aio.InternalError as error:
-            # A write to a client that has gone, seen before its cancellation is: the same thing, said the same way.
-            raise asyncio.CancelledError from error
-        finally:
-            # The client left, its deadline passed, or a write failed: the engine must not work on.
-            if last is None:
-                stream.cancel()
-        self._raise_for(last, call)
+        _name(request)
+        build = partial(request_from_proto, request)
+        await self._runner.run(request.request_id, build, context, lambda event: context.write(event_to_proto(event)))
 
     @errors.answered
     async def GenerateOnce(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateOnceResponse:
-        call = self._open(request, context)
-        stream = await self._admit(request, context, call)
-        collector = OutputCollector(call.request_id)
-        last: Finished | None = None
-        try:
-            async for event in stream:
-                collector.add(event)
-                if isinstance(event, Finished):
-                    last = event
-        finally:
-            if last is None:
-                stream.cancel()
-        self._raise_for(last, call)
+        _name(request)
+        collector = OutputCollector(request.request_id)
+        await self._runner.run(request.request_id, partial(request_from_proto, request), context, collector.add)
         return collector.response()
 
-    def _open(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> OpenCall:
-        if not request.request_id:
-            request.request_id = uuid.uuid4().hex
-        return self._calls.open(request.request_id, context)
 
-    async def _admit(
-        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext, call: OpenCall
-    ) -> EventStream:
-        """Validates and queues, before anything is written. Raises what `errors.failure_of` knows."""
-        engine = self._lifecycle.ready_engine()
-        remaining = context.time_remaining()
-        if remaining is not None and remaining <= 0:
-            raise errors.DeadlineExceeded("the deadline had passed when the request arrived")
-        deadline = None if remaining is None else time.monotonic() + remaining
-        request = request_from_proto(message, deadline)
-        quick = _is_quick(request)
-        call.stream = engine.submit(request) if quick else await self._submit_from_thread(engine, request)
-        return call.stream
-
-    async def _submit_from_thread(self, engine: ServedEngine, request: Request) -> EventStream:
-        limit = engine.config.slots + engine.config.max_waiting
-        if self._submitting >= limit:
-            raise QueueFull(limit, RETRY_AFTER)
-        self._submitting += 1
-        submitted = asyncio.get_running_loop().run_in_executor(self._tokenizing, engine.submit, request)
-        submitted.add_done_callback(self._on_submitted)
-        try:
-            return await asyncio.shield(submitted)
-        except asyncio.CancelledError:
-            # The client left meanwhile. A thread cannot be stopped: cancel what it comes back with.
-            submitted.add_done_callback(_cancel_unwanted)
-            raise
-
-    def _on_submitted(self, _: asyncio.Future[EventStream]) -> None:
-        self._submitting -= 1
-
-    def _raise_for(self, last: Finished | None, call: OpenCall) -> None:
-        """Turns an ending that is not the client's or the model's doing into the status after the last message."""
-        if last is None:
-            raise errors.RequestFailed("the engine ended the stream without a terminal event")
-        if last.finish_reason is FinishReason.DEADLINE:
-            raise errors.DeadlineExceeded("the deadline passed; the work was stopped")
-        ended_early = last.finish_reason in (FinishReason.ABORT, FinishReason.ERROR)
-        if ended_early and self._lifecycle.state is State.STOPPED:
-            raise EngineUnavailable("the server stopped before the request had finished")
-        if last.finish_reason is FinishReason.ERROR:
-            logger.error("request %s: %s", call.request_id, last.error, extra={"request_id": call.request_id})
-            raise errors.RequestFailed(last.error or "the engine failed this request")
-
-
-def _is_quick(request: Request) -> bool:
-    """Whether submitting takes no longer than an event loop may be held."""
-    if request.token_ids is not None:
-        return len(request.token_ids) <= INLINE_TOKENS
-    # A chat template is rendered in a process of its own, which may take its time.
-    return request.prompt is not None and len(request.prompt) <= INLINE_CHARACTERS
-
-
-def _cancel_unwanted(submitted: asyncio.Future[EventStream]) -> None:
-    if not submitted.cancelled() and submitted.exception() is None:
-        submitted.result().cancel()
+def _name(request: pb.GenerateRequest) -> None:
+    """Gives a request an id where the client gave none."""
+    if not request.request_id:
+        request.request_id = uuid.uuid4().hex
