@@ -49,8 +49,11 @@ class CallRunner:
 
         Whatever ends the call early (the client leaves, its deadline passes, a write fails) ends the request as well.
         """
-        call = self._calls.open(request_id, context)
-        stream = await self._admit(build, context, call)
+        call = self._calls.open(request_id)
+        # The RPC is done later than its handler: the status is sent in between.
+        context.add_done_callback(lambda _: self._calls.close(call))  # pyright: ignore[reportArgumentType]
+        self._lifecycle.ready_engine()
+        stream = await self.admit(build(_deadline(context)), call)
         last: Finished | None = None
         try:
             async for event in stream:
@@ -67,15 +70,11 @@ class CallRunner:
         finally:
             if last is None:
                 stream.cancel()
-        self._raise_for(last, call)
+        self.raise_for(last, call)
 
-    async def _admit(self, build: BuildRequest, context: grpc.aio.ServicerContext, call: OpenCall) -> EventStream:
-        """Validates and queues, before anything is written."""
+    async def admit(self, request: Request, call: OpenCall) -> EventStream:
+        """Validates and queues, before anything is written. Raises what `errors.failure_of` knows."""
         engine = self._lifecycle.ready_engine()
-        remaining = context.time_remaining()
-        if remaining is not None and remaining <= 0:
-            raise errors.DeadlineExceeded("the deadline had passed when the request arrived")
-        request = build(None if remaining is None else time.monotonic() + remaining)
         quick = _is_quick(request)
         call.stream = engine.submit(request) if quick else await self._submit_from_thread(engine, request)
         return call.stream
@@ -97,7 +96,7 @@ class CallRunner:
     def _on_submitted(self, _: asyncio.Future[EventStream]) -> None:
         self._submitting -= 1
 
-    def _raise_for(self, last: Finished | None, call: OpenCall) -> None:
+    def raise_for(self, last: Finished | None, call: OpenCall) -> None:
         """Turns an ending that is not the client's or the model's doing into the status after the last message."""
         if last is None:
             raise errors.RequestFailed("the engine ended the stream without a terminal event")
@@ -109,6 +108,14 @@ class CallRunner:
         if last.finish_reason is FinishReason.ERROR:
             logger.error("request %s: %s", call.request_id, last.error, extra={"request_id": call.request_id})
             raise errors.RequestFailed(last.error or "the engine failed this request")
+
+
+def _deadline(context: grpc.aio.ServicerContext) -> float | None:
+    """When a call must end, in `time.monotonic()` seconds; None where it has no deadline."""
+    remaining = context.time_remaining()
+    if remaining is not None and remaining <= 0:
+        raise errors.DeadlineExceeded("the deadline had passed when the request arrived")
+    return None if remaining is None else time.monotonic() + remaining
 
 
 def _is_quick(request: Request) -> bool:

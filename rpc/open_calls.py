@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import time
-
-import grpc.aio
+from collections.abc import Callable
 
 from rpc.served_engine import EventStream
 
@@ -12,12 +11,13 @@ logger = logging.getLogger(__name__)
 
 
 class OpenCall:
-    """One Generate or GenerateOnce call."""
+    """One call that generates, whatever its protocol."""
 
-    __slots__ = ("request_id", "stalled", "stream", "write_began")
+    __slots__ = ("disconnect", "request_id", "stalled", "stream", "write_began")
 
-    def __init__(self, request_id: str):
+    def __init__(self, request_id: str, disconnect: Callable[[], object]):
         self.request_id = request_id
+        self.disconnect = disconnect
         self.stream: EventStream | None = None
         self.write_began: float | None = None
         """`time.monotonic()` seconds when the write in progress began; None between writes."""
@@ -37,15 +37,18 @@ class OpenCalls:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def open(self, request_id: str, context: grpc.aio.ServicerContext) -> OpenCall:
-        """Takes up a call until the RPC is done, which is later than its handler: the status is sent in between."""
-        call = OpenCall(request_id)
+    def open(self, request_id: str, disconnect: Callable[[], object] = lambda: None) -> OpenCall:
+        """Takes up a call until it is closed.
+
+        `disconnect`: ends the connection of a client that reads nothing, where that leaves no other call without one.
+        """
+        call = OpenCall(request_id, disconnect)
         self._calls.add(call)
         self._idle.clear()
-        context.add_done_callback(lambda _: self._close(call))  # pyright: ignore[reportArgumentType]
         return call
 
-    def _close(self, call: OpenCall) -> None:
+    def close(self, call: OpenCall) -> None:
+        """Its status is on the wire, or nobody waits for it any more. Idempotent."""
         self._calls.discard(call)
         if not self._calls:
             self._idle.set()
@@ -61,8 +64,8 @@ class OpenCalls:
     def abort_stalled(self) -> None:
         """Aborts requests whose reader has not taken a message within the stall limit, and stops waiting for them.
 
-        The pages are free at once. The call itself stays with its transport: a reader that wakes up gets what is
-        left and `finish_reason` abort; one that never does costs one message and ends with its connection.
+        The pages are free at once. A call of gRPC stays with its transport: a reader that wakes up gets what is left
+        and `finish_reason` abort; one that never does costs one message and ends with its connection.
         """
         now = time.monotonic()
         for call in [call for call in self._calls if call.write_began is not None]:
@@ -75,4 +78,5 @@ class OpenCalls:
                 )
                 call.stalled = True
                 call.stream.cancel()
-                self._close(call)
+                call.disconnect()
+                self.close(call)
