@@ -1,69 +1,34 @@
 """The engine as its users see it: requests in, streams of events out.
 
 The core (a thread or a process, see `core_client`) runs the step loop. Here, requests are validated and tokenized on
-the caller's thread, and one delivery thread turns each step's tokens into text for the requests' own streams.
+the caller's thread; `delivery` turns each step's tokens into the events of the requests' own streams.
 """
 
-import asyncio
 import atexit
 import itertools
-import logging
-import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
+from jaxserve.active_requests import ActiveRequest, ActiveRequests
 from jaxserve.admission import Admission
 from jaxserve.checkpoints import describe_model
 from jaxserve.config import EngineConfig
 from jaxserve.core_client import start_core
-from jaxserve.core_messages import (
-    Abort,
-    Failed,
-    Gauges,
-    Progress,
-    Ready,
-    SequenceOutput,
-    Shutdown,
-    StepOutput,
-    StepRecord,
-    Submit,
-)
-from jaxserve.request import (
-    Completion,
-    Delta,
-    DuplicateRequestId,
-    EngineUnavailable,
-    Finished,
-    FinishReason,
-    InvalidRequest,
-    QueueFull,
-    Request,
-    Started,
-    Timings,
-    TokenLogprob,
-    Usage,
-)
-from jaxserve.request_stream import RequestStream, wake
+from jaxserve.core_messages import Abort, Failed, Gauges, Progress, Ready, Shutdown, StepRecord
+from jaxserve.delivery import Delivery
+from jaxserve.request import Completion, Delta, Finished, InvalidRequest, Request, TokenLogprob
+from jaxserve.request_stream import RequestStream
 from jaxserve.text_stream import TextStream
 from jaxserve.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[str, float | None], None]
 """Told what is being done and the fraction done, 0..1 or None."""
 
 Prompt = str | Request | Mapping[str, Any]
 """Text, a request, or a mapping of a request's API names."""
-
-STEP_RECORDS = 4096
-"""Steps whose records are kept."""
-
-RETRY_AFTER = 1.0
-"""Seconds after which a refused client is told to try again."""
 
 
 class EngineStartError(RuntimeError):
@@ -96,20 +61,6 @@ class EngineLoads:
     """More than 0 is a defect."""
 
 
-@dataclass
-class _Entry:
-    """An accepted request that has not ended."""
-
-    request: Request
-    submit: Submit
-    stream: RequestStream
-    text: TextStream | None
-    tokens: int = 0
-    """Tokens delivered."""
-    cached_tokens: int = 0
-    times: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0))
-
-
 class Engine:
     """Serves one model. Ready when the constructor returns. Use as a context manager, or call `shutdown`.
 
@@ -131,19 +82,10 @@ class Engine:
         self.device = self._await_ready(progress or (lambda what, fraction: None))
         self.max_context = self.device.max_context
         self._admission = Admission(self.model_name, self.model_config, self.tokenizer, self.max_context)
-        self._lock = threading.Lock()
-        self._entries: dict[int, _Entry] = {}
-        self._handles: dict[str, int] = {}
-        self._numbers = itertools.count()
-        self._changed = threading.Condition(self._lock)
-        self._accepting = True
-        self._failure: str | None = None
-        pages = self.device.num_pages
-        self._gauges = Gauges(0, 0, 0, pages, 0, 0, 0, 0, 0, 0, 0)
-        self.step_records: deque[StepRecord] = deque(maxlen=STEP_RECORDS)
-        """The latest steps, oldest first."""
-        self._delivery = threading.Thread(target=self._deliver, name="jaxserve-delivery", daemon=True)
-        self._delivery.start()
+        self._handles = itertools.count()
+        self._requests = ActiveRequests(self.capacity)
+        gauges = Gauges(0, 0, 0, self.device.num_pages, 0, 0, 0, 0, 0, 0, 0)
+        self._delivery = Delivery(self._core, self._requests, self.config.stream_buffer_tokens, gauges)
         atexit.register(self.shutdown)
 
     def _await_ready(self, progress: ProgressCallback) -> Ready:
@@ -178,8 +120,8 @@ class Engine:
             RequestError: one of its subclasses says why the request was not accepted; nothing is then allocated.
         """
         request.validate()
-        self._check_room(request)
-        handle = next(self._numbers)
+        self._requests.check_room(request)
+        handle = next(self._handles)
         submit = self._admission.prepare(request, handle, time.monotonic())
         text = None
         if request.output.return_text or request.stopping.stop:
@@ -188,32 +130,19 @@ class Engine:
                 self.tokenizer, stop=stopping.stop, include_stop=stopping.include_stop, min_tokens=stopping.min_tokens
             )
         stream = RequestStream(request.request_id, lambda: self._abort(handle))
-        with self._lock:
-            self._check_room(request)
-            self._entries[handle] = _Entry(request, submit, stream, text)
-            self._handles[request.request_id] = handle
+        self._requests.add(ActiveRequest(request, submit, stream, text))
         self._core.send(submit)
         return stream
 
-    def _check_room(self, request: Request) -> None:
-        if self._failure is not None:
-            raise EngineUnavailable(f"the engine has failed: {self._failure}")
-        if not self._accepting:
-            raise EngineUnavailable("the engine is draining and takes no requests")
-        if request.request_id in self._handles:
-            raise DuplicateRequestId(f"request_id: {request.request_id!r} is active")
-        if len(self._entries) >= self.capacity:
-            raise QueueFull(self.capacity, RETRY_AFTER)
-
     def abort(self, request_id: str) -> bool:
         """Ends a request with FinishReason.ABORT; False, and no effect, for one that is not active. Thread-safe."""
-        handle = self._handles.get(request_id)
+        handle = self._requests.handle_of(request_id)
         if handle is not None:
             self._abort(handle)
         return handle is not None
 
     def _abort(self, handle: int) -> None:
-        if handle in self._entries:
+        if self._requests.get(handle) is not None:
             self._core.send(Abort(handle))
 
     @overload
@@ -263,8 +192,8 @@ class Engine:
 
     def loads(self) -> EngineLoads:
         """What the engine is doing now."""
-        gauges = self._gauges
-        active = len(self._entries)
+        gauges = self._delivery.gauges
+        active = len(self._requests)
         return EngineLoads(
             running=min(gauges.running, active),
             waiting=max(active - gauges.running, 0),
@@ -281,13 +210,18 @@ class Engine:
         )
 
     @property
+    def step_records(self) -> Sequence[StepRecord]:
+        """The latest steps, oldest first."""
+        return self._delivery.step_records
+
+    @property
     def is_healthy(self) -> bool:
         """Whether requests are accepted."""
-        return self._accepting and self._failure is None
+        return self._requests.is_open
 
     def drain(self) -> None:
         """Accepts no more requests; those in flight go on."""
-        self._accepting = False
+        self._requests.close()
 
     def shutdown(self, grace: float = 0.0) -> bool:
         """Drains for up to `grace` seconds, aborts what is left, and stops. Idempotent.
@@ -296,111 +230,13 @@ class Engine:
             Whether every request in flight finished by itself.
         """
         self.drain()
-        with self._changed:
-            finished = self._changed.wait_for(lambda: not self._entries, timeout=grace)
-        if self._delivery.is_alive():
+        finished = self._requests.wait_until_none(grace)
+        if self._delivery.is_running:
             self._core.send(Shutdown())
             self._delivery.join()
         self._core.join()
         atexit.unregister(self.shutdown)
         return finished
-
-    # Delivery
-
-    def _deliver(self) -> None:
-        """Runs on the delivery thread until the core ends."""
-        while (message := self._core.receive()) is not None:
-            match message:
-                case StepOutput(outputs, gauges, record):
-                    self._gauges = gauges
-                    if record is not None:
-                        self.step_records.append(record)
-                    touched = [entry.stream for output in outputs if (entry := self._deliver_output(output))]
-                    _wake(touched)
-                case Failed(error):
-                    self._fail(error)
-                case _:
-                    raise TypeError(f"unexpected message {message!r}")
-        self._fail("the engine has stopped")
-
-    def _deliver_output(self, output: SequenceOutput) -> _Entry | None:
-        entry = self._entries.get(output.handle)
-        if entry is None:
-            return None  # a stop string ended it; the core had not heard of that yet
-        if output.times is not None:
-            entry.times = output.times
-        if output.started is not None:
-            entry.cached_tokens = output.started
-            submit = entry.submit
-            entry.stream.start(Started(entry.request.request_id, len(submit.token_ids), output.started, submit.seed))
-        matched = self._push(entry, output) if output.token_ids else None
-        if matched is not None:
-            self._core.send(Abort(output.handle))
-            self._finish(output.handle, entry, FinishReason.STOP, entry.tokens, matched)
-        elif output.finish_reason is not None:
-            self._flush(entry)
-            reason = FinishReason(output.finish_reason)
-            ended = entry.times[2]
-            self._finish(
-                output.handle, entry, reason, output.completion_tokens, output.matched_stop, output.error, ended
-            )
-        return entry
-
-    def _push(self, entry: _Entry, output: SequenceOutput) -> str | None:
-        """Delivers tokens; returns the stop string that they complete, if any."""
-        token_ids, text, matched = output.token_ids, "", None
-        if entry.text is not None:
-            delta = entry.text.push(token_ids)
-            text, matched = delta.text, delta.matched_stop
-            token_ids = token_ids[: delta.tokens_used]
-        entry.tokens += len(token_ids)
-        logprobs = None
-        if output.logprobs is not None:
-            logprobs = [
-                TokenLogprob(t, p, tuple((i, v) for i, v in top)) for t, p, top in output.logprobs[: len(token_ids)]
-            ]
-        wanted = entry.request.output
-        unread = entry.stream.push(
-            token_ids if wanted.return_token_ids else [], text if wanted.return_text else "", logprobs
-        )
-        if unread > self.config.stream_buffer_tokens and matched is None:
-            log.warning("request %s: the client left %d tokens unread; aborting", entry.request.request_id, unread)
-            self._core.send(Abort(output.handle))
-        return matched
-
-    def _flush(self, entry: _Entry) -> None:
-        if entry.text is not None and entry.request.output.return_text:
-            text = entry.text.flush()
-            if text:
-                entry.stream.push([], text, None)
-
-    def _finish(
-        self,
-        handle: int,
-        entry: _Entry,
-        reason: FinishReason,
-        tokens: int,
-        matched_stop: str | int | None = None,
-        error: str | None = None,
-        ended: float | None = None,
-    ) -> None:
-        """Gives the terminal event. `ended`: when the core had the last token; None for now."""
-        with self._changed:
-            del self._entries[handle]
-            del self._handles[entry.request.request_id]
-            self._changed.notify_all()
-        usage = Usage(len(entry.submit.token_ids), entry.cached_tokens, tokens)
-        timings = _timings(entry.submit.arrival, entry.times, time.monotonic() if ended is None else ended)
-        entry.stream.finish(Finished(entry.request.request_id, 0, reason, usage, timings, matched_stop, error))
-
-    def _fail(self, error: str) -> None:
-        """Ends every request in flight: the core is gone."""
-        self._failure = self._failure or error
-        entries = list(self._entries.items())
-        for handle, entry in entries:
-            self._flush(entry)
-            self._finish(handle, entry, FinishReason.ERROR, entry.tokens, error=error)
-        _wake([entry.stream for _, entry in entries])
 
 
 def collect(stream: RequestStream) -> Completion:
@@ -436,28 +272,3 @@ def _request(prompt: Prompt, fields: Mapping[str, Any]) -> Request:
             raise InvalidRequest(next(iter(fields)), "a Request carries its own fields")
         return prompt
     return Request.from_json({"prompt": prompt, **fields} if isinstance(prompt, str) else {**fields, **prompt})
-
-
-def _timings(arrival: float, times: Sequence[float], ended: float) -> Timings:
-    """Phases of a request's life; those it never reached are 0."""
-    scheduled, first_token, _ = times
-    return Timings(
-        queue=(scheduled or ended) - arrival,
-        prefill=(first_token or ended) - scheduled if scheduled else 0.0,
-        decode=ended - first_token if first_token else 0.0,
-        total=ended - arrival,
-    )
-
-
-def _wake(streams: Iterable[RequestStream]) -> None:
-    """Wakes the readers of streams, with one call for each event loop."""
-    waiters: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
-    for stream in streams:
-        waiter = stream.take_waiter()
-        if waiter is not None:
-            waiters.setdefault(waiter[0], []).append(waiter[1])
-    for loop, futures in waiters.items():
-        try:
-            loop.call_soon_threadsafe(wake, futures)
-        except RuntimeError:
-            log.debug("an event loop closed while its streams were open")

@@ -1,6 +1,7 @@
 """What one request or one step does wrong stays its own."""
 
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -82,14 +83,17 @@ def test_steps_that_keep_failing_end_every_stream_and_the_engine_says_so():
     with Engine(simulated_step_ms=0.5, slots=4, max_context=256) as engine:
         runner = engine._core._loop._runner
         failures = 0
+        all_submitted = threading.Event()
 
         def fail(_: object) -> None:
             nonlocal failures
+            all_submitted.wait()
             failures += 1
             raise RuntimeError("injected")
 
         runner.dispatch = fail
         streams = [engine.submit(request) for request in requests(6)]
+        all_submitted.set()
         completions = [collect(stream) for stream in streams]
         assert {completion.finish_reason for completion in completions} == {"error"}
         assert "injected" in (completions[0].error or "")

@@ -1,0 +1,167 @@
+"""From the core's messages to the events of each request's own stream, on one thread of the front.
+
+Text, stop strings, the terminal event and the bound of what a reader may leave unread are decided here.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from jaxserve.active_requests import ActiveRequest, ActiveRequests
+from jaxserve.core_client import Core
+from jaxserve.core_messages import Abort, Failed, Gauges, SequenceOutput, StepOutput, StepRecord
+from jaxserve.request import Finished, FinishReason, Started, Timings, TokenLogprob, Usage
+from jaxserve.request_stream import RequestStream, wake
+
+log = logging.getLogger(__name__)
+
+STEP_RECORDS = 4096
+"""Steps whose records are kept."""
+
+
+class Delivery:
+    """Delivers until the core ends; then ends what is left.
+
+    Args:
+        core: whose messages are delivered.
+        requests: those in flight; what ends is removed.
+        stream_buffer_tokens: tokens that a reader may leave unread.
+        gauges: the core's state before its first step.
+    """
+
+    def __init__(self, core: Core, requests: ActiveRequests, stream_buffer_tokens: int, gauges: Gauges):
+        self.gauges = gauges
+        """The core's state after the latest step."""
+        self.step_records: deque[StepRecord] = deque(maxlen=STEP_RECORDS)
+        """The latest steps, oldest first."""
+        self._core = core
+        self._requests = requests
+        self._stream_buffer_tokens = stream_buffer_tokens
+        self._thread = threading.Thread(target=self._run, name="jaxserve-delivery", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the core has not ended."""
+        return self._thread.is_alive()
+
+    def join(self) -> None:
+        """Waits for the core to end."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (message := self._core.receive()) is not None:
+            match message:
+                case StepOutput(outputs, gauges, record):
+                    self.gauges = gauges
+                    if record is not None:
+                        self.step_records.append(record)
+                    _wake([active.stream for output in outputs if (active := self._deliver(output))])
+                case Failed(error):
+                    self._fail(error)
+                case _:
+                    raise TypeError(f"unexpected message {message!r}")
+        self._fail("the engine has stopped")
+
+    def _deliver(self, output: SequenceOutput) -> ActiveRequest | None:
+        active = self._requests.get(output.handle)
+        if active is None:
+            return None  # a stop string ended it; the core had not heard of that yet
+        if output.times is not None:
+            active.times = output.times
+        if output.started is not None:
+            active.cached_tokens = output.started
+            submit = active.submit
+            active.stream.start(Started(active.request.request_id, len(submit.token_ids), output.started, submit.seed))
+        matched = self._push(active, output) if output.token_ids else None
+        if matched is not None:
+            self._core.send(Abort(output.handle))
+            self._finish(active, FinishReason.STOP, active.tokens, matched)
+        elif output.finish_reason is not None:
+            _flush(active)
+            reason = FinishReason(output.finish_reason)
+            ended = active.times[2]
+            self._finish(active, reason, output.completion_tokens, output.matched_stop, output.error, ended)
+        return active
+
+    def _push(self, active: ActiveRequest, output: SequenceOutput) -> str | None:
+        """Delivers tokens; returns the stop string that they complete, if any."""
+        token_ids, text, matched = output.token_ids, "", None
+        if active.text is not None:
+            delta = active.text.push(token_ids)
+            text, matched = delta.text, delta.matched_stop
+            token_ids = token_ids[: delta.tokens_used]
+        active.tokens += len(token_ids)
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = [
+                TokenLogprob(t, p, tuple((i, v) for i, v in top)) for t, p, top in output.logprobs[: len(token_ids)]
+            ]
+        wanted = active.request.output
+        unread = active.stream.push(
+            token_ids if wanted.return_token_ids else [], text if wanted.return_text else "", logprobs
+        )
+        if unread > self._stream_buffer_tokens and matched is None:
+            log.warning("request %s: the client left %d tokens unread; aborting", active.request.request_id, unread)
+            self._core.send(Abort(output.handle))
+        return matched
+
+    def _finish(
+        self,
+        active: ActiveRequest,
+        reason: FinishReason,
+        tokens: int,
+        matched_stop: str | int | None = None,
+        error: str | None = None,
+        ended: float | None = None,
+    ) -> None:
+        """Gives the terminal event. `ended`: when the core had the last token; None for now."""
+        self._requests.remove(active)
+        usage = Usage(len(active.submit.token_ids), active.cached_tokens, tokens)
+        timings = _timings(active.submit.arrival, active.times, time.monotonic() if ended is None else ended)
+        active.stream.finish(Finished(active.request.request_id, 0, reason, usage, timings, matched_stop, error))
+
+    def _fail(self, error: str) -> None:
+        """Ends every request in flight: the core is gone."""
+        self._requests.fail(error)
+        left = self._requests.all()
+        for active in left:
+            _flush(active)
+            self._finish(active, FinishReason.ERROR, active.tokens, error=error)
+        _wake([active.stream for active in left])
+
+
+def _flush(active: ActiveRequest) -> None:
+    """Shows what text was held back, now that no more tokens come."""
+    if active.text is not None and active.request.output.return_text:
+        text = active.text.flush()
+        if text:
+            active.stream.push([], text, None)
+
+
+def _timings(arrival: float, times: Sequence[float], ended: float) -> Timings:
+    """Phases of a request's life; those it never reached are 0."""
+    scheduled, first_token, _ = times
+    return Timings(
+        queue=(scheduled or ended) - arrival,
+        prefill=(first_token or ended) - scheduled if scheduled else 0.0,
+        decode=ended - first_token if first_token else 0.0,
+        total=ended - arrival,
+    )
+
+
+def _wake(streams: Iterable[RequestStream]) -> None:
+    """Wakes the readers of streams, with one call for each event loop."""
+    waiters: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for stream in streams:
+        waiter = stream.take_waiter()
+        if waiter is not None:
+            waiters.setdefault(waiter[0], []).append(waiter[1])
+    for loop, futures in waiters.items():
+        try:
+            loop.call_soon_threadsafe(wake, futures)
+        except RuntimeError:
+            log.debug("an event loop closed while its streams were open")
