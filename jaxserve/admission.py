@@ -67,7 +67,7 @@ class Admission:
             logit_bias={token: float(bias) for token, bias in sampling.logit_bias.items()},
             logprobs=-1 if request.output.logprobs is None else request.output.logprobs,
             priority=request.priority,
-            cache_salt=request.cache_salt,
+            cache_salt=request.prefix_salt,
             arrival=arrival,
             deadline=request.deadline,
         )

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve import garbage_collection
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(command("generate", "run requests given as JSON lines, writing each result as it finishes"))
     _add_chat(command("chat", "talk with a model, or answer the lines of standard input"))
     _add_convert(command("convert", "write a checkpoint in the native format, which loads fastest"))
+    _add_add_key(command("add-key", "make an API key of a tenant, add it to a key file, and print it once"))
     _add_info(command("info", "describe a checkpoint: configuration, tokenizer, sizes"))
     return parser
 
@@ -105,11 +107,16 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         default = ast.literal_eval(field.default)
         text = f"{field.doc} (default: {default})"
         parser.add_argument(option, type=kind, default=default, metavar=METAVARS[kind], help=text)
+    from rpc.security.config import SecurityConfig
+
+    group = parser.add_argument_group("security", "Addresses other than loopback need keys and TLS.")
+    add_field_options(group, SecurityConfig)
     _engine_options(parser, SERVED)
     parser.set_defaults(run=_serve)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from rpc.security.config import SecurityConfig
     from rpc.server import ServerConfig, print_report, serve
 
     config = _config(arguments, SERVED)
@@ -132,8 +139,13 @@ def _serve(arguments: argparse.Namespace) -> int:
             arguments.grpc_port,
             arguments.grace,
             longest_context=config.max_context or ServerConfig.longest_context,
+            security=SecurityConfig(**given_fields(arguments, SecurityConfig)),
             report=report,
         )
+    except ValueError as error:
+        if listening:
+            raise
+        raise CommandError(str(error)) from error
     except RuntimeError as error:
         if listening:
             raise
@@ -218,7 +230,7 @@ def _chat(arguments: argparse.Namespace) -> int:
         return conversation.run(typed_lines(sys.stderr) if interactive else piped_lines())
 
 
-# convert, info
+# convert, add-key, info
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -234,6 +246,23 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     config = _config(arguments)
     print(convert_checkpoint(arguments.source, arguments.folder, config.dtype, config.quantization))
+    return ExitStatus.SUCCESS
+
+
+def _add_add_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="key file; made if need be. It holds no key, only their hashes")
+    parser.add_argument("tenant", metavar="TENANT", help="whose key it is")
+    parser.add_argument("--admin", action="store_true", help="open admin calls and other tenants' requests to it")
+    parser.set_defaults(run=_add_key)
+
+
+def _add_key(arguments: argparse.Namespace) -> int:
+    from rpc.security.keys import KeyFileError, add_key
+
+    try:
+        print(add_key(Path(arguments.file), arguments.tenant, arguments.admin))
+    except KeyFileError as error:
+        raise CommandError(str(error)) from error
     return ExitStatus.SUCCESS
 
 

@@ -49,6 +49,8 @@ class EngineConfig:
     """Steps whose tokens may wait to be delivered; past it the step loop waits, so that none is ever much older."""
     max_waiting: int = 1024
     """Requests accepted beyond those that hold a slot; past it QueueFull is raised."""
+    max_tenant_requests: int | None = None
+    """Requests of one tenant in flight at once, where a server has keys; None bounds only all tenants together."""
     stream_buffer_tokens: int = 8192
     """Tokens a client may leave unread before its request is aborted."""
     core: CoreKind = "thread"
@@ -68,9 +70,9 @@ class EngineConfig:
         _require(
             "prefill_chunks", chunks, chunks and chunks[0] >= 1 and sorted(set(chunks)) == list(chunks), "ascending"
         )
-        for name in ("max_context", "num_pages"):
+        for name, least in (("max_context", 2), ("num_pages", 2), ("max_tenant_requests", 1)):
             value = getattr(self, name)
-            _require(name, value, value is None or value >= 2, "at least 2")
+            _require(name, value, value is None or value >= least, f"at least {least}")
         _require("dtype", self.dtype, self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
         _require("quantization", self.quantization, self.quantization in ("none", "int8"), "none or int8")
         _require("matmul", self.matmul, self.matmul in (None, "xla", "native"), "xla or native")

@@ -83,7 +83,7 @@ class Engine:
         self.max_context = self.device.max_context
         self._admission = Admission(self.model_name, self.model_config, self.tokenizer, self.max_context)
         self._handles = itertools.count()
-        self._requests = ActiveRequests(self.capacity)
+        self._requests = ActiveRequests(self.capacity, self.config.max_tenant_requests)
         gauges = Gauges(0, 0, 0, self.device.num_pages, 0, 0, 0, 0, 0, 0, 0)
         self._delivery = Delivery(self._core, self._requests, self.config.stream_buffer_tokens, gauges)
         atexit.register(self.shutdown)
@@ -134,12 +134,17 @@ class Engine:
         self._core.send(submit)
         return stream
 
-    def abort(self, request_id: str) -> bool:
-        """Ends a request with FinishReason.ABORT; False, and no effect, for one that is not active. Thread-safe."""
-        handle = self._requests.handle_of(request_id)
-        if handle is not None:
+    def abort(self, request_id: str, tenant: str | None = None) -> bool:
+        """Ends a request with FinishReason.ABORT; False, and no effect, for one that is not active. Thread-safe.
+
+        Args:
+            request_id: of the request.
+            tenant: whose it must be; None ends those of every tenant with this id.
+        """
+        handles = self._requests.handles_of(request_id, tenant)
+        for handle in handles:
             self._abort(handle)
-        return handle is not None
+        return bool(handles)
 
     def _abort(self, handle: int) -> None:
         if self._requests.get(handle) is not None:

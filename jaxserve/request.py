@@ -70,6 +70,14 @@ class QueueFull(RequestError):
         self.retry_after = retry_after
 
 
+class TenantBusy(QueueFull):
+    """A tenant has as many requests in flight as one may; others may still be accepted."""
+
+    def __init__(self, limit: int, retry_after: float):
+        super().__init__(limit, retry_after)
+        self.args = (f"the tenant has {limit} requests in flight (limit {limit})",)
+
+
 class DuplicateRequestId(RequestError):
     """A request with this id is still active."""
 
@@ -221,9 +229,16 @@ class Request:
     priority: int = 0
     """Higher goes first."""
     cache_salt: str = ""
-    """Requests share cached prefixes only within one salt."""
+    """Requests share cached prefixes only within one salt, and one tenant."""
+    tenant: str = ""
+    """Who asks, as the server that authenticated the call says; never a field of the API. "" where nobody is asked."""
     deadline: float | None = None
     """`time.monotonic()` seconds after which the request ends with FinishReason.DEADLINE."""
+
+    @property
+    def prefix_salt(self) -> str:
+        """What the request's chain of pages begins with: the tenant, which holds no zero character, and the salt."""
+        return f"{self.tenant}\0{self.cache_salt}" if self.tenant else self.cache_salt
 
     def validate(self) -> None:
         """Checks what needs no model: that there is one prompt, and its form. Raises InvalidRequest."""

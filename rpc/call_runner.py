@@ -1,10 +1,12 @@
 """What a generate call does in every protocol: admit the request, follow its stream, end with the right status."""
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from functools import partial
 
 import grpc.aio
 
@@ -84,7 +86,9 @@ class CallRunner:
         if self._submitting >= limit:
             raise QueueFull(limit, RETRY_AFTER)
         self._submitting += 1
-        submitted = asyncio.get_running_loop().run_in_executor(self._tokenizing, engine.submit, request)
+        submitted = asyncio.get_running_loop().run_in_executor(
+            self._tokenizing, contextvars.copy_context().run, partial(engine.submit, request)
+        )
         submitted.add_done_callback(self._on_submitted)
         try:
             return await asyncio.shield(submitted)

@@ -21,7 +21,9 @@ from jaxserve.request import (
     ModelNotFound,
     QueueFull,
     RequestError,
+    TenantBusy,
 )
+from rpc.security.principal import Forbidden, Unauthenticated
 from rpc.v1 import jaxserve_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -123,7 +125,7 @@ def failure_of(error: Exception, request: Message) -> Failure | None:
             return Failure(
                 code.RESOURCE_EXHAUSTED,
                 message,
-                "QUEUE_FULL",
+                "TENANT_BUSY" if isinstance(error, TenantBusy) else "QUEUE_FULL",
                 metadata=(("limit", str(error.limit)),),
                 details=(error_details_pb2.RetryInfo(retry_delay=delay),),
             )
@@ -131,6 +133,10 @@ def failure_of(error: Exception, request: Message) -> Failure | None:
             return Failure(code.NOT_FOUND, message, "MODEL_NOT_FOUND")
         case DuplicateRequestId():
             return Failure(code.ALREADY_EXISTS, message, "DUPLICATE_REQUEST_ID")
+        case Unauthenticated():
+            return Failure(code.UNAUTHENTICATED, message, "UNAUTHENTICATED")
+        case Forbidden():
+            return Failure(code.PERMISSION_DENIED, message, "FORBIDDEN")
         case EngineUnavailable():
             return Failure(code.UNAVAILABLE, message, "ENGINE_UNAVAILABLE")
         case DeadlineExceeded():
@@ -187,6 +193,8 @@ _BY_CODE: dict[grpc.StatusCode, type[RequestError] | type[TimeoutError]] = {
     grpc.StatusCode.NOT_FOUND: ModelNotFound,
     grpc.StatusCode.ALREADY_EXISTS: DuplicateRequestId,
     grpc.StatusCode.UNAVAILABLE: EngineUnavailable,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: Forbidden,
     grpc.StatusCode.DEADLINE_EXCEEDED: TimeoutError,
 }
 

@@ -126,8 +126,8 @@ class ServedEngine(Protocol):
         """Validates, tokenizes and queues a request. Raises a RequestError, having allocated nothing."""
         ...
 
-    def abort(self, request_id: str) -> bool:
-        """Ends an active request; False where there is none with this id."""
+    def abort(self, request_id: str, tenant: str | None = None) -> bool:
+        """Ends an active request; False where there is none with this id, or none of this tenant's."""
         ...
 
     def loads(self) -> Loads: ...

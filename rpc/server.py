@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
@@ -25,6 +26,11 @@ from rpc.control import ControlServicer
 from rpc.lifecycle import Lifecycle, State
 from rpc.malformed import MalformedRequests
 from rpc.open_calls import OpenCalls
+from rpc.security.access import Access
+from rpc.security.config import SecurityConfig
+from rpc.security.grpc_guard import Guard
+from rpc.security.keys import KeyFile
+from rpc.security.tenants import for_tenants
 from rpc.served_engine import ServedEngine
 from rpc.servicer import InferenceServicer
 from rpc.v1 import jaxserve_pb2 as pb
@@ -66,7 +72,7 @@ class ServerConfig:
     """Everything that shapes a server, but for its engine."""
 
     host: str = "127.0.0.1"
-    """Address to bind. Anything but loopback lets others in: there is no authentication yet."""
+    """Address to bind. Anything but loopback lets others in, and needs keys and TLS, or --allow-open."""
     port: int = 50051
     """0 takes a free one, named in the report."""
     grace: float = 30.0
@@ -82,6 +88,20 @@ class ServerConfig:
     """Seconds without an answer to that ping after which the client is gone and its calls are cancelled."""
     stall_limit: float = 60.0
     """Seconds a client may leave a message unread before its request is aborted."""
+    max_connections: int = 4096
+    """Connections at once; a further one is closed as it comes."""
+    handshake_timeout: float = 10.0
+    """Seconds in which a new connection must have shaken hands (TLS and HTTP/2)."""
+    max_connection_idle: float = 3600.0
+    """Seconds after which a connection without a call is closed."""
+    max_header_bytes: int = 16384
+    """Bytes of the headers of one call; refused above."""
+    security: SecurityConfig = field(default_factory=SecurityConfig)
+    """Keys and certificates."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the address would let others in without keys or TLS."""
+        self.security.check_host(self.host)
 
     @property
     def max_request_bytes(self) -> int:
@@ -93,6 +113,11 @@ class ServerConfig:
         return [
             ("grpc.max_receive_message_length", self.max_request_bytes),
             ("grpc.max_concurrent_streams", self.max_concurrent_streams),
+            ("grpc.max_metadata_size", self.max_header_bytes),
+            ("grpc.absolute_max_metadata_size", self.max_header_bytes),
+            ("grpc.max_allowed_incoming_connections", self.max_connections),
+            ("grpc.server_handshake_timeout_ms", round(self.handshake_timeout * 1000)),
+            ("grpc.max_connection_idle_ms", round(self.max_connection_idle * 1000)),
             # A second server on the port must fail to bind, not share its connections.
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_time_ms", round(self.keepalive_interval * 1000)),
@@ -120,8 +145,12 @@ class Server:
         self._hurry = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._began = time.monotonic()
+        keys = config.security.api_keys
+        self.access = Access(None if keys is None else KeyFile(Path(keys).expanduser()))
+        """Who may call what, on every protocol."""
         self._server = grpc.aio.server(
-            interceptors=[MalformedRequests(*(f"/{service}/" for service in SERVICES))],
+            # The guard first: what comes without a key is not even parsed.
+            interceptors=[Guard(self.access), MalformedRequests(*(f"/{service}/" for service in SERVICES))],
             options=config.channel_options(),
         )
         self._add_services()
@@ -138,14 +167,18 @@ class Server:
         """Binds the port and answers. Raises RuntimeError where the port cannot be had."""
         await self.lifecycle.move_to(State.LOADING)
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host  # IPv6
-        self.port = self._server.add_insecure_port(f"{host}:{self.config.port}")
+        address, tls = f"{host}:{self.config.port}", self.config.security.tls_files()
+        if tls is None:
+            self.port = self._server.add_insecure_port(address)
+        else:
+            self.port = self._server.add_secure_port(address, tls.grpc_credentials())
         await self._server.start()
         self._watching = asyncio.create_task(self._watch())
         self._report({"event": "listening", "protocol": "grpc", "address": f"{host}:{self.port}", "port": self.port})
 
     async def attach(self, engine: ServedEngine) -> None:
         """Serves an engine that is ready."""
-        self.lifecycle.engine = engine
+        self.lifecycle.engine = for_tenants(engine)
         await self.lifecycle.move_to(State.READY)
         self._report(
             {"event": "ready", "model": engine.model_name, "seconds": round(time.monotonic() - self._began, 3)}
@@ -164,6 +197,7 @@ class Server:
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             self.calls.abort_stalled()
+            self.access.refresh()
             await self.lifecycle.follow_engine_health()
 
     def hurry(self) -> None:
@@ -239,6 +273,7 @@ def serve(
     grace: float = ServerConfig.grace,
     *,
     longest_context: int = ServerConfig.longest_context,
+    security: SecurityConfig | None = None,
     report: Report = print_report,
 ) -> int:
     """Serves an engine until SIGTERM or SIGINT, and returns the exit code, an `ExitCode`.
@@ -249,9 +284,11 @@ def serve(
 
     Raises:
         RuntimeError: the port cannot be had.
+        ValueError: the address needs keys and TLS, or their files cannot be used.
         Exception: what `engine_factory` raises.
     """
-    config = ServerConfig(host=host, port=port, grace=grace, longest_context=longest_context)
+    security = security or SecurityConfig()
+    config = ServerConfig(host=host, port=port, grace=grace, longest_context=longest_context, security=security)
     code, loading = asyncio.run(_serve(engine_factory, config, report))
     if loading:
         sys.stdout.flush()

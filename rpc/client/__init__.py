@@ -4,17 +4,29 @@
         async for delta in client.generate("Once upon a time", max_tokens=32):
             print(delta.text, end="", flush=True)
 
-    with Client("localhost:50051") as client:
+    with Client("localhost:50051", Credentials(api_key=key, root_certificates="authority.pem")) as client:
         for delta in client.chat([{"role": "user", "content": "Hello"}]):
             print(delta.text, end="", flush=True)
 
 A request that is refused raises what `Engine.submit` raises: InvalidRequest with its `field`, QueueFull with
-`retry_after`, ModelNotFound, DuplicateRequestId, EngineUnavailable. A deadline raises TimeoutError, anything else
+`retry_after`, ModelNotFound, DuplicateRequestId, EngineUnavailable; a call without the right key Unauthenticated, or
+Forbidden where the key is not an admin's. A deadline raises TimeoutError, anything else
 RpcFailed. Leaving the loop over a stream early cancels the request on the server.
 """
 
 from rpc.client.asynchronous import AsyncClient, AsyncGeneration
 from rpc.client.blocking import Client, Generation
+from rpc.client.calls import Credentials
 from rpc.errors import RpcFailed
+from rpc.security.principal import Forbidden, Unauthenticated
 
-__all__ = ["AsyncClient", "AsyncGeneration", "Client", "Generation", "RpcFailed"]
+__all__ = [
+    "AsyncClient",
+    "AsyncGeneration",
+    "Client",
+    "Credentials",
+    "Forbidden",
+    "Generation",
+    "RpcFailed",
+    "Unauthenticated",
+]

@@ -12,10 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.request import Completion, Delta, EngineUnavailable, Event
 from rpc.client.calls import (
-    CHANNEL_OPTIONS,
     DEFAULT_ADDRESS,
+    NOTHING_SHOWN,
     READY_INTERVAL,
     ChatMessage,
+    Credentials,
     Ending,
     Prompt,
     mapped_errors,
@@ -71,13 +72,15 @@ class AsyncGeneration(Ending):
 class AsyncClient:
     """A client for asyncio. Use it as an async context manager, within one event loop."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, credentials: grpc.ChannelCredentials | None = None):
-        """`credentials`: of a TLS connection; None is plain text."""
+    def __init__(self, address: str = DEFAULT_ADDRESS, credentials: Credentials = NOTHING_SHOWN):
+        """`credentials`: API key and TLS; plain text without a key by default."""
         self.address = address
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._metadata = credentials.metadata
+        options, channel = credentials.channel_options(), credentials.channel_credentials()
+        if channel is None:
+            self._channel = grpc.aio.insecure_channel(address, options=options)
         else:
-            self._channel = grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+            self._channel = grpc.aio.secure_channel(address, channel, options=options)
         self._inference = jaxserve_pb2_grpc.InferenceStub(self._channel)
         self._control = jaxserve_pb2_grpc.ControlStub(self._channel)
         self._check = health_pb2_grpc.HealthStub(self._channel).Check  # pyright: ignore[reportAttributeAccessIssue]
@@ -118,7 +121,9 @@ class AsyncClient:
             fields: sampling, stopping and output fields by their API names: `max_tokens`, `temperature`, `stop`, ...
         """
         message, limit = prepare(prompt, fields, timeout)
-        return AsyncGeneration(self._inference.Generate(message, timeout=limit), message.request_id)
+        return AsyncGeneration(
+            self._inference.Generate(message, timeout=limit, metadata=self._metadata), message.request_id
+        )
 
     def chat(
         self, messages: Sequence[ChatMessage], *, timeout: float | None = None, **fields: object
@@ -130,34 +135,37 @@ class AsyncClient:
         """As `generate`, with the whole sequence in one answer."""
         message, limit = prepare(prompt, fields, timeout)
         with mapped_errors():
-            return completions_from_proto(await self._inference.GenerateOnce(message, timeout=limit))[0]
+            return completions_from_proto(
+                await self._inference.GenerateOnce(message, timeout=limit, metadata=self._metadata)
+            )[0]
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request with finish reason abort; False where none with this id is active."""
         with mapped_errors():
-            return (await self._control.Abort(pb.AbortRequest(request_id=request_id))).aborted
+            return (await self._control.Abort(pb.AbortRequest(request_id=request_id), metadata=self._metadata)).aborted
 
     async def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
         """Token ids of text, or of a conversation in the model's template."""
         with mapped_errors():
-            return list((await self._control.Tokenize(tokenize_request(prompt))).token_ids)
+            return list((await self._control.Tokenize(tokenize_request(prompt), metadata=self._metadata)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
         with mapped_errors():
-            return (await self._control.Detokenize(pb.DetokenizeRequest(token_ids=token_ids))).text
+            message = pb.DetokenizeRequest(token_ids=token_ids)
+            return (await self._control.Detokenize(message, metadata=self._metadata)).text
 
     async def model_info(self) -> pb.GetModelInfoResponse:
         """The model and its limits."""
         with mapped_errors():
-            return await self._control.GetModelInfo(pb.GetModelInfoRequest())
+            return await self._control.GetModelInfo(pb.GetModelInfoRequest(), metadata=self._metadata)
 
     async def server_info(self) -> pb.GetServerInfoResponse:
         """Version, device, limits and state of the server."""
         with mapped_errors():
-            return await self._control.GetServerInfo(pb.GetServerInfoRequest())
+            return await self._control.GetServerInfo(pb.GetServerInfoRequest(), metadata=self._metadata)
 
     async def loads(self) -> pb.GetLoadsResponse:
         """What the server is doing now."""
         with mapped_errors():
-            return await self._control.GetLoads(pb.GetLoadsRequest())
+            return await self._control.GetLoads(pb.GetLoadsRequest(), metadata=self._metadata)

@@ -10,10 +10,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.request import Completion, Delta, EngineUnavailable, Event
 from rpc.client.calls import (
-    CHANNEL_OPTIONS,
     DEFAULT_ADDRESS,
+    NOTHING_SHOWN,
     READY_INTERVAL,
     ChatMessage,
+    Credentials,
     Ending,
     Prompt,
     mapped_errors,
@@ -65,13 +66,15 @@ class Generation(Ending):
 class Client:
     """A client for plain code. Use it as a context manager; its methods may be called from any thread."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, credentials: grpc.ChannelCredentials | None = None):
-        """`credentials`: of a TLS connection; None is plain text."""
+    def __init__(self, address: str = DEFAULT_ADDRESS, credentials: Credentials = NOTHING_SHOWN):
+        """`credentials`: API key and TLS; plain text without a key by default."""
         self.address = address
-        if credentials is None:
-            self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._metadata = credentials.metadata
+        options, channel = credentials.channel_options(), credentials.channel_credentials()
+        if channel is None:
+            self._channel = grpc.insecure_channel(address, options=options)
         else:
-            self._channel = grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(address, channel, options=options)
         self._inference = jaxserve_pb2_grpc.InferenceStub(self._channel)
         self._control = jaxserve_pb2_grpc.ControlStub(self._channel)
         self._check = health_pb2_grpc.HealthStub(self._channel).Check  # pyright: ignore[reportAttributeAccessIssue]
@@ -114,7 +117,7 @@ class Client:
             fields: sampling, stopping and output fields by their API names: `max_tokens`, `temperature`, `stop`, ...
         """
         message, limit = prepare(prompt, fields, timeout)
-        return Generation(self._inference.Generate(message, timeout=limit), message.request_id)
+        return Generation(self._inference.Generate(message, timeout=limit, metadata=self._metadata), message.request_id)
 
     def chat(self, messages: Sequence[ChatMessage], *, timeout: float | None = None, **fields: object) -> Generation:
         """As `generate`, for a conversation in the model's chat template."""
@@ -124,34 +127,35 @@ class Client:
         """As `generate`, with the whole sequence in one answer."""
         message, limit = prepare(prompt, fields, timeout)
         with mapped_errors():
-            return completions_from_proto(self._inference.GenerateOnce(message, timeout=limit))[0]
+            response = self._inference.GenerateOnce(message, timeout=limit, metadata=self._metadata)
+        return completions_from_proto(response)[0]
 
     def abort(self, request_id: str) -> bool:
         """Ends a request with finish reason abort; False where none with this id is active."""
         with mapped_errors():
-            return self._control.Abort(pb.AbortRequest(request_id=request_id)).aborted
+            return self._control.Abort(pb.AbortRequest(request_id=request_id), metadata=self._metadata).aborted
 
     def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
         """Token ids of text, or of a conversation in the model's template."""
         with mapped_errors():
-            return list(self._control.Tokenize(tokenize_request(prompt)).token_ids)
+            return list(self._control.Tokenize(tokenize_request(prompt), metadata=self._metadata).token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
         with mapped_errors():
-            return self._control.Detokenize(pb.DetokenizeRequest(token_ids=token_ids)).text
+            return self._control.Detokenize(pb.DetokenizeRequest(token_ids=token_ids), metadata=self._metadata).text
 
     def model_info(self) -> pb.GetModelInfoResponse:
         """The model and its limits."""
         with mapped_errors():
-            return self._control.GetModelInfo(pb.GetModelInfoRequest())
+            return self._control.GetModelInfo(pb.GetModelInfoRequest(), metadata=self._metadata)
 
     def server_info(self) -> pb.GetServerInfoResponse:
         """Version, device, limits and state of the server."""
         with mapped_errors():
-            return self._control.GetServerInfo(pb.GetServerInfoRequest())
+            return self._control.GetServerInfo(pb.GetServerInfoRequest(), metadata=self._metadata)
 
     def loads(self) -> pb.GetLoadsResponse:
         """What the server is doing now."""
         with mapped_errors():
-            return self._control.GetLoads(pb.GetLoadsRequest())
+            return self._control.GetLoads(pb.GetLoadsRequest(), metadata=self._metadata)

@@ -3,7 +3,8 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import cast
 
 import grpc
@@ -40,6 +41,49 @@ CHANNEL_OPTIONS = [
     # No environment variable sends a request elsewhere.
     ("grpc.enable_http_proxy", 0),
 ]
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a client shows a server, and how it knows that one.
+
+    Attributes:
+        api_key: sent with each call; None sends none.
+        tls: whether the connection is TLS, to a server whose certificate an authority of the system signed. Implied
+            by the files below.
+        root_certificates: PEM file of the authorities to trust instead of the system's.
+        client_cert: PEM file of the client's own certificate chain, for mutual TLS.
+        client_key: PEM file of its private key.
+        server_name: name that the server's certificate must have, where it is not the address's.
+    """
+
+    api_key: str | None = field(default=None, repr=False)
+    tls: bool = False
+    root_certificates: str | Path | None = None
+    client_cert: str | Path | None = None
+    client_key: str | Path | None = None
+    server_name: str | None = None
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Sent with each call. In it, and not in gRPC's call credentials: those refuse plain text to loopback."""
+        return () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials | None:
+        """Of the connection; None for plain text. Raises OSError where a file cannot be read."""
+        files = (self.root_certificates, self.client_key, self.client_cert)
+        if not self.tls and files == (None, None, None):
+            return None
+        return grpc.ssl_channel_credentials(*(None if file is None else Path(file).read_bytes() for file in files))
+
+    def channel_options(self) -> list[tuple[str, str | int]]:
+        """Those of every channel, and the server's name."""
+        named = [] if self.server_name is None else [("grpc.ssl_target_name_override", self.server_name)]
+        return [*CHANNEL_OPTIONS, *named]
+
+
+NOTHING_SHOWN = Credentials()
+"""Plain text and no key."""
 
 
 def build_request(prompt: Prompt, fields: Mapping[str, object]) -> Request:

@@ -180,9 +180,9 @@ class ScriptedEngine:
             raise RuntimeError("a defect")
         return prompt
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str, tenant: str | None = None) -> bool:
         active = self._active.get(request_id)
-        if active is None:
+        if active is None or tenant not in (None, active.request.tenant):
             return False
         active.cancelled = True
         return True

@@ -1,0 +1,1 @@
+"""Who may call: keys by tenant, TLS, and what one tenant may take. Every protocol asks the same `Access`."""
