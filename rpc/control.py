@@ -44,7 +44,7 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetServerInfoResponse:
         info = pb.GetServerInfoResponse(
-            version=_installed_version("jaxserve"),
+            version=installed_version("jaxserve"),
             state=self._lifecycle.state,
             uptime=time.monotonic() - self._began,
         )
@@ -53,7 +53,7 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
             info.device.platform = engine.device.platform
             info.device.kind = engine.device.device_kind
             info.device.attention = engine.device.attention
-            info.device.jax_version = _installed_version("jax")
+            info.device.jax_version = installed_version("jax")
             info.limits.CopyFrom(_limits(engine, self._max_request_bytes))
         return info
 
@@ -92,10 +92,11 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
         return pb.DetokenizeResponse(text=await loop.run_in_executor(self._tokenizing, _detokenize, engine, request))
 
 
-def _installed_version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """The version of an installed package; "unknown" in a checkout that is not installed."""
     try:
         return version(package)
-    except PackageNotFoundError:  # run from a checkout
+    except PackageNotFoundError:
         return "unknown"
 
 

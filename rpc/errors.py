@@ -24,7 +24,6 @@ from jaxserve.request import (
     TenantBusy,
 )
 from rpc.security.principal import Forbidden, Unauthenticated
-from rpc.v1 import jaxserve_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +35,15 @@ MAX_MESSAGE_BYTES = 600
 
 DETAILS_KEY = "grpc-status-details-bin"
 
-_NESTED_FIELDS = {
-    field.name: f"{part}.{field.name}"
-    for part, message in (("sampling", pb.Sampling), ("stopping", pb.Stopping), ("output", pb.Output))
-    for field in message.DESCRIPTOR.fields
+PROMPT_ONEOFS = ("prompt", "input", "content")
+"""The oneof that holds the prompt, in the requests of any protocol."""
+
+_OTHER_PATHS = {
+    ("vllm.grpc.engine.GenerateRequest", "token_ids"): "tokenized.input_ids",
+    ("vllm.grpc.engine.GenerateRequest", "include_stop"): "sampling_params.include_stop_str_in_output",
+    ("jetstream_proto.DecodeRequest", "n"): "num_samples",
 }
+"""Where a field lies that a protocol calls something else, by its request message and API name."""
 
 
 class DeadlineExceeded(Exception):
@@ -49,6 +52,10 @@ class DeadlineExceeded(Exception):
 
 class RequestFailed(Exception):
     """The engine failed this request while it ran."""
+
+
+class Unsupported(Exception):
+    """A call that this server does not have."""
 
 
 class RpcFailed(Exception):
@@ -94,10 +101,17 @@ def clipped(text: str) -> str:
 
 def field_path(field: str, request: Message) -> str:
     """Where a field with this API name lies in the request message, as BadRequest wants it."""
+    descriptor = request.DESCRIPTOR
     if field == "prompt":
-        return request.WhichOneof("prompt") or "prompt"
-    if isinstance(request, pb.GenerateRequest):
-        return _NESTED_FIELDS.get(field, field)
+        oneofs = [name for name in PROMPT_ONEOFS if name in descriptor.oneofs_by_name]
+        return (request.WhichOneof(oneofs[0]) if oneofs else None) or "prompt"
+    if field in descriptor.fields_by_name:
+        return field
+    if (descriptor.full_name, field) in _OTHER_PATHS:
+        return _OTHER_PATHS[descriptor.full_name, field]
+    for part in descriptor.fields:
+        if part.message_type is not None and field in part.message_type.fields_by_name:
+            return f"{part.name}.{field}"
     return field
 
 
@@ -141,6 +155,8 @@ def failure_of(error: Exception, request: Message) -> Failure | None:
             return Failure(code.UNAVAILABLE, message, "ENGINE_UNAVAILABLE")
         case DeadlineExceeded():
             return Failure(code.DEADLINE_EXCEEDED, message, "DEADLINE_EXCEEDED")
+        case Unsupported():
+            return Failure(code.UNIMPLEMENTED, message, "UNSUPPORTED")
         case RequestFailed():
             return Failure(code.INTERNAL, message, "REQUEST_FAILED")
     return None
@@ -150,7 +166,7 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception, request: Me
     """Ends a call with the status of an exception. One that nobody expected is logged, and INTERNAL."""
     failure = failure_of(error, request)
     if failure is None:
-        name = request.request_id if isinstance(request, pb.GenerateRequest) else f"({type(request).__name__})"
+        name = getattr(request, "request_id", "") or f"({type(request).__name__})"
         logger.error("request %s failed: %r", name, error, exc_info=error, extra={"request_id": name})
         failure = Failure(grpc.StatusCode.INTERNAL, clipped(f"internal error in request {name}"), "INTERNAL")
     await context.abort(failure.code, failure.message, failure.trailing_metadata())

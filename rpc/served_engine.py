@@ -37,6 +37,10 @@ class TextTokenizer(Protocol):
         """Text without special tokens."""
         ...
 
+    def to_files(self) -> Mapping[str, str]:
+        """Files of a Hugging Face folder, content by name, that make the same tokenizer."""
+        ...
+
 
 class Device(Protocol):
     """Where the engine runs."""

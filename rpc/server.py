@@ -20,9 +20,12 @@ from pathlib import Path
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
+from rpc import jetstream_servicer, vllm_servicer
 from rpc.call_runner import CallRunner
 from rpc.control import ControlServicer
+from rpc.jetstream import orchestrator_pb2_grpc
 from rpc.lifecycle import Lifecycle, State
 from rpc.malformed import MalformedRequests
 from rpc.open_calls import OpenCalls
@@ -38,8 +41,12 @@ from rpc.v1 import jaxserve_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
-"""Full names of the services of jaxserve.v1."""
+SERVICES = (
+    *(service.full_name for service in pb.DESCRIPTOR.services_by_name.values()),
+    vllm_servicer.SERVICE,
+    jetstream_servicer.SERVICE,
+)
+"""Full names of the services."""
 
 WATCH_INTERVAL = 0.2
 """Seconds between looks at the engine's health and at stalled readers."""
@@ -160,6 +167,10 @@ class Server:
         control = ControlServicer(self.lifecycle, self.calls, self._tokenizing, self.config.max_request_bytes)
         jaxserve_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(runner), self._server)
         jaxserve_pb2_grpc.add_ControlServicer_to_server(control, self._server)
+        vllm_engine = vllm_servicer.VllmEngineServicer(runner, self.lifecycle, self.calls, self._tokenizing)
+        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(vllm_engine, self._server)
+        orchestrator = jetstream_servicer.OrchestratorServicer(runner, self.lifecycle)
+        orchestrator_pb2_grpc.add_OrchestratorServicer_to_server(orchestrator, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.lifecycle.health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 

@@ -5,10 +5,14 @@ nothing was lost, doubled or given to another: see `expected_ids`.
 """
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from jaxserve.config import EngineConfig
 from jaxserve.request import (
@@ -50,6 +54,18 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")
+
+    def to_files(self) -> dict[str, str]:
+        # The byte-level alphabet of GPT-2: what can be printed stands for itself, the others follow from U+0100 on.
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in printable]
+        characters = {byte: chr(byte) for byte in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+        tokenizer = tokenizers.Tokenizer(models.BPE({characters[byte]: byte for byte in range(256)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+        return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)}
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,8 @@ async def test_reflection_lists_the_services_and_describes_them() -> None:
         assert names == {
             "jaxserve.v1.Inference",
             "jaxserve.v1.Control",
+            "vllm.grpc.engine.VllmEngine",
+            "jetstream_proto.Orchestrator",
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
         }

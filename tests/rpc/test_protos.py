@@ -2,28 +2,35 @@
 
 import ast
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from google.protobuf import descriptor_pb2
 from serving import ROOT
 
-from rpc.v1 import jaxserve_pb2 as pb
-from rpc.v1 import jaxserve_pb2_grpc
+from rpc.jetstream import orchestrator_pb2, orchestrator_pb2_grpc
+from rpc.v1 import jaxserve_pb2, jaxserve_pb2_grpc
+
+STUBS = {
+    "rpc/v1/jaxserve": (jaxserve_pb2, jaxserve_pb2_grpc),
+    "rpc/jetstream/orchestrator": (orchestrator_pb2, orchestrator_pb2_grpc),
+}
 
 protoc = pytest.importorskip("grpc_tools.protoc")
 
 
-def test_stubs_are_up_to_date_with_the_proto(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", STUBS)
+def test_stubs_are_up_to_date_with_the_proto(name: str, tmp_path: Path) -> None:
     # Compared by what they mean, so that any version of the generator can check what the pinned one wrote.
     described = tmp_path / "descriptors"
-    arguments = ["protoc", f"-I{ROOT}", f"--descriptor_set_out={described}", "rpc/v1/jaxserve.proto"]
+    arguments = ["protoc", f"-I{ROOT}", f"--descriptor_set_out={described}", f"{name}.proto"]
     assert protoc.main(arguments) == 0
     (proto,) = descriptor_pb2.FileDescriptorSet.FromString(described.read_bytes()).file
     for message in _messages(proto.message_type):
         for field in message.field:
             field.ClearField("json_name")
     committed = descriptor_pb2.FileDescriptorProto()
-    pb.DESCRIPTOR.CopyToProto(committed)
+    STUBS[name][0].DESCRIPTOR.CopyToProto(committed)
     assert committed == proto, "run scripts/generate_protos"
 
 
@@ -34,22 +41,24 @@ def _messages(messages: object) -> list[descriptor_pb2.DescriptorProto]:
     return found
 
 
-def test_type_stubs_know_every_field() -> None:
-    tree = ast.parse((ROOT / "rpc/v1/jaxserve_pb2.pyi").read_text())
+@pytest.mark.parametrize("name", STUBS)
+def test_type_stubs_know_every_field(name: str) -> None:
+    tree = ast.parse((ROOT / f"{name}_pb2.pyi").read_text())
     fields = {
         node.name: {ast.literal_eval(item.value) for item in node.body if isinstance(item, ast.Assign)}
         for node in tree.body
         if isinstance(node, ast.ClassDef)
     }
     expected = {
-        name: {tuple(field.name for field in message.fields)}
-        for name, message in pb.DESCRIPTOR.message_types_by_name.items()
+        message_name: {tuple(field.name for field in message.fields)}
+        for message_name, message in STUBS[name][0].DESCRIPTOR.message_types_by_name.items()
     }
     assert fields == expected, "run scripts/generate_protos"
 
 
-def test_service_stubs_know_every_method() -> None:
-    for name, service in pb.DESCRIPTOR.services_by_name.items():
-        servicer = getattr(jaxserve_pb2_grpc, f"{name}Servicer")
+@pytest.mark.parametrize("messages, services", STUBS.values())
+def test_service_stubs_know_every_method(messages: ModuleType, services: ModuleType) -> None:
+    for name, service in messages.DESCRIPTOR.services_by_name.items():
+        servicer = getattr(services, f"{name}Servicer")
         methods = {method for method in vars(servicer) if not method.startswith("_")}
         assert methods == {method.name for method in service.methods}, "run scripts/generate_protos"

@@ -1,0 +1,1 @@
+"""Protocol jetstream_proto and its generated stubs; `scripts/generate_protos` writes them."""

@@ -1,0 +1,179 @@
+"""Between the messages of `vllm.grpc.engine` (package smg-grpc-proto) and the plain data of `jaxserve.request`.
+
+Defaults are those of the protocol's own adapter: an unset temperature is 1, and 0 stands for unset in top_p,
+repetition_penalty and n. Answers carry token ids and no text, so `skip_special_tokens`, `spaces_between_special_tokens`
+and `tokenized.original_text` change nothing; constraints always start at the first token, which is all that
+`grammar_from_first_token` asks for.
+"""
+
+import io
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from google.protobuf.message import Message
+from smg_grpc_proto.generated import vllm_engine_pb2 as pb
+
+from jaxserve.request import (
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    InvalidRequest,
+    OutputParams,
+    Request,
+    SamplingParams,
+    Started,
+    StoppingParams,
+    TokenLogprob,
+)
+
+_REQUEST_FIELDS = frozenset(("request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"))
+_SAMPLING_FIELDS = frozenset(
+    (
+        *("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"),
+        *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
+        *("n", "logprobs", "seed", "logit_bias"),
+        *("skip_special_tokens", "spaces_between_special_tokens", "grammar_from_first_token"),
+    )
+)
+
+
+def _refuse_others(message: Message, supported: frozenset[str]) -> None:
+    """Raises InvalidRequest for a field that is set and not among those: nothing is dropped in silence."""
+    for descriptor, _ in message.ListFields():
+        if descriptor.name not in supported:
+            raise InvalidRequest(descriptor.name, "is not supported")
+
+
+def request_from_vllm(message: pb.GenerateRequest, request_id: str, deadline: float | None = None) -> Request:
+    """Builds the engine's request.
+
+    Args:
+        deadline: `time.monotonic()` seconds at which the call ends; None where it has none.
+
+    Raises:
+        InvalidRequest: for a field that is not supported.
+    """
+    _refuse_others(message, _REQUEST_FIELDS)
+    params = message.sampling_params
+    _refuse_others(params, _SAMPLING_FIELDS)
+    if message.data_parallel_rank != 0:
+        raise InvalidRequest("data_parallel_rank", f"must be 0, got {message.data_parallel_rank}")
+    kind = message.WhichOneof("input")
+    return Request(
+        prompt=message.text if kind == "text" else None,
+        token_ids=tuple(message.tokenized.input_ids) if kind == "tokenized" else None,
+        sampling=SamplingParams(
+            temperature=params.temperature if params.HasField("temperature") else 1.0,
+            top_p=params.top_p or 1.0,
+            top_k=params.top_k,
+            min_p=params.min_p,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty or 1.0,
+            seed=params.seed if params.HasField("seed") else None,
+            logit_bias=dict(params.logit_bias),
+            n=params.n or 1,
+        ),
+        stopping=StoppingParams(
+            max_tokens=params.max_tokens if params.HasField("max_tokens") else None,
+            min_tokens=params.min_tokens,
+            stop=tuple(params.stop),
+            stop_token_ids=tuple(params.stop_token_ids),
+            include_stop=params.include_stop_str_in_output,
+            ignore_eos=params.ignore_eos,
+        ),
+        output=OutputParams(
+            logprobs=params.logprobs if params.HasField("logprobs") else None,
+            return_text=False,
+        ),
+        request_id=request_id,
+        deadline=deadline,
+    )
+
+
+@dataclass
+class _Sequence:
+    """What has been generated of one output."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class ResponseBuilder:
+    """Makes the messages of one Generate call: a chunk for each delta where it streams, a complete for each output."""
+
+    def __init__(self, stream: bool):
+        self._stream = stream
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._sequences: dict[int, _Sequence] = {}
+
+    def message(self, event: Event) -> pb.GenerateResponse | None:
+        """The message of an event; None where the protocol has none: the call's status tells of failures."""
+        match event:
+            case Started():
+                self._prompt_tokens, self._cached_tokens = event.prompt_tokens, event.cached_tokens
+                return None
+            case Delta():
+                return self._chunk(event)
+            case Finished():
+                is_failure = event.finish_reason in (FinishReason.ERROR, FinishReason.DEADLINE)
+                return None if is_failure else self._complete(event)
+
+    def _chunk(self, delta: Delta) -> pb.GenerateResponse | None:
+        sequence = self._sequences.setdefault(delta.index, _Sequence())
+        sequence.token_ids += delta.token_ids
+        if not self._stream:
+            sequence.logprobs += delta.logprobs or ()
+            return None
+        if not delta.token_ids:
+            return None
+        response = pb.GenerateResponse()
+        chunk = response.chunk
+        chunk.index = delta.index
+        chunk.token_ids.extend(delta.token_ids)
+        chunk.prompt_tokens = self._prompt_tokens
+        chunk.cached_tokens = self._cached_tokens
+        chunk.completion_tokens = len(sequence.token_ids)
+        if delta.logprobs:
+            _add_logprobs(chunk.output_logprobs, delta.logprobs)
+        return response
+
+    def _complete(self, finished: Finished) -> pb.GenerateResponse:
+        sequence = self._sequences.get(finished.index, _Sequence())
+        response = pb.GenerateResponse()
+        complete = response.complete
+        complete.index = finished.index
+        complete.output_ids.extend(sequence.token_ids)
+        complete.finish_reason = finished.finish_reason
+        complete.prompt_tokens = finished.usage.prompt_tokens
+        complete.completion_tokens = finished.usage.completion_tokens
+        complete.cached_tokens = finished.usage.cached_tokens
+        if isinstance(finished.matched_stop, str):
+            complete.matched_stop_str = finished.matched_stop
+        elif finished.matched_stop is not None:
+            complete.matched_token_id = finished.matched_stop
+        if sequence.logprobs:
+            _add_logprobs(complete.output_logprobs, sequence.logprobs)
+        return response
+
+
+def _add_logprobs(message: pb.OutputLogProbs, logprobs: Sequence[TokenLogprob]) -> None:
+    for entry in logprobs:
+        message.token_ids.append(entry.token_id)
+        message.token_logprobs.append(entry.logprob)
+        top = message.top_logprobs.add()
+        for token, logprob in entry.top:
+            top.token_ids.append(token)
+            top.values.append(logprob)
+
+
+def zipped(files: Mapping[str, str]) -> bytes:
+    """A zip archive of text files by name. The same files make the same bytes, on every replica."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as writer:
+        for name, text in sorted(files.items()):
+            writer.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
+    return archive.getvalue()

@@ -1,0 +1,110 @@
+"""JetStream's `Orchestrator`, asked as JetStream's own clients ask: benchmark_serving, load_tester, requester."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from scripted_engine import ScriptedEngine, expected_ids
+from serving import eventually, serving
+from test_refusals import detail
+
+from rpc.jetstream import orchestrator_pb2 as pb
+from rpc.jetstream import orchestrator_pb2_grpc
+from rpc.jetstream_servicer import request_from_jetstream
+
+pytestmark = pytest.mark.asyncio
+
+Text = pb.DecodeRequest.TextContent
+Tokens = pb.DecodeRequest.TokenContent
+
+
+@asynccontextmanager
+async def orchestrator(engine: ScriptedEngine) -> AsyncIterator[orchestrator_pb2_grpc.OrchestratorStub]:
+    async with serving(engine) as (_, client), grpc.aio.insecure_channel(client.address) as channel:
+        yield orchestrator_pb2_grpc.OrchestratorStub(channel)
+
+
+async def test_token_ids_are_answered_with_token_ids() -> None:
+    """As benchmark_serving does: tokenized by the client, which counts the ids of sample 0."""
+    async with orchestrator(ScriptedEngine()) as stub:
+
+        async def run(count: int) -> list[int]:
+            request = pb.DecodeRequest(
+                token_content=Tokens(token_ids=[104, 105]),
+                max_tokens=count,
+                metadata=pb.DecodeRequest.Metadata(start_time=12.5),
+            )
+            received: list[int] = []
+            async for response in stub.Decode(request):
+                assert response.stream_content.samples[0].text == ""
+                assert response.stream_content.samples[0].token_ids
+                received += response.stream_content.samples[0].token_ids
+            return received
+
+        counts = range(1, 17)
+        assert await asyncio.gather(*map(run, counts)) == [expected_ids(count) for count in counts]
+
+
+async def test_text_is_answered_with_text() -> None:
+    async with orchestrator(ScriptedEngine()) as stub:
+        request = pb.DecodeRequest(text_content=Text(text="AB"), max_tokens=5, num_samples=1)
+        responses = [response async for response in stub.Decode(request)]
+        assert "".join(response.stream_content.samples[0].text for response in responses) == "abcde"
+
+
+async def test_it_decodes_greedily() -> None:
+    request = request_from_jetstream(pb.DecodeRequest(text_content=Text(text="a"), max_tokens=5), "id", None)
+    assert (request.sampling.temperature, request.sampling.n, request.stopping.max_tokens) == (0.0, 1, 5)
+
+
+async def test_health() -> None:
+    engine = ScriptedEngine()
+    async with orchestrator(engine) as stub:
+        assert (await stub.HealthCheck(pb.HealthCheckRequest())).is_live
+        engine.is_healthy = False
+
+        async def is_live() -> bool:
+            return (await stub.HealthCheck(pb.HealthCheckRequest())).is_live
+
+        while await is_live():
+            await asyncio.sleep(0.02)
+
+
+async def test_what_is_wrong_is_named() -> None:
+    wrong = {
+        "max_tokens": pb.DecodeRequest(text_content=Text(text="a")),
+        "lora_adapter_id": pb.DecodeRequest(text_content=Text(text="a"), max_tokens=1, lora_adapter_id="x"),
+        "has_bos": pb.DecodeRequest(text_content=Text(text="a"), max_tokens=1, has_bos=True),
+        "num_samples": pb.DecodeRequest(text_content=Text(text="a"), max_tokens=1, num_samples=-1),
+        "prompt": pb.DecodeRequest(max_tokens=1),
+        "token_content.token_ids": pb.DecodeRequest(token_content=Tokens(token_ids=[256]), max_tokens=1),
+        "text_content": pb.DecodeRequest(text_content=Text(text=""), max_tokens=1),
+    }
+    async with orchestrator(ScriptedEngine()) as stub:
+        for path, request in wrong.items():
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for response in stub.Decode(request):
+                    raise AssertionError(f"a message before the refusal: {response}")
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, (path, caught.value)
+            (violation,) = detail(caught.value, error_details_pb2.BadRequest).field_violations
+            assert violation.field == path
+
+
+async def test_every_field_of_the_proto_is_read_or_refused() -> None:
+    fields = set(pb.DecodeRequest.DESCRIPTOR.fields_by_name)
+    assert fields == {
+        *("max_tokens", "text_content", "token_content", "metadata", "num_samples", "lora_adapter_id", "has_bos")
+    }
+
+
+async def test_a_client_that_leaves_ends_its_request() -> None:
+    engine = ScriptedEngine()
+    async with orchestrator(engine) as stub:
+        call = stub.Decode(pb.DecodeRequest(text_content=Text(text="a"), max_tokens=1000))
+        await call.read()
+        call.cancel()
+        await eventually(lambda: engine.loads().running == 0)
+        assert engine.loads().available_pages == engine.total_pages
