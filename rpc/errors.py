@@ -33,6 +33,9 @@ DOMAIN = "jaxserve"
 MAX_MESSAGE_BYTES = 600
 """Of an error's message. It is sent percent-encoded and again in the details; clients take 8 KiB of headers in all."""
 
+TENANT_BUSY = "TENANT_BUSY"
+"""`ErrorInfo.reason` where a tenant, not the server, is at its bound."""
+
 DETAILS_KEY = "grpc-status-details-bin"
 
 PROMPT_ONEOFS = ("prompt", "input", "content")
@@ -139,7 +142,7 @@ def failure_of(error: Exception, request: Message) -> Failure | None:
             return Failure(
                 code.RESOURCE_EXHAUSTED,
                 message,
-                "TENANT_BUSY" if isinstance(error, TenantBusy) else "QUEUE_FULL",
+                TENANT_BUSY if isinstance(error, TenantBusy) else "QUEUE_FULL",
                 metadata=(("limit", str(error.limit)),),
                 details=(error_details_pb2.RetryInfo(retry_delay=delay),),
             )
@@ -228,8 +231,9 @@ def error_of(
         return InvalidRequest("request", message)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         for retry in _details(metadata, error_details_pb2.RetryInfo):
-            limits = [info.metadata["limit"] for info in _details(metadata, error_details_pb2.ErrorInfo)]
-            return QueueFull(int(limits[0]) if limits else 0, retry.retry_delay.ToNanoseconds() / 1e9)
+            info = next(iter(_details(metadata, error_details_pb2.ErrorInfo)), error_details_pb2.ErrorInfo())
+            full = TenantBusy if info.reason == TENANT_BUSY else QueueFull
+            return full(int(info.metadata.get("limit", 0)), retry.retry_delay.ToNanoseconds() / 1e9)
         if "message larger than max" in message:  # gRPC's own refusal, which carries no details
             return InvalidRequest("request", f"is larger than the server takes: {message}")
     return _BY_CODE[code](message) if code in _BY_CODE else RpcFailed(code, message)

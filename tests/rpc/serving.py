@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import cast
 
 from rpc.client import AsyncClient
 from rpc.served_engine import ServedEngine
@@ -18,6 +19,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PATIENCE = 20.0
 """Seconds after which something that must happen has not; nothing is asserted to be fast by it."""
+
+
+class _Lent:
+    def __init__(self, engine: ServedEngine):
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._engine, name)
+
+    def drain(self) -> None:
+        pass
+
+    def shutdown(self, grace: float = 0.0) -> bool:
+        return True
+
+
+def lent(engine: object) -> ServedEngine:
+    """An engine that outlives its server: draining and stopping it is left to its owner."""
+    return cast(ServedEngine, _Lent(cast(ServedEngine, engine)))
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from serving import ROOT, eventually, serving
+from serving import ROOT, eventually, lent, serving
 
 from jaxserve.request import Delta, FinishReason, InvalidRequest, OutputParams, Request, SamplingParams, StoppingParams
 from rpc.client import AsyncClient
@@ -23,25 +23,9 @@ pytestmark = pytest.mark.asyncio
 GREEDY = SamplingParams(temperature=0.0)
 
 
-class Lent:
-    """The session's engine, which outlives this server: draining and stopping it is left to its owner."""
-
-    def __init__(self, engine: "Engine"):
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._engine, name)
-
-    def drain(self) -> None:
-        pass
-
-    def shutdown(self, grace: float = 0.0) -> bool:
-        return True
-
-
 @asynccontextmanager
 async def served(engine: "Engine") -> AsyncIterator[AsyncClient]:
-    async with serving(Lent(engine)) as (server, client):  # pyright: ignore[reportArgumentType]
+    async with serving(lent(engine)) as (server, client):
         yield client
         await back_to_the_start(engine)
         await eventually(lambda: len(server.calls) == 0)

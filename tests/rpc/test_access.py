@@ -1,0 +1,216 @@
+"""Reliability 32 and 33: nothing answers without a key but the documented probes, and tenants do not meet."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc.aio
+import pytest
+from scripted_engine import ScriptedEngine, expected_ids
+from serving import PATIENCE, eventually, lent, serving
+
+from jaxserve.request import TenantBusy
+from rpc.client import AsyncClient, Credentials, Forbidden, Unauthenticated
+from rpc.security.access import OPEN_PATHS, Access
+from rpc.security.config import SecurityConfig
+from rpc.security.keys import KeyFile, add_key
+from rpc.server import Server, ServerConfig
+
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
+
+
+class Keys:
+    """A key file with two tenants and an admin."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / "keys"
+        self.acme = add_key(self.file, "acme")
+        self.other = add_key(self.file, "other")
+        self.admin = add_key(self.file, "ops", is_admin=True)
+
+    @property
+    def config(self) -> ServerConfig:
+        return ServerConfig(port=0, security=SecurityConfig(api_keys=str(self.file)))
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return Keys(tmp_path)
+
+
+def client(server: Server, key: str | None) -> AsyncClient:
+    return AsyncClient(f"127.0.0.1:{server.port}", Credentials(api_key=key))
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Every method that is given to a gRPC server while the test runs, as its path."""
+    paths: set[str] = set()
+    add = grpc.aio.Server.add_registered_method_handlers
+
+    def note(self: grpc.aio.Server, service: str, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
+        paths.update(f"/{service}/{method}" for method in handlers)
+        add(self, service, handlers)
+
+    monkeypatch.setattr("grpc.aio._server.Server.add_registered_method_handlers", note)
+    yield paths
+
+
+async def status_of(
+    channel: grpc.aio.Channel, path: str, headers: list[tuple[str, str]], patience: float = PATIENCE
+) -> grpc.StatusCode:
+    """The status of a call with an empty message. A call that is let in may go on: then it is cancelled."""
+    call = channel.stream_stream(path)(metadata=headers)
+    try:
+        async with asyncio.timeout(patience):
+            await call.write(b"")
+            await call.done_writing()
+            await call.read()
+    except (grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError, grpc.aio.UsageError):
+        pass
+    if not call.done():
+        call.cancel()
+        return grpc.StatusCode.OK
+    return await call.code()
+
+
+async def test_every_method_is_refused_without_its_key_but_the_documented_probes(keys: Keys, registered: set[str]):
+    async with serving(ScriptedEngine(), keys.config) as (server, _):
+        assert {"/jaxserve.v1.Inference/Generate", "/jaxserve.v1.Control/Abort"} < registered
+        assert "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo" in registered
+        wrong = [
+            [],
+            [("authorization", f"Bearer {keys.acme}x")],
+            [("authorization", f"Bearer {keys.acme[:-1]}")],
+            [("authorization", keys.acme)],
+            [("authorization", f"Basic {keys.acme}")],
+            [("authorization", "Bearer ")],
+            [("authorization", f"Bearer {keys.acme}"), ("authorization", f"Bearer {keys.other}")],
+            [("x-api-key", keys.acme)],
+        ]
+        unknown = {"/jaxserve.v1.Inference/NoSuchMethod", "/no.such.Service/Method", "/"}
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            for path in sorted((registered | unknown) - OPEN_PATHS):
+                for headers in wrong:
+                    assert await status_of(channel, path, headers) is grpc.StatusCode.UNAUTHENTICATED, (path, headers)
+                right = await status_of(channel, path, [("authorization", f"Bearer {keys.admin}")], 0.3)
+                assert right is not grpc.StatusCode.UNAUTHENTICATED, path
+            for path in sorted(registered & OPEN_PATHS):
+                assert await status_of(channel, path, [], 0.3) is not grpc.StatusCode.UNAUTHENTICATED, path
+
+
+async def test_probes_answer_without_a_key_and_generating_needs_one(keys: Keys):
+    async with serving(ScriptedEngine(), keys.config) as (server, anonymous):
+        assert await anonymous.is_ready()
+        with pytest.raises(Unauthenticated):
+            await anonymous.generate_once("hello", max_tokens=3)
+        async with client(server, keys.acme) as acme:
+            assert list((await acme.generate_once("hello", max_tokens=3)).token_ids) == expected_ids(3)
+            long = await acme.generate_once("x" * 3000, max_tokens=3)  # submitted from a thread
+            assert list(long.token_ids) == expected_ids(3)
+
+
+async def test_a_key_that_is_taken_from_the_file_opens_nothing_more(keys: Keys):
+    async with serving(ScriptedEngine(), keys.config) as (server, _), client(server, keys.acme) as acme:
+        await acme.generate_once("hello", max_tokens=3)
+        lines = [line for line in keys.file.read_text().splitlines() if not line.startswith("acme")]
+        keys.file.write_text("\n".join(lines))
+        await eventually(lambda: server.access.keys is not None and server.access.keys.principal_of(keys.acme) is None)
+        with pytest.raises(Unauthenticated):
+            await acme.generate_once("hello", max_tokens=3)
+
+
+async def test_a_tenant_aborts_its_own_requests_alone_and_an_admin_any(keys: Keys):
+    engine = ScriptedEngine()
+    engine.paused.set()
+    async with (
+        serving(engine, keys.config) as (server, _),
+        client(server, keys.acme) as acme,
+        client(server, keys.other) as other,
+        client(server, keys.admin) as admin,
+    ):
+        for aborting, succeeds in ((other, False), (acme, True), (admin, True)):
+            generation = acme.generate({"prompt": "hello", "id": "mine"}, max_tokens=100)
+            reading = asyncio.create_task(generation.text())
+            await eventually(lambda: "mine" in engine._active)
+            assert await aborting.abort("mine") is succeeds
+            if not succeeds:
+                await acme.abort("mine")
+            await reading
+            assert generation.finished is not None and generation.finished.finish_reason == "abort"
+
+
+async def test_keys_are_in_no_log_and_no_answer(keys: Keys, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.DEBUG)
+    wrong = "jxs_a-key-that-is-not-known"
+    async with serving(ScriptedEngine(), keys.config) as (server, _):
+        for key in (keys.acme, wrong):
+            async with client(server, key) as caller:
+                try:
+                    await caller.generate_once("raise", max_tokens=3)
+                except Exception as error:
+                    assert key not in str(error)
+        keys.file.write_text(f"acme {keys.acme}\n")  # a key where its hash belongs
+        await eventually(lambda: "stay as they were" in caplog.text)
+        assert server.access.decide("/", f"Bearer {keys.acme}").tenant == "acme"
+    assert "a defect" in caplog.text  # something was logged
+    for key in (keys.acme, wrong):
+        assert key not in caplog.text and key not in repr(Credentials(api_key=key))
+
+
+def test_only_an_admin_is_let_onto_admin_paths(keys: Keys):
+    access = Access(KeyFile(keys.file))
+    assert access.decide("/admin/drain", f"bearer {keys.admin}").is_admin
+    with pytest.raises(Forbidden):
+        access.decide("/admin/drain", f"Bearer {keys.acme}")
+    assert Access(None).decide("/admin/drain", None).is_admin
+
+
+def test_an_open_path_makes_nobody_a_tenant(keys: Keys):
+    principal = Access(KeyFile(keys.file)).decide("/health", f"Bearer {keys.admin}")
+    assert (principal.tenant, principal.is_admin) == ("", False)
+
+
+async def test_prefixes_are_shared_within_a_tenant_and_never_across(keys: Keys, engine: "Engine"):
+    prompt = {"token_ids": list(range(300, 364))}
+    async with (
+        serving(lent(engine), keys.config) as (server, _),
+        client(server, keys.acme) as acme,
+        client(server, keys.other) as other,
+    ):
+
+        async def cached(who: AsyncClient, **fields: str) -> int:
+            return (await who.generate_once({**prompt, **fields}, max_tokens=1)).usage.cached_tokens
+
+        assert await cached(acme) == 0
+        assert await cached(acme) >= 48
+        assert await cached(other) == 0
+        assert await cached(other, cache_salt="acme\0") == 0
+        assert await cached(acme, cache_salt="apart") == 0
+        assert await cached(other) >= 48
+
+
+async def test_a_tenant_is_bounded_and_the_others_go_on(keys: Keys):
+    from jaxserve.engine import Engine
+
+    with Engine(simulated_step_ms=1.0, slots=4, max_context=256, max_tenant_requests=3) as engine:
+        async with (
+            serving(lent(engine), keys.config) as (server, _),
+            client(server, keys.acme) as acme,
+            client(server, keys.other) as other,
+        ):
+            open_ = [acme.generate({"token_ids": [300], "ignore_eos": True}) for _ in range(3)]
+            reading = [asyncio.create_task(generation.text()) for generation in open_]
+            await eventually(lambda: len(engine._requests) == 3)
+            with pytest.raises(TenantBusy, match="tenant") as refused:
+                await acme.generate_once({"token_ids": [300]}, max_tokens=2)
+            assert refused.value.limit == 3
+            assert (await other.generate_once({"token_ids": [300]}, max_tokens=2)).finish_reason == "length"
+            for generation in open_:
+                generation.cancel()
+            await asyncio.gather(*reading)
+            await eventually(lambda: len(engine._requests) == 0)
+            assert (await acme.generate_once({"token_ids": [300]}, max_tokens=2)).finish_reason == "length"
