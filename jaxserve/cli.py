@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         return added
 
-    _add_serve(command("serve", "serve a model over gRPC until SIGTERM"))
+    _add_serve(command("serve", "serve a model over gRPC, and over HTTP if asked to, until SIGTERM"))
     _add_generate(command("generate", "run requests given as JSON lines, writing each result as it finishes"))
     _add_chat(command("chat", "talk with a model, or answer the lines of standard input"))
     _add_convert(command("convert", "write a checkpoint in the native format, which loads fastest"))
@@ -101,7 +101,8 @@ def _config(arguments: argparse.Namespace, defaults: dict[str, str] | None = Non
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     known = source_fields("rpc.server", "ServerConfig")  # importing it would load gRPC
-    for option, name, kind in (("--host", "host", str), ("--grpc-port", "port", int), ("--grace", "grace", float)):
+    options = (("--host", "host", str), ("--grpc-port", "port", int), ("--grace", "grace", float))
+    for option, name, kind in options:
         field = known[name]
         assert field.default is not None
         default = ast.literal_eval(field.default)
@@ -111,6 +112,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("security", "Addresses other than loopback need keys and TLS.")
     add_field_options(group, SecurityConfig)
+    text = f"{known['http_port'].doc} (default: none)"
+    parser.add_argument("--http-port", type=int, default=None, metavar=METAVARS[int], help=text)
     _engine_options(parser, SERVED)
     parser.set_defaults(run=_serve)
 
@@ -138,6 +141,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             arguments.host,
             arguments.grpc_port,
             arguments.grace,
+            http_port=arguments.http_port,
             longest_context=config.max_context or ServerConfig.longest_context,
             security=SecurityConfig(**given_fields(arguments, SecurityConfig)),
             report=report,
@@ -149,7 +153,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     except RuntimeError as error:
         if listening:
             raise
-        raise CommandError(f"{arguments.host}:{arguments.grpc_port} cannot be had: {error}") from error
+        raise CommandError(str(error)) from error
 
 
 # generate

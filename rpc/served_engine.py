@@ -41,6 +41,10 @@ class TextTokenizer(Protocol):
         """Files of a Hugging Face folder, content by name, that make the same tokenizer."""
         ...
 
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token stands for."""
+        ...
+
 
 class Device(Protocol):
     """Where the engine runs."""

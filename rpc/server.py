@@ -25,6 +25,8 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 from rpc import jetstream_servicer, vllm_servicer
 from rpc.call_runner import CallRunner
 from rpc.control import ControlServicer
+from rpc.http.app import HttpFront
+from rpc.http.listener import HttpListener
 from rpc.jetstream import orchestrator_pb2_grpc
 from rpc.lifecycle import Lifecycle, State
 from rpc.malformed import MalformedRequests
@@ -82,6 +84,8 @@ class ServerConfig:
     """Address to bind. Anything but loopback lets others in, and needs keys and TLS, or --allow-open."""
     port: int = 50051
     """0 takes a free one, named in the report."""
+    http_port: int | None = None
+    """Port of the OpenAI API over HTTP; 0 takes a free one, named in the report. None serves gRPC alone."""
     grace: float = 30.0
     """Seconds that requests in flight have to finish once a signal asks the server to stop."""
     longest_context: int = 8192
@@ -144,7 +148,7 @@ class Server:
     def __init__(self, config: ServerConfig = ServerConfig(), report: Report = print_report):
         self.config = config
         self.port = 0
-        """The port that is bound, after `start`."""
+        """The port of gRPC that is bound, after `start`."""
         self.lifecycle = Lifecycle(SERVICES)
         self.calls = OpenCalls(config.stall_limit)
         self._report = report
@@ -160,10 +164,15 @@ class Server:
             interceptors=[Guard(self.access), MalformedRequests(*(f"/{service}/" for service in SERVICES))],
             options=config.channel_options(),
         )
-        self._add_services()
-
-    def _add_services(self) -> None:
         runner = CallRunner(self.lifecycle, self.calls, self._tokenizing)
+        self._add_services(runner)
+        self.http: HttpListener | None = None
+        """Where HTTP is listened for, if it is."""
+        if config.http_port is not None:
+            front = HttpFront(self.lifecycle, self.calls, runner, self.access, config.max_request_bytes)
+            self.http = HttpListener(front.app, config.host, config.http_port, config.security.tls_files())
+
+    def _add_services(self, runner: CallRunner) -> None:
         control = ControlServicer(self.lifecycle, self.calls, self._tokenizing, self.config.max_request_bytes)
         jaxserve_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(runner), self._server)
         jaxserve_pb2_grpc.add_ControlServicer_to_server(control, self._server)
@@ -175,17 +184,24 @@ class Server:
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self) -> None:
-        """Binds the port and answers. Raises RuntimeError where the port cannot be had."""
+        """Binds the ports and answers. Raises RuntimeError where a port cannot be had."""
         await self.lifecycle.move_to(State.LOADING)
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host  # IPv6
         address, tls = f"{host}:{self.config.port}", self.config.security.tls_files()
-        if tls is None:
-            self.port = self._server.add_insecure_port(address)
-        else:
-            self.port = self._server.add_secure_port(address, tls.grpc_credentials())
+        try:
+            if tls is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, tls.grpc_credentials())
+        except RuntimeError as error:
+            raise RuntimeError(f"{address} cannot be had: {error}") from error
+        if self.http is not None:
+            await self.http.start()
         await self._server.start()
         self._watching = asyncio.create_task(self._watch())
-        self._report({"event": "listening", "protocol": "grpc", "address": f"{host}:{self.port}", "port": self.port})
+        ports = {"grpc": self.port} | ({} if self.http is None else {"http": self.http.port})
+        for protocol, port in ports.items():
+            self._report({"event": "listening", "protocol": protocol, "address": f"{host}:{port}", "port": port})
 
     async def attach(self, engine: ServedEngine) -> None:
         """Serves an engine that is ready."""
@@ -240,6 +256,8 @@ class Server:
         if self._watching is not None:
             self._watching.cancel()
         await self._server.stop(FLUSH_TIME)
+        if self.http is not None:
+            await self.http.stop()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
         return drained
 
@@ -283,6 +301,7 @@ def serve(
     port: int = ServerConfig.port,
     grace: float = ServerConfig.grace,
     *,
+    http_port: int | None = ServerConfig.http_port,
     longest_context: int = ServerConfig.longest_context,
     security: SecurityConfig | None = None,
     report: Report = print_report,
@@ -294,12 +313,18 @@ def serve(
     here with DRAINED, since native code that loads or compiles cannot be stopped.
 
     Raises:
-        RuntimeError: the port cannot be had.
+        RuntimeError: a port cannot be had.
         ValueError: the address needs keys and TLS, or their files cannot be used.
         Exception: what `engine_factory` raises.
     """
-    security = security or SecurityConfig()
-    config = ServerConfig(host=host, port=port, grace=grace, longest_context=longest_context, security=security)
+    config = ServerConfig(
+        host=host,
+        port=port,
+        http_port=http_port,
+        grace=grace,
+        longest_context=longest_context,
+        security=security or SecurityConfig(),
+    )
     code, loading = asyncio.run(_serve(engine_factory, config, report))
     if loading:
         sys.stdout.flush()

@@ -67,6 +67,9 @@ class ByteTokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
         return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)}
 
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([id])
+
 
 @dataclass(frozen=True)
 class Shape:

@@ -1,0 +1,137 @@
+"""The routes of the HTTP front end, and what each answers."""
+
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from jaxserve.request import RequestError
+from rpc.call_runner import CallRunner
+from rpc.http.answers import Answer, CompletionAnswer
+from rpc.http.body import read_object
+from rpc.http.errors import HttpError, error_of
+from rpc.http.generation import Generation
+from rpc.http.guard import HttpGuard
+from rpc.http.schema import Asked, parse_completion
+from rpc.lifecycle import Lifecycle, State
+from rpc.open_calls import OpenCalls
+from rpc.security.access import Access
+
+Parse = Callable[[Mapping[str, object]], Asked]
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,100}")
+"""An `x-request-id` that is taken over: visible ASCII, short enough for the engine's ids."""
+
+
+def request_id_of(request: Request) -> str:
+    """The id that the client gave, or a new one."""
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+class HttpFront:
+    """The OpenAI API and what stands beside it, over the same engine and calls as the gRPC services."""
+
+    def __init__(self, lifecycle: Lifecycle, calls: OpenCalls, runner: CallRunner, access: Access, max_body_bytes: int):
+        self.lifecycle = lifecycle
+        self.calls = calls
+        self.runner = runner
+        self.max_body_bytes = max_body_bytes
+        self._began = int(time.time())
+        routes = Starlette(
+            routes=[
+                Route("/health", self._health, methods=["GET"]),
+                Route("/v1/models", self._models, methods=["GET"]),
+                Route("/v1/models/{model:path}", self._model, methods=["GET"]),
+                Route("/v1/completions", GenerateEndpoint(self, parse_completion, CompletionAnswer), methods=["POST"]),
+            ],
+            exception_handlers={
+                HTTPException: _on_http_exception,
+                HttpError: _on_refusal,
+                RequestError: _on_refusal,
+            },
+        )
+        routes.router.redirect_slashes = False
+        self.app = HttpGuard(routes, access)
+
+    # Beside generating
+
+    async def _health(self, request: Request) -> Response:
+        state = self.lifecycle.state
+        return JSONResponse({"status": state}, status_code=200 if state is State.READY else 503)
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def _model(self, request: Request) -> Response:
+        card = self._card()
+        name = request.path_params["model"]
+        if name != card["id"]:
+            raise HttpError(404, f"model: {name!r} is not served here", param="model", code="model_not_found")
+        return JSONResponse(card)
+
+    def _card(self) -> dict[str, object]:
+        engine = self.lifecycle.loaded_engine()
+        return {
+            "id": engine.model_name,
+            "object": "model",
+            "created": self._began,
+            "owned_by": "jaxserve",
+            "max_model_len": engine.max_context,
+        }
+
+
+class GenerateEndpoint:
+    """A route that generates: an ASGI application, for its answer is written as it comes."""
+
+    def __init__(self, front: HttpFront, parse: Parse, answer_class: type[Answer]):
+        self._front = front
+        self._parse = parse
+        self._answer_class = answer_class
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        request = Request(scope, receive, send)
+        front, request_id = self._front, request_id_of(request)
+        disconnect = scope["extensions"]["transport"].abort
+        generation = Generation(front.runner, front.calls, request_id, disconnect)
+        try:
+            engine = front.lifecycle.ready_engine()
+            asked = self._parse(await read_object(request, front.max_body_bytes))
+            await generation.admit(asked, receive)
+            answer = self._answer_class(asked, request_id, engine.model_name, engine.tokenizer)
+            if asked.stream:
+                await generation.stream(answer, [(b"x-request-id", request_id.encode())], send)
+                return
+            response = Response(await generation.whole(answer), media_type="application/json")
+            await _send(response, request_id, request, send)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            await _send(error_of(error, request_id).response(), request_id, request, send)
+        finally:
+            generation.close()
+
+
+async def _send(response: Response, request_id: str, request: Request, send: Send) -> None:
+    response.headers["x-request-id"] = request_id
+    await response(request.scope, request.receive, send)
+
+
+async def _on_refusal(request: Request, error: Exception) -> Response:
+    return error_of(error, request_id_of(request)).response()
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """No such path, or no such method."""
+    assert isinstance(error, HTTPException)
+    response = HttpError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+    response.headers.update(error.headers or {})
+    return response

@@ -1,0 +1,77 @@
+"""The body of a request: bounded in bytes, time and depth, and plain JSON in UTF-8."""
+
+import asyncio
+import json
+import re
+from typing import NoReturn
+
+from starlette.requests import ClientDisconnect, Request
+
+from rpc.http.errors import HttpError
+
+BODY_TIMEOUT = 60.0
+"""Seconds that the body of a request may take to arrive."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""An escape that may be half of a character; only such can make a string that is no Unicode text."""
+
+
+async def read_object(request: Request, limit: int) -> dict[str, object]:
+    """The JSON object in a request's body. Raises HttpError, and ClientDisconnect where the client has gone.
+
+    Args:
+        request: whose body has not been read.
+        limit: bytes of the body.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HttpError(415, f"content-type: must be application/json, got {kind!r}", param="content-type")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise HttpError(415, "content-encoding: compressed requests are not taken", param="content-encoding")
+    data = await _read(request, limit)
+    try:
+        value = json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise HttpError(400, "the request body is nested too deeply", code="invalid_json") from None
+    except ValueError as error:  # JSON, UTF-8, or a number of more digits than Python reads
+        raise HttpError(400, f"the request body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise HttpError(400, f"the request body must be a JSON object, not {type(value).__name__}", code="invalid_json")
+    if _SURROGATE.search(data):
+        _check_unicode(value)
+    return value
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    too_large = HttpError(413, f"the request body is larger than {limit} bytes", code="request_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise too_large
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise HttpError(408, f"the request body did not arrive within {BODY_TIMEOUT:g} s", "timeout") from None
+    except ClientDisconnect:
+        raise
+    return bytes(data)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _check_unicode(value: dict[str, object]) -> None:
+    """Refuses half characters: no tokenizer, log or answer can take them."""
+    for name, part in value.items():
+        try:
+            json.dumps({name: part}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            shown = name.encode("ascii", "backslashreplace").decode()
+            message = f"{shown}: is not valid Unicode text: the lone surrogate U+{code:04X}"
+            raise HttpError(400, message, param=shown, code="invalid_value") from None

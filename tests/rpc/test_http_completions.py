@@ -1,0 +1,129 @@
+"""`/v1/completions` with the openai package's client."""
+
+import asyncio
+
+import openai
+import pytest
+from http_serving import openai_serving
+from scripted_engine import LETTERS, ScriptedEngine
+from serving import eventually
+
+pytestmark = pytest.mark.asyncio
+
+
+def text_of(count: int) -> str:
+    return "".join(chr(LETTERS[number % 26]) for number in range(count))
+
+
+async def test_a_completion_has_text_reason_and_usage() -> None:
+    async with openai_serving(ScriptedEngine()) as (_, client):
+        answer = await client.completions.create(model="scripted", prompt="hello", max_tokens=30)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason, choice.index) == (text_of(30), "length", 0)
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (5, 30, 35)
+    assert answer.id.startswith("cmpl-") and answer.object == "text_completion" and answer.model == "scripted"
+
+
+async def test_prompts_may_be_texts_ids_and_lists_of_them() -> None:
+    async with openai_serving(ScriptedEngine()) as (_, client):
+        for prompt, count, prompt_tokens in (
+            ("abc", 1, 3),
+            ([1, 2], 1, 2),
+            (["a", "bc", "def"], 3, 6),
+            ([[1, 2], [3]], 2, 3),
+        ):
+            answer = await client.completions.create(model="scripted", prompt=prompt, max_tokens=4)
+            assert [choice.index for choice in answer.choices] == list(range(count))
+            assert {choice.text for choice in answer.choices} == {"abcd"}
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens == prompt_tokens
+
+
+async def test_a_stream_gives_every_token_once_then_the_usage() -> None:
+    async with openai_serving(ScriptedEngine()) as (_, client):
+        texts, reasons, usages = ["", "", ""], {}, []
+        stream = await client.completions.create(
+            model="scripted",
+            prompt=["one", "two", "three"],
+            max_tokens=40,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        async for chunk in stream:
+            usages.append(chunk.usage)
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+                if choice.finish_reason is not None:
+                    reasons[choice.index] = choice.finish_reason
+    assert texts == [text_of(40)] * 3
+    assert reasons == dict.fromkeys(range(3), "length")
+    assert all(usage is None for usage in usages[:-1])
+    assert (usages[-1].prompt_tokens, usages[-1].completion_tokens) == (11, 120)
+
+
+async def test_logprobs_have_the_shape_of_the_api_and_the_same_in_a_stream() -> None:
+    async with openai_serving(ScriptedEngine()) as (_, client):
+        asked = {"model": "scripted", "prompt": "x", "max_tokens": 3, "logprobs": 2}
+        whole = (await client.completions.create(**asked)).choices[0].logprobs
+        chunks = [chunk async for chunk in await client.completions.create(**asked, stream=True)]
+    assert whole is not None
+    assert (whole.tokens, whole.token_logprobs, whole.text_offset) == (["a", "b", "c"], [-0.5] * 3, [0, 1, 2])
+    assert whole.top_logprobs == [{"\0": -0.5, "\1": -1.5}] * 3
+    parts = [chunk.choices[0].logprobs for chunk in chunks]
+    assert [token for part in parts if part is not None for token in part.tokens or ()] == ["a", "b", "c"]
+    assert [offset for part in parts if part is not None for offset in part.text_offset or ()] == [0, 1, 2]
+
+
+async def test_a_closed_connection_cancels_every_sequence_of_the_request() -> None:
+    engine = ScriptedEngine()
+    async with openai_serving(engine) as (server, client):
+        stream = await client.completions.create(model="scripted", prompt=["a", "b", "c"], stream=True)
+        async for _ in stream:
+            break
+        assert engine.loads().running + engine.loads().waiting == 3
+        await stream.close()
+        await eventually(lambda: (engine.loads().running, engine.loads().waiting) == (0, 0))
+        assert engine.loads().available_pages == engine.loads().total_pages
+        waiting = asyncio.ensure_future(client.completions.create(model="scripted", prompt="x"))
+        await eventually(lambda: engine.loads().running == 1)
+        waiting.cancel()
+        await eventually(lambda: (engine.loads().running, len(server.calls)) == (0, 0))
+
+
+async def test_refusals_raise_the_clients_own_classes() -> None:
+    engine = ScriptedEngine(slots=1, max_waiting=1)
+    async with openai_serving(engine) as (server, client):
+        with pytest.raises(openai.BadRequestError) as bad:
+            await client.completions.create(model="scripted", prompt="x", max_tokens=0)
+        assert (bad.value.param, bad.value.code) == ("max_tokens", "invalid_value")
+        with pytest.raises(openai.BadRequestError) as unknown:
+            await client.completions.create(model="scripted", prompt="x", extra_body={"beam_width": 4})
+        assert unknown.value.param == "beam_width"
+        with pytest.raises(openai.NotFoundError):
+            await client.completions.create(model="other", prompt="x")
+        streams = [await client.completions.create(model="scripted", prompt="x", stream=True) for _ in range(2)]
+        with pytest.raises(openai.RateLimitError) as busy:
+            await client.completions.create(model="scripted", prompt="x")
+        assert int(busy.value.response.headers["retry-after"]) >= 1
+        for stream in streams:
+            await stream.close()
+        await eventually(lambda: engine.loads().running + engine.loads().waiting == 0)
+        with pytest.raises(openai.InternalServerError):
+            await client.completions.create(model="scripted", prompt="raise")
+        with pytest.raises(openai.InternalServerError, match="a scripted failure"):
+            await client.completions.create(model="scripted", prompt="break")
+        stream = await client.completions.create(model="scripted", prompt="break", stream=True)
+        with pytest.raises(openai.APIError, match="a scripted failure"):
+            async for _ in stream:
+                pass
+        await eventually(lambda: len(server.calls) == 0)
+        assert engine.loads().available_pages == engine.loads().total_pages
+
+
+async def test_models_are_listed_and_found_by_name() -> None:
+    async with openai_serving(ScriptedEngine()) as (_, client):
+        assert [model.id async for model in client.models.list()] == ["scripted"]
+        assert (await client.models.retrieve("scripted")).id == "scripted"
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("another/one")
