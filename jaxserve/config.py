@@ -37,6 +37,8 @@ class EngineConfig:
     """Pages of the KV cache; None takes enough for every slot at full context, within `cache_bytes`."""
     cache_bytes: int = 2 << 30
     """Upper bound of the KV cache where `num_pages` is None, in bytes."""
+    host_cache_bytes: int = 1 << 30
+    """Bound of host memory for the pages of preempted requests, in bytes; what finds no room there is recomputed."""
     attention: str | None = None
     """Name of the attention implementation; None takes the platform's own."""
     matmul: Matmul | None = None
@@ -65,7 +67,8 @@ class EngineConfig:
         for name in ("slots", "small_slots", "page_size", "cache_bytes", "publish_ahead", "stream_buffer_tokens"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         _require("pipeline_depth", self.pipeline_depth, 0 <= self.pipeline_depth <= 4, "in [0, 4]")
-        _require("max_waiting", self.max_waiting, self.max_waiting >= 0, "at least 0")
+        for name in ("max_waiting", "host_cache_bytes"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         chunks = self.prefill_chunks
         _require(
             "prefill_chunks", chunks, chunks and chunks[0] >= 1 and sorted(set(chunks)) == list(chunks), "ascending"

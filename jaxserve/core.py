@@ -235,6 +235,7 @@ def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:
         page_size=config.page_size,
         prefill_chunks=config.prefill_chunks,
         prefix_cache=config.prefix_cache,
+        host_pages=runner.host_pages,
     )
     ready = Ready(
         platform=runner.platform,

@@ -107,6 +107,10 @@ class Gauges:
     available_pages: int
     cached_pages: int
     fenced_pages: int
+    saved_pages: int
+    """Pages of preempted sequences in host memory."""
+    restored_pages: int
+    """Pages copied back from there so far."""
     preemptions: int
     prefix_queries: int
     """Prompt tokens looked up in the prefix cache."""

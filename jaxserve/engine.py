@@ -49,6 +49,10 @@ class EngineLoads:
     cached_pages: int
     """Pages held by no request whose content may be hit."""
     total_pages: int
+    saved_pages: int
+    """Pages of preempted requests in host memory."""
+    restored_pages: int
+    """Pages copied back from there so far."""
     steps: int
     preemptions: int
     prefix_queries: int
@@ -84,7 +88,7 @@ class Engine:
         self._admission = Admission(self.model_name, self.model_config, self.tokenizer, self.max_context)
         self._handles = itertools.count()
         self._requests = ActiveRequests(self.capacity, self.config.max_tenant_requests)
-        gauges = Gauges(0, 0, 0, self.device.num_pages, 0, 0, 0, 0, 0, 0, 0)
+        gauges = Gauges(0, 0, 0, self.device.num_pages, *[0] * 9)
         self._delivery = Delivery(self._core, self._requests, self.config.stream_buffer_tokens, gauges)
         atexit.register(self.shutdown)
 
@@ -206,6 +210,8 @@ class Engine:
             available_pages=gauges.available_pages,
             cached_pages=gauges.cached_pages,
             total_pages=self.device.num_pages,
+            saved_pages=gauges.saved_pages,
+            restored_pages=gauges.restored_pages,
             steps=gauges.step,
             preemptions=gauges.preemptions,
             prefix_queries=gauges.prefix_queries,

@@ -23,6 +23,7 @@ from jaxserve.decode_state import DecodeState, take_slot
 from jaxserve.kv_cache import KVCache, page_bytes
 from jaxserve.models.layers import Matmul
 from jaxserve.models.packing import pack_params
+from jaxserve.page_copies import PageCopies
 from jaxserve.request import MAX_LOGIT_BIAS
 from jaxserve.sequence import Sequence, StepPlan, StepResults
 from jaxserve.step import StepOutput, make_step
@@ -70,6 +71,7 @@ class ModelRunner:
         self.attention = select("cuda" if device.platform == "gpu" else device.platform, config.attention)
         self.attention_name = self.attention.name
         self.num_pages = _num_pages(model, config)
+        self.host_pages = config.host_cache_bytes // page_bytes(model.config, config.page_size, config.dtype)
         capacity = (self.num_pages - 1) * config.page_size
         self.max_context = min(config.max_context or 8192, model.config.max_context, capacity)
         self._max_pages = -(-self.max_context // config.page_size)
@@ -87,6 +89,7 @@ class ModelRunner:
         self.reset()
         self._steps = self._compile_steps(progress)
         self._take_slot = self._compile_take_slot()
+        self._copies = PageCopies(self._cache)
         self._warm_up(progress)
         self._thread = threading.get_ident()
         self._compiles_at_warmup = _compiles[self._thread]
@@ -137,11 +140,17 @@ class ModelRunner:
             progress("warming up", number / len(self._steps))
             self.read(self._dispatch(StepPlan(0), rows, chunk))
         self._own_slot(0, np.zeros(0, np.int32), np.zeros(0, np.int32), {})
+        zero = self._copies.to_host(self._copies.save(self._cache, [0]))
+        self._cache = self._copies.restore(self._cache, zero, 0, [0])
         jax.block_until_ready(self._state)
         progress("warming up", 1.0)
 
     def dispatch(self, plan: StepPlan) -> PendingStep:
         """Uploads a plan and starts its step, behind those already started."""
+        for saved, pages in plan.saves:
+            saved.data = self._copies.save(self._cache, pages)
+        for saved, first, pages in plan.restores:
+            self._cache = self._copies.restore(self._cache, saved.data, first, pages)
         for slot, sequence in plan.new_owners:
             if features(sequence.submit) & (PENALIZES | BIASES):
                 self._own_slot_for(slot, sequence)
@@ -162,11 +171,13 @@ class ModelRunner:
 
     def read(self, pending: PendingStep) -> StepResults:
         """Waits for a step and gives its tokens. The only place where the host waits for the device."""
-        tokens, flags = np.asarray(pending.output.tokens_and_flags).tolist()
+        tokens, flags = jax.device_get(pending.output.tokens_and_flags).tolist()
+        for saved, _ in pending.plan.saves:
+            saved.data = self._copies.to_host(saved.data)
         if not pending.reports_logprobs:
             return StepResults(tokens, flags, None)
-        values = np.asarray(pending.output.logprobs).tolist()
-        ids = np.asarray(pending.output.logprob_ids).tolist()
+        values = jax.device_get(pending.output.logprobs).tolist()
+        ids = jax.device_get(pending.output.logprob_ids).tolist()
         logprobs = []
         for row, sequence in enumerate(pending.plan.sequences):
             top = max(sequence.submit.logprobs, 0) + 1

@@ -11,7 +11,17 @@ from operator import attrgetter
 from jaxserve.core_messages import Gauges, SequenceOutput, Submit
 from jaxserve.page_allocator import PageAllocator, PageKey, next_key, root_key
 from jaxserve.request import FinishReason
-from jaxserve.sequence import EMITTED, FAILED, STOPPED, Piece, Sequence, StepPlan, StepResults, TokenLogprobs
+from jaxserve.sequence import (
+    EMITTED,
+    FAILED,
+    STOPPED,
+    Piece,
+    SavedPages,
+    Sequence,
+    StepPlan,
+    StepResults,
+    TokenLogprobs,
+)
 
 _order = attrgetter("order")
 
@@ -20,8 +30,10 @@ class Scheduler:
     """Waiting and running sequences, and their pages.
 
     Order is by priority, then arrival. The head of the queue is never overtaken, so a giant request starts as soon as
-    the sequences before it have left room; under page pressure the last in order gives way and is later recomputed from
-    its tokens. A sequence whose last token is on its way gives its slot back at once, its pages when the step retires.
+    the sequences before it have left room. Under page pressure the last in order gives way: its pages move to host
+    memory and come back when there is room. Where host memory is full it is recomputed from its tokens, which is as
+    exact and dearer on every platform: a token's keys and values are some KiB, computing them two FLOPs a weight. A
+    sequence whose last token is on its way gives its slot back at once, its pages when the step retires.
 
     Args:
         slots: sequences that run together.
@@ -30,10 +42,18 @@ class Scheduler:
         prefill_chunks: prompt tokens in a mixed step, ascending. A larger chunk is used while as many sequences wait
             for their prompt as decode.
         prefix_cache: whether equal prefixes share pages.
+        host_pages: pages of preempted sequences that host memory has room for.
     """
 
     def __init__(
-        self, *, slots: int, num_pages: int, page_size: int, prefill_chunks: tuple[int, ...], prefix_cache: bool = True
+        self,
+        *,
+        slots: int,
+        num_pages: int,
+        page_size: int,
+        prefill_chunks: tuple[int, ...],
+        prefix_cache: bool = True,
+        host_pages: int = 0,
     ):
         self.slots = slots
         self.page_size = page_size
@@ -42,6 +62,10 @@ class Scheduler:
         self.allocator = PageAllocator(num_pages)
         self.running: list[Sequence] = []
         """Holders of a slot, in order of admission."""
+        self.host_pages = host_pages
+        self.saved_pages = 0
+        """Pages in host memory."""
+        self.restored_pages = 0
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -51,6 +75,8 @@ class Scheduler:
         self._free_slots = list(range(slots))
         self._fences: deque[tuple[int, list[int]]] = deque()
         self._new_owners: list[tuple[int, Sequence]] = []
+        self._saves: list[tuple[SavedPages, list[int]]] = []
+        self._restores: list[tuple[SavedPages, int, list[int]]] = []
         self._ended: list[SequenceOutput] = []
         self._deadlines: list[tuple[float, int]] = []
         self._arrivals = 0
@@ -127,6 +153,8 @@ class Scheduler:
         plan.fill_columns()
         self._release_slots(last_steps)
         plan.new_owners, self._new_owners = self._new_owners, []
+        plan.saves, self._saves = self._saves, []
+        plan.restores, self._restores = self._restores, []
         self._step = plan.step
         return plan
 
@@ -157,10 +185,25 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
+        self._save_pages(sequence)
         self._release_slot(sequence)
         self._release_pages(sequence)
         sequence.computed = 0
         heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def _save_pages(self, sequence: Sequence) -> None:
+        """Has the pages copied to host memory, if it has room for them. The steps in flight still write to them; the
+        copy comes behind those steps, and before the next one, which may belong to another owner."""
+        count = self._pages_for(sequence.computed)
+        if count and self.saved_pages + count <= self.host_pages:
+            sequence.saved = SavedPages(sequence.computed, count)
+            self.saved_pages += count
+            self._saves.append((sequence.saved, sequence.pages[:count]))
+
+    def _forget_saved(self, sequence: Sequence) -> None:
+        if sequence.saved is not None:
+            self.saved_pages -= sequence.saved.pages
+            sequence.saved = None
 
     def _admit(self, now: float) -> None:
         """Gives slots and the pages of their tokens to the heads of the queue, as long as both last."""
@@ -182,7 +225,8 @@ class Scheduler:
             self._new_owners.append((sequence.slot, sequence))
 
     def _take_pages(self, sequence: Sequence) -> bool:
-        """Pages for all known tokens and the next one, cached ones first; leaves a page for each running sequence."""
+        """Pages for all known tokens and the next one; leaves a page for each running sequence. What the prefix cache
+        has is shared, and the rest restored from host memory where it was saved."""
         allocator = self.allocator
         # The last token is always computed: its logits are wanted.
         reusable = (len(sequence.token_ids) - 1) // self.page_size
@@ -196,6 +240,12 @@ class Scheduler:
         sequence.capacity = len(sequence.pages) * self.page_size
         sequence.registered = len(cached)
         sequence.computed = len(cached) * self.page_size
+        saved = sequence.saved
+        if saved is not None and saved.tokens > sequence.computed:
+            self._restores.append((saved, len(cached), sequence.pages[len(cached) : saved.pages]))
+            self.restored_pages += saved.pages - len(cached)
+            sequence.computed = saved.tokens
+        self._forget_saved(sequence)
         return True
 
     def _extend_keys(self, sequence: Sequence, count: int) -> list[PageKey]:
@@ -242,6 +292,7 @@ class Scheduler:
         and the steps in flight with them."""
         for sequence in self._active.values():
             sequence.in_flight = 0
+            self._forget_saved(sequence)
             if sequence.slot >= 0:
                 self._release_slot(sequence)
             if sequence.pages:
@@ -250,7 +301,7 @@ class Scheduler:
                 heapq.heappush(self._waiting, (sequence.order, sequence))
         while self._fences:
             self.allocator.release(self._fences.popleft()[1])
-        self._new_owners = []
+        self._new_owners, self._saves, self._restores = [], [], []
         self.allocator.forget_prefixes()
 
     def _register(self, sequence: Sequence, end: int) -> None:
@@ -296,6 +347,7 @@ class Scheduler:
             self._waiting.remove((sequence.order, sequence))
             heapq.heapify(self._waiting)
         self._release_pages(sequence)
+        self._forget_saved(sequence)
         return SequenceOutput(
             sequence.submit.handle,
             token_ids or [],
@@ -345,6 +397,8 @@ class Scheduler:
             available_pages=self.allocator.available,
             cached_pages=self.allocator.cached,
             fenced_pages=sum(len(pages) for _, pages in self._fences),
+            saved_pages=self.saved_pages,
+            restored_pages=self.restored_pages,
             preemptions=self.preemptions,
             prefix_queries=self.prefix_queries,
             prefix_hits=self.prefix_hits,
@@ -359,4 +413,6 @@ class Scheduler:
         assert sorted(slots) == list(range(self.slots)), "a slot is lost or owned twice"
         owned = {page for sequence in self._active.values() for page in sequence.pages}
         owned.update(page for _, pages in self._fences for page in pages)
+        saved = [sequence.saved.pages for sequence in self._active.values() if sequence.saved is not None]
+        assert self.saved_pages == sum(saved) <= self.host_pages, "pages in host memory are miscounted"
         assert owned == self.allocator.held, "a page is held by no one, or used without being held"

@@ -2,6 +2,7 @@
 results a step."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxserve.core_messages import Submit
 from jaxserve.page_allocator import PageKey
@@ -11,6 +12,17 @@ EMITTED, STOPPED, FAILED = 1, 2, 4
 
 TokenLogprobs = tuple[int, float, list[tuple[int, float]]]
 """(token_id, logprob, likeliest [(token_id, logprob)])"""
+
+
+@dataclass(slots=True)
+class SavedPages:
+    """Pages of a sequence that gave way, in host memory."""
+
+    tokens: int
+    """Tokens whose keys and values they hold, from the first on."""
+    pages: int
+    data: Any = None
+    """The runner's own, from the dispatch of the step that saves them."""
 
 
 class Sequence:
@@ -34,6 +46,7 @@ class Sequence:
         "prefill_start",
         "prompt_length",
         "registered",
+        "saved",
         "slot",
         "submit",
         "token_ids",
@@ -64,6 +77,8 @@ class Sequence:
         """Pages of it that others may find."""
         self.cached: int | None = None
         """Tokens found in the prefix cache when it first took a slot."""
+        self.saved: SavedPages | None = None
+        """Its pages in host memory, after it gave way."""
         self.in_flight = 0
         """Steps dispatched with it and not yet retired."""
         self.last_step = 0
@@ -104,6 +119,11 @@ class StepPlan:
     """Slots whose owner takes part for the first time."""
     new_owners: list[tuple[int, Sequence]] = field(default_factory=list)
     """Slots that changed hands since the last step: what belongs to their new owners must reach the device."""
+
+    saves: list[tuple[SavedPages, list[int]]] = field(default_factory=list)
+    """Pages to copy to host memory before the step, and before any are restored."""
+    restores: list[tuple[SavedPages, int, list[int]]] = field(default_factory=list)
+    """Saved pages, from the given index on, to copy to these pages before the step."""
 
     def fill_columns(self) -> None:
         """Fills what follows from the rows' sequences and the pieces. A pass for each column is the cheapest way."""

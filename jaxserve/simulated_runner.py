@@ -33,6 +33,7 @@ class SimulatedRunner:
     attention_name = "none"
     matmul = "none"
     compiles_after_warmup = 0
+    host_pages = 0
 
     def __init__(self, config: EngineConfig, model: ModelConfig):
         assert config.simulated_step_ms is not None

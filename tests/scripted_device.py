@@ -84,6 +84,7 @@ class ScriptedDevice:
         """Steps until nothing is active; returns how many it took."""
         for count in range(steps):
             if not self.scheduler.active and not self.pending:
+                self._deliver(self.scheduler.take_ended())
                 return count
             self.step()
         raise AssertionError(f"still active after {steps} steps")
@@ -104,6 +105,7 @@ class ScriptedDevice:
 
     def _run(self, plan: StepPlan) -> tuple[StepPlan, list[int], list[int]]:
         page_size = self.scheduler.page_size
+        self._copy_pages(plan)
         for piece in plan.pieces:
             sequence = plan.sequences[piece.row]
             for offset, token in enumerate(piece.token_ids):
@@ -126,6 +128,15 @@ class ScriptedDevice:
             if samples:
                 self.ended[id(sequence)] = stopped or failed or length + 1 >= sequence.submit.max_length
         return plan, tokens, flags
+
+    def _copy_pages(self, plan: StepPlan) -> None:
+        offsets = range(self.scheduler.page_size)
+        for saved, pages in plan.saves:
+            saved.data = [[self.written.get((page, offset)) for offset in offsets] for page in pages]
+            assert len(pages) == saved.pages
+        for saved, first, pages in plan.restores:
+            for page, tokens in zip(pages, saved.data[first:], strict=True):
+                self.written.update({(page, offset): tokens[offset] for offset in offsets})
 
     def _check_context(self, sequence, length: int) -> None:
         """What attention would read is what this sequence's tokens are."""

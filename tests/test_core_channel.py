@@ -9,7 +9,7 @@ import pytest
 from jaxserve.core_channel import MessageSocket, Outbox
 from jaxserve.core_messages import Gauges, Progress, SequenceOutput, StepOutput, StepRecord, decode, encode
 
-GAUGES = Gauges(7, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3)
+GAUGES = Gauges(*range(13))
 
 
 @pytest.fixture

@@ -105,16 +105,33 @@ def test_the_last_token_of_a_cached_prompt_is_still_computed():
     assert device.outputs[7][0].started == 12
 
 
-def test_under_page_pressure_the_youngest_gives_way_and_all_finish_exactly():
-    scheduler = make(slots=4, num_pages=17, page_size=4)
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("host_pages", [0, 8, 100])
+def test_under_page_pressure_the_youngest_gives_way_and_all_finish_exactly(host_pages: int, prefix_cache: bool):
+    scheduler = make(slots=4, num_pages=17, page_size=4, host_pages=host_pages, prefix_cache=prefix_cache)
     device = ScriptedDevice(scheduler)
     for handle in range(6):
         scheduler.submit(submit(handle, prompt=8, output=32))
     device.run()
     assert scheduler.preemptions > 0
+    assert (scheduler.restored_pages > 0) == (host_pages > 0)
+    assert scheduler.saved_pages == 0
     for handle in range(6):
         assert device.tokens(handle) == expected(handle, 8, 32)
     assert scheduler.allocator.available == 16
+
+
+def test_what_gave_way_goes_on_from_its_saved_pages_and_computes_only_its_last_token():
+    scheduler = make(slots=2, num_pages=9, page_size=4, host_pages=100, prefix_cache=False)
+    device = ScriptedDevice(scheduler)
+    for handle in range(2):
+        scheduler.submit(submit(handle, prompt=8, output=16))
+    pieces = []
+    while scheduler.active or device.pending:
+        plan = device.step()
+        pieces += [len(piece.token_ids) for piece in plan.pieces] if plan else []
+    assert scheduler.preemptions == 1
+    assert pieces == [8, 8, 1] or pieces == [8, 8, 1, 1]
 
 
 @pytest.mark.parametrize("after", range(1, 30, 3))
@@ -198,6 +215,7 @@ def test_any_sequence_of_events_returns_every_page_and_ends_every_request_once(s
         page_size=random_.choice((1, 4, 8)),
         chunks=random_.choice(((4,), (8, 32))),
         prefix_cache=random_.random() < 0.8,
+        host_pages=random_.choice((0, 10, 100)),
     )
     tokens = (scheduler.allocator.num_pages - 1) * scheduler.page_size
     device = ScriptedDevice(scheduler, depth)

@@ -43,15 +43,16 @@ def outcome(completion: Completion) -> tuple:
     return completion.token_ids, completion.logprobs, completion.finish_reason
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "host_cache_bytes"), [("float32", 0), ("bfloat16", 1 << 20)])
 @pytest.mark.parametrize("family", ["smollm2", "qwen3"])
-def test_thousands_of_requests_in_random_schedules_give_their_solo_bits(family: str, dtype: str):
+def test_thousands_of_requests_in_random_schedules_give_their_solo_bits(family: str, dtype: str, host_cache_bytes: int):
     shape = {"model": str(FAMILIES / family), "dtype": dtype, "max_context": 160}
     with Engine(**shape, slots=1, prefill_chunks=(160,), prefix_cache=False, pipeline_depth=0) as solo:
         alone = [outcome(solo.generate([make_request(number)])[0]) for number in range(REQUESTS)]
     mismatches, cached, cancelled = 0, 0, 0
     random_ = random.Random(5)
-    with Engine(**shape, slots=7, small_slots=3, prefill_chunks=(16, 48), num_pages=18, page_size=16) as engine:
+    crowded = {"slots": 7, "small_slots": 3, "prefill_chunks": (16, 48), "num_pages": 18, "page_size": 16}
+    with Engine(**shape, **crowded, host_cache_bytes=host_cache_bytes) as engine:
         waiting: list[tuple[int, RequestStream]] = []
 
         def collect_oldest() -> None:
@@ -78,5 +79,6 @@ def test_thousands_of_requests_in_random_schedules_give_their_solo_bits(family: 
         loads = engine.loads()
     assert mismatches == 0
     assert cached > 0 and cancelled > 0 and loads.preemptions > 0
+    assert (loads.restored_pages > 0) == (host_cache_bytes > 0), "preempted pages come back, or are recomputed"
     assert loads.available_pages == loads.total_pages
     assert loads.compiles_after_warmup == 0
