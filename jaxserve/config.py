@@ -53,6 +53,9 @@ class EngineConfig:
     """Requests accepted beyond those that hold a slot; past it QueueFull is raised."""
     max_tenant_requests: int | None = None
     """Requests of one tenant in flight at once, where a server has keys; None bounds only all tenants together."""
+    watchdog_seconds: float | None = 120.0
+    """Seconds without a finished step, while there is work, after which the engine is unhealthy: more than its longest
+    step takes. None watches nothing."""
     stream_buffer_tokens: int = 8192
     """Tokens a client may leave unread before its request is aborted."""
     core: CoreKind = "thread"
@@ -66,6 +69,8 @@ class EngineConfig:
         """Raises ValueError naming the field and the limit."""
         for name in ("slots", "small_slots", "page_size", "cache_bytes", "publish_ahead", "stream_buffer_tokens"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        watched = self.watchdog_seconds
+        _require("watchdog_seconds", watched, watched is None or watched > 0, "above 0")
         _require("pipeline_depth", self.pipeline_depth, 0 <= self.pipeline_depth <= 4, "in [0, 4]")
         for name in ("max_waiting", "host_cache_bytes"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")

@@ -23,6 +23,7 @@ from jaxserve.request import Completion, Delta, Finished, InvalidRequest, Reques
 from jaxserve.request_stream import RequestStream
 from jaxserve.text_stream import TextStream
 from jaxserve.tokenizer import Tokenizer
+from jaxserve.watchdog import Watchdog
 
 ProgressCallback = Callable[[str, float | None], None]
 """Told what is being done and the fraction done, 0..1 or None."""
@@ -90,6 +91,11 @@ class Engine:
         self._requests = ActiveRequests(self.capacity, self.config.max_tenant_requests)
         gauges = Gauges(0, 0, 0, self.device.num_pages, *[0] * 9)
         self._delivery = Delivery(self._core, self._requests, self.config.stream_buffer_tokens, gauges)
+        self._watchdog: Watchdog | None = None
+        if self.config.watchdog_seconds is not None:
+            self._watchdog = Watchdog(
+                self.config.watchdog_seconds, lambda: len(self._requests) > 0, lambda: self._delivery.gauges
+            )
         atexit.register(self.shutdown)
 
     def _await_ready(self, progress: ProgressCallback) -> Ready:
@@ -227,8 +233,8 @@ class Engine:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether requests are accepted."""
-        return self._requests.is_open
+        """Whether requests are accepted and the step loop moves."""
+        return self._requests.is_open and (self._watchdog is None or not self._watchdog.is_hung)
 
     def drain(self) -> None:
         """Accepts no more requests; those in flight go on."""
@@ -246,6 +252,8 @@ class Engine:
             self._core.send(Shutdown())
             self._delivery.join()
         self._core.join()
+        if self._watchdog is not None:
+            self._watchdog.stop()
         atexit.unregister(self.shutdown)
         return finished
 
