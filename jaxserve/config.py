@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Dtype = Literal["bfloat16", "float32"]
+KVDtype = Literal["bfloat16", "float32", "int8", "float8_e4m3fn"]
 Quantization = Literal["none", "int8"]
 Matmul = Literal["xla", "native"]
 CoreKind = Literal["thread", "process"]
@@ -20,6 +21,8 @@ class EngineConfig:
     """The name clients use; None takes the last part of `model`."""
     dtype: Dtype = "bfloat16"
     """Of weights, activations and the KV cache. Norms, softmax and logits are float32 in either."""
+    kv_dtype: KVDtype | None = None
+    """Of the KV cache; None takes `dtype`. The 8-bit ones keep a float32 scale for each token and head."""
     quantization: Quantization = "none"
     """int8: weights per output channel, activations per row."""
     slots: int = 32
@@ -82,6 +85,8 @@ class EngineConfig:
             value = getattr(self, name)
             _require(name, value, value is None or value >= least, f"at least {least}")
         _require("dtype", self.dtype, self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
+        kv_dtypes = (None, *get_args(KVDtype))
+        _require("kv_dtype", self.kv_dtype, self.kv_dtype in kv_dtypes, "bfloat16, float32, int8 or float8_e4m3fn")
         _require("quantization", self.quantization, self.quantization in ("none", "int8"), "none or int8")
         _require("matmul", self.matmul, self.matmul in (None, "xla", "native"), "xla or native")
         _require("core", self.core, self.core in ("thread", "process"), "thread or process")

@@ -20,14 +20,14 @@ from jaxserve.batch import BIASES, PENALIZES, Packer, Upload, features
 from jaxserve.checkpoints import LoadedModel
 from jaxserve.config import EngineConfig
 from jaxserve.decode_state import DecodeState, take_slot
-from jaxserve.kv_cache import KVCache, page_bytes
+from jaxserve.kv_cache import KVCache, cache_dtype, page_bytes
 from jaxserve.models.layers import Matmul
 from jaxserve.models.packing import pack_params
 from jaxserve.page_copies import PageCopies
 from jaxserve.request import MAX_LOGIT_BIAS
 from jaxserve.sequence import Sequence, StepPlan, StepResults
 from jaxserve.step import StepOutput, make_step
-from pallas_kernels import select
+from pallas_kernels import AttentionNeeds, PagedAttention, select
 from pallas_kernels.linear import available as native_linear_available
 
 log = logging.getLogger(__name__)
@@ -68,10 +68,11 @@ class ModelRunner:
         self.device_kind: str = device.device_kind
         self.model_config = model.config
         self.config = config
-        self.attention = select("cuda" if device.platform == "gpu" else device.platform, config.attention)
+        platform = "cuda" if device.platform == "gpu" else device.platform
+        self.attention = select(platform, config.attention, AttentionNeeds(cache_dtype(config)))
         self.attention_name = self.attention.name
-        self.num_pages = _num_pages(model, config)
-        self.host_pages = config.host_cache_bytes // page_bytes(model.config, config.page_size, config.dtype)
+        self.num_pages = _num_pages(model, self.attention, config)
+        self.host_pages = config.host_cache_bytes // page_bytes(model.config, self.attention, config)
         capacity = (self.num_pages - 1) * config.page_size
         self.max_context = min(config.max_context or 8192, model.config.max_context, capacity)
         self._max_pages = -(-self.max_context // config.page_size)
@@ -102,7 +103,7 @@ class ModelRunner:
     def reset(self) -> None:
         """An empty cache and state, at the start or after a step failed."""
         config = self.config
-        self._cache = KVCache.zeros(self.model_config, self.attention, self.num_pages, config.page_size, config.dtype)
+        self._cache = KVCache.zeros(self.model_config, self.attention, self.num_pages, config)
         self._state = DecodeState.zeros(config.slots, self.model_config.vocab_size)
 
     def _compile_steps(self, progress):
@@ -209,13 +210,13 @@ def _choose_matmul(platform: str, config: EngineConfig) -> Matmul:
     return "native" if platform == "cpu" and native_linear_available() else "xla"
 
 
-def _num_pages(model: LoadedModel, config: EngineConfig) -> int:
+def _num_pages(model: LoadedModel, attention: PagedAttention, config: EngineConfig) -> int:
     """Pages to allocate: as configured, or enough for all slots at full context within `cache_bytes`."""
     if config.num_pages is not None:
         return config.num_pages
     context = min(config.max_context or 8192, model.config.max_context)
     wanted = config.slots * -(-context // config.page_size) + 1
-    return max(2, min(wanted, config.cache_bytes // page_bytes(model.config, config.page_size, config.dtype)))
+    return max(2, min(wanted, config.cache_bytes // page_bytes(model.config, attention, config)))
 
 
 def enable_compilation_cache(folder: str | None) -> None:

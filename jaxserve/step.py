@@ -18,7 +18,7 @@ from jaxserve.models.llama import Llama
 from jaxserve.pytree import pytree_dataclass
 from jaxserve.sampling import report_logprobs, sample_tokens
 from jaxserve.sequence import EMITTED, FAILED, STOPPED
-from pallas_kernels import PagedAttention
+from pallas_kernels import Attended, LayerCache, PagedAttention
 from pallas_kernels.linear import LiveRows
 
 
@@ -61,33 +61,27 @@ def make_step(
         decoding = jnp.sum(upload.slot < state.ended.shape[0])
         live = LiveRows(jnp.stack([decoding, jnp.sum(upload.chunk_rows >= 0)]).astype(jnp.int32), rows)
 
-        def attend(q: Array, k: Array, v: Array, cache: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-            keys, values = cache
-            attended = attention.write_and_attend(
+        def attend(q: Array, k: Array, v: Array, cache: LayerCache) -> Attended:
+            return attention.write_and_attend(
                 q,
                 k,
                 v,
-                keys,
-                values,
+                cache,
                 upload.page_table,
                 token_rows,
                 positions,
                 scale=config.head_dim**-0.5,
                 sliding_window=config.sliding_window,
             )
-            return attended.out, (attended.k_pages, attended.v_pages)
 
-        hidden, layers = model.hidden(
-            tokens, positions, attend, tuple(zip(cache.keys, cache.values, strict=True)), live
-        )
+        hidden, layers = model.hidden(tokens, positions, attend, cache.layers, live)
         sampled = hidden[:rows]
         if chunk:
             ends_prompt = (upload.sample_index >= 0)[:, None]
             sampled = jnp.where(ends_prompt, hidden[rows + jnp.maximum(upload.sample_index, 0)], sampled)
         logits = model.logits(sampled, LiveRows(live.counts.at[1].set(0), rows))
         state, output = _choose(logits, upload, state, decodes | (upload.sample_index >= 0))
-        keys, values = zip(*layers, strict=True)
-        return KVCache(keys, values), state, output
+        return KVCache(layers), state, output
 
     return step
 

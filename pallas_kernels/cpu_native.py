@@ -3,10 +3,20 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.interface import Attended, check_operands, check_sizes
+from pallas_kernels.interface import (
+    Attended,
+    AttentionNeeds,
+    LayerCache,
+    check_cache,
+    check_operands,
+    check_sizes,
+    separate_layout,
+)
 from pallas_kernels.native_build import register
 
 
@@ -21,42 +31,60 @@ class NativePagedAttention:
     custom_call: str
     """The name that `native_build.register` gave."""
     name: str = "cpu_native"
+    kv_head_axis: int | None = 1
 
     @staticmethod
     def build() -> "NativePagedAttention":
         """Raises `native_build.NativeUnavailable` where the kernels cannot be built."""
         return NativePagedAttention(register("JaxservePagedAttention"))
 
-    def cache_shape(self, num_pages: int, page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-        """[num_pages, kv_heads, page_size, head_dim]."""
-        check_sizes(num_pages, page_size, kv_heads, head_dim)
-        return (num_pages, kv_heads, page_size, head_dim)
+    def missing(self, needs: AttentionNeeds) -> str | None:
+        """See `PagedAttention.missing`."""
+        if needs.kv_dtype not in ("bfloat16", "float32"):
+            return f"keys and values are bfloat16 or float32, not {needs.kv_dtype}"
+        if needs.softcap or needs.sinks:
+            return "it has no soft cap of scores" if needs.softcap else "it has no attention sinks"
+        return None
+
+    def cache_layout(
+        self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> LayerCache:
+        """Keys and values are each [num_pages, kv_heads, page_size, head_dim]."""
+        check_sizes(num_pages, page_size, kv_heads, head_dim, dtype)
+        if (reason := self.missing(AttentionNeeds(kv_dtype=jnp.dtype(dtype).name))) is not None:
+            raise ValueError(f"attention {self.name}: {reason}")
+        return separate_layout((num_pages, kv_heads, page_size, head_dim), (), dtype)
 
     def write_and_attend(
         self,
         q: Float[Array, "token q_head head_dim"],
         k: Float[Array, "token kv_head head_dim"],
         v: Float[Array, "token kv_head head_dim"],
-        k_pages: Float[Array, "page kv_head page_size head_dim"],
-        v_pages: Float[Array, "page kv_head page_size head_dim"],
+        cache: LayerCache,
         page_table: Int32[Array, "row max_pages"],
         token_row: Int32[Array, " token"],
         position: Int32[Array, " token"],
         *,
         scale: float,
-        sliding_window: int | None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Float32[Array, " q_head"] | None = None,
     ) -> Attended:
         """See `PagedAttention.write_and_attend`."""
-        check_operands(q, k, v, k_pages, v_pages, page_table, token_row, position)
-        if k_pages.ndim != 4 or k_pages.shape[1::2] != k.shape[1:]:
-            raise ValueError(f"the cache must be [page, {k.shape[1]}, page_size, {k.shape[2]}], got {k_pages.shape}")
+        check_operands(q, k, v, page_table, token_row, position, sinks)
+        k_pages, v_pages = cache.k_pages, cache.v_pages
+        layout = self.cache_layout(k_pages.shape[0], k_pages.shape[2], k.shape[1], k.shape[2], k_pages.dtype)
+        check_cache(cache, layout)
+        needs = AttentionNeeds(k_pages.dtype.name, softcap is not None, sinks is not None)
+        if (reason := self.missing(needs)) is not None:
+            raise ValueError(f"attention {self.name}: {reason}")
         dtype = k_pages.dtype
         call = jax.ffi.ffi_call(
             self.custom_call,
             (
                 jax.ShapeDtypeStruct(q.shape, dtype),
                 jax.ShapeDtypeStruct(k_pages.shape, dtype),
-                jax.ShapeDtypeStruct(v_pages.shape, dtype),
+                jax.ShapeDtypeStruct(k_pages.shape, dtype),
             ),
             input_output_aliases={3: 1, 4: 2},
         )
@@ -64,4 +92,4 @@ class NativePagedAttention:
         out, k_pages, v_pages = call(
             *operands, page_table, token_row, position, scale=np.float32(scale), window=np.int32(sliding_window or 0)
         )
-        return Attended(out.astype(q.dtype), k_pages, v_pages)
+        return Attended(out.astype(q.dtype), LayerCache(k_pages, v_pages))

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from pallas_kernels.cpu_native import NativePagedAttention
-from pallas_kernels.interface import PagedAttention
+from pallas_kernels.interface import AttentionNeeds, PagedAttention
 from pallas_kernels.native_build import NativeUnavailable
 from pallas_kernels.reference import ReferencePagedAttention
 from pallas_kernels.xla import XlaPagedAttention
@@ -26,16 +26,21 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[], PagedAttention]]] = {
 """Of each platform, its implementations by name, the preferred first."""
 
 
-def select(platform: str, implementation: str | None = None) -> PagedAttention:
+PLAIN = AttentionNeeds()
+
+
+def select(platform: str, implementation: str | None = None, needs: AttentionNeeds = PLAIN) -> PagedAttention:
     """The implementation for a platform, with the cache layout that goes with it.
 
     Args:
         platform: the platform that the program will run on, a key of `IMPLEMENTATIONS`.
-        implementation: a name of `IMPLEMENTATIONS[platform]`; None takes the platform's own. On the CPU that is
-            `cpu_native`, or `cpu_xla` where it cannot be built, with the reason in the log.
+        implementation: a name of `IMPLEMENTATIONS[platform]`; None takes the first that has what is needed and, for
+            `cpu_native`, can be built. The log says why one was passed over.
+        needs: what the engine will ask of it.
 
     Raises:
-        ValueError: no such platform, or no such implementation for it; lists those there are.
+        ValueError: no such platform, no such implementation for it, or one that lacks what is needed; lists those there
+            are, or says what it lacks.
         NativeUnavailable: `cpu_native` was asked for by name and cannot be built.
     """
     if platform not in IMPLEMENTATIONS:
@@ -44,10 +49,20 @@ def select(platform: str, implementation: str | None = None) -> PagedAttention:
     if implementation is not None:
         if implementation not in named:
             raise ValueError(f"no attention {implementation!r} on {platform}; there are {', '.join(named)}")
-        return named[implementation]()
-    preferred, fallback, *_ = named
-    try:
-        return named[preferred]()
-    except NativeUnavailable as error:
-        log.warning("attention %s instead of %s: %s", fallback, preferred, error)
-        return named[fallback]()
+        chosen = named[implementation]()
+        if (reason := chosen.missing(needs)) is not None:
+            raise ValueError(f"attention {implementation}: {reason}")
+        return chosen
+    reasons = []
+    for name, build in named.items():
+        try:
+            chosen = build()
+        except NativeUnavailable as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        if (reason := chosen.missing(needs)) is None:
+            if reasons:
+                log.warning("attention %s instead of %s", name, "; ".join(reasons))
+            return chosen
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(f"no attention on {platform} has what is needed: {'; '.join(reasons)}")

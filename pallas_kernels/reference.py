@@ -2,15 +2,33 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.interface import Attended, check_operands, check_sizes
+from pallas_kernels.interface import (
+    Attended,
+    AttentionNeeds,
+    LayerCache,
+    check_cache,
+    check_operands,
+    check_sizes,
+    separate_layout,
+    stored_form,
+)
 
 
 def dense_attention(
-    q: np.ndarray, keys: np.ndarray, values: np.ndarray, *, scale: float, sliding_window: int | None = None
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
     """Causal attention of one sequence on the host, in float64.
 
@@ -20,6 +38,8 @@ def dense_attention(
         values: as keys.
         scale: factor on the scores.
         sliding_window: tokens attended to, the token itself included; None for all.
+        softcap: bound of the scores; None for none.
+        sinks: [q_head], a score of each head without a value; None for none.
 
     Returns:
         float64 [token, q_head, head_dim].
@@ -28,11 +48,16 @@ def dense_attention(
     tokens, context, group = q.shape[0], keys.shape[0], q.shape[1] // keys.shape[1]
     keys, values = np.repeat(keys, group, axis=1), np.repeat(values, group, axis=1)
     scores = np.einsum("thd,chd->htc", q, keys) * scale
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
     age = np.arange(context - tokens, context)[:, None] - np.arange(context)[None]
     seen = (age >= 0) & (age < (sliding_window or context + 1))
     scores = np.where(seen, scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.einsum("htc,chd->thd", weights / weights.sum(axis=-1, keepdims=True), values)
+    sink = np.full(q.shape[1], -np.inf) if sinks is None else np.asarray(sinks, np.float64)
+    largest = np.maximum(scores.max(axis=-1, keepdims=True), sink[:, None, None])
+    weights = np.exp(scores - largest)
+    total = weights.sum(axis=-1, keepdims=True) + np.exp(sink[:, None, None] - largest)
+    return np.einsum("htc,chd->thd", weights / total, values)
 
 
 @dataclass(frozen=True)
@@ -44,48 +69,70 @@ class ReferencePagedAttention:
     """
 
     name: str = "reference"
+    kv_head_axis: int | None = 2
 
-    def cache_shape(self, num_pages: int, page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-        """[num_pages, page_size, kv_heads, head_dim]."""
-        check_sizes(num_pages, page_size, kv_heads, head_dim)
-        return (num_pages, page_size, kv_heads, head_dim)
+    def missing(self, needs: AttentionNeeds) -> str | None:
+        """See `PagedAttention.missing`: nothing is."""
+        return None
+
+    def cache_layout(
+        self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> LayerCache:
+        """Keys and values [num_pages, page_size, kv_heads, head_dim], scales the same without head_dim."""
+        check_sizes(num_pages, page_size, kv_heads, head_dim, dtype)
+        tokens = (num_pages, page_size, kv_heads)
+        return separate_layout((*tokens, head_dim), tokens, dtype)
 
     def write_and_attend(
         self,
         q: Float[Array, "token q_head head_dim"],
         k: Float[Array, "token kv_head head_dim"],
         v: Float[Array, "token kv_head head_dim"],
-        k_pages: Float[Array, "page page_size kv_head head_dim"],
-        v_pages: Float[Array, "page page_size kv_head head_dim"],
+        cache: LayerCache,
         page_table: Int32[Array, "row max_pages"],
         token_row: Int32[Array, " token"],
         position: Int32[Array, " token"],
         *,
         scale: float,
-        sliding_window: int | None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Float32[Array, " q_head"] | None = None,
     ) -> Attended:
         """See `PagedAttention.write_and_attend`."""
-        check_operands(q, k, v, k_pages, v_pages, page_table, token_row, position)
-        if k_pages.ndim != 4 or k_pages.shape[2:] != k.shape[1:]:
-            raise ValueError(f"the cache must be [page, page_size, {k.shape[1]}, {k.shape[2]}], got {k_pages.shape}")
-        num_pages, page_size, kv_heads, head_dim = k_pages.shape
-        tokens, q_heads, _ = q.shape
-        context = page_table.shape[1] * page_size
+        check_operands(q, k, v, page_table, token_row, position, sinks)
+        num_pages, page_size = cache.k_pages.shape[:2]
+        layout = self.cache_layout(num_pages, page_size, k.shape[1], k.shape[2], cache.k_pages.dtype)
+        check_cache(cache, layout)
+        tokens, q_heads, head_dim = q.shape
+        kv_heads, context = k.shape[1], page_table.shape[1] * page_size
         table = page_table[jnp.maximum(token_row, 0)]
         page = jnp.take_along_axis(table, position[:, None] // page_size, axis=1, mode="clip")[:, 0]
         page = jnp.where((token_row >= 0) & (page > 0), page, num_pages)
-        k_pages = k_pages.at[page, position % page_size].set(k.astype(k_pages.dtype), mode="drop")
-        v_pages = v_pages.at[page, position % page_size].set(v.astype(v_pages.dtype), mode="drop")
+        written = stored_form(k, v, cache.k_pages.dtype)
+        offset = position % page_size
+        cache = jax.tree.map(lambda array, new: array.at[page, offset].set(new, mode="drop"), cache, written)
 
+        assert cache.v_pages is not None
         keys, values = (
-            pages[table].reshape(tokens, context, kv_heads, head_dim).astype(jnp.float32)
-            for pages in (k_pages, v_pages)
+            array[table].reshape(tokens, context, kv_heads, head_dim).astype(jnp.float32)
+            for array in (cache.k_pages, cache.v_pages)
         )
+        if cache.k_scales is not None:
+            assert cache.v_scales is not None
+            keys = keys * cache.k_scales[table].reshape(tokens, context, kv_heads, 1)
+            values = values * cache.v_scales[table].reshape(tokens, context, kv_heads, 1)
         grouped = q.reshape(tokens, kv_heads, q_heads // kv_heads, head_dim).astype(jnp.float32)
         age = position[:, None] - jnp.arange(context)
         seen = (age >= 0) & (age < (sliding_window or context)) & (token_row >= 0)[:, None]
-        scores = jnp.where(seen[:, None, None], jnp.einsum("tkgd,tckd->tkgc", grouped, keys) * scale, -jnp.inf)
-        weights = jnp.exp(scores - jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min))
-        weights = weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+        scores = jnp.einsum("tkgd,tckd->tkgc", grouped, keys) * scale
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+        largest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+        sink = None if sinks is None else sinks.reshape(1, kv_heads, -1, 1)
+        largest = largest if sink is None else jnp.maximum(largest, sink)
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(axis=-1, keepdims=True) + (0.0 if sink is None else jnp.exp(sink - largest))
+        weights = weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         out = jnp.einsum("tkgc,tckd->tkgd", weights, jnp.where(seen[..., None, None], values, 0.0))
-        return Attended(out.reshape(q.shape).astype(q.dtype), k_pages, v_pages)
+        return Attended(out.reshape(q.shape).astype(q.dtype), cache)

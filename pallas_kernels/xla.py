@@ -7,11 +7,23 @@ the call: its query heads are laid block-diagonally over the kv heads, which lie
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32, Num
 
-from pallas_kernels.interface import Attended, check_operands, check_sizes
+from pallas_kernels.interface import (
+    Attended,
+    AttentionNeeds,
+    LayerCache,
+    check_cache,
+    check_operands,
+    check_sizes,
+    separate_layout,
+    stored_form,
+)
+from pallas_kernels.quantized import is_quantized
 
 TILE = 8
 """Tokens of a tile. One token costs what eight do."""
@@ -20,108 +32,150 @@ BLOCK = 128
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """What becomes of the products of queries and keys."""
+
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+
+
+@dataclass(frozen=True)
 class XlaPagedAttention:
     """Pages are [page_size, kv_heads * head_dim], a token's kv heads side by side."""
 
     name: str = "xla"
+    kv_head_axis: int | None = 2
 
-    def cache_shape(self, num_pages: int, page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-        """[num_pages, page_size, kv_heads * head_dim]."""
-        check_sizes(num_pages, page_size, kv_heads, head_dim)
-        return (num_pages, page_size, kv_heads * head_dim)
+    def missing(self, needs: AttentionNeeds) -> str | None:
+        """See `PagedAttention.missing`: nothing is."""
+        return None
+
+    def cache_layout(
+        self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> LayerCache:
+        """Keys and values [num_pages, page_size, kv_heads * head_dim], scales [num_pages, page_size, kv_heads]."""
+        check_sizes(num_pages, page_size, kv_heads, head_dim, dtype)
+        tokens = (num_pages, page_size)
+        return separate_layout((*tokens, kv_heads * head_dim), (*tokens, kv_heads), dtype)
 
     def write_and_attend(
         self,
         q: Float[Array, "token q_head head_dim"],
         k: Float[Array, "token kv_head head_dim"],
         v: Float[Array, "token kv_head head_dim"],
-        k_pages: Float[Array, "page page_size kv"],
-        v_pages: Float[Array, "page page_size kv"],
+        cache: LayerCache,
         page_table: Int32[Array, "row max_pages"],
         token_row: Int32[Array, " token"],
         position: Int32[Array, " token"],
         *,
         scale: float,
-        sliding_window: int | None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Float32[Array, " q_head"] | None = None,
     ) -> Attended:
         """See `PagedAttention.write_and_attend`."""
-        check_operands(q, k, v, k_pages, v_pages, page_table, token_row, position)
+        check_operands(q, k, v, page_table, token_row, position, sinks)
         tokens, kv_heads, head_dim = k.shape
-        if k_pages.ndim != 3 or k_pages.shape[2] != kv_heads * head_dim:
-            raise ValueError(f"the cache must be [page, page_size, {kv_heads * head_dim}], got {k_pages.shape}")
-        num_pages, page_size, _ = k_pages.shape
+        num_pages, page_size = cache.k_pages.shape[:2]
+        dtype = cache.k_pages.dtype
+        check_cache(cache, self.cache_layout(num_pages, page_size, kv_heads, head_dim, dtype))
         max_pages = page_table.shape[1]
         table_page = position // page_size
         lives = (token_row >= 0) & (position >= 0) & (table_page < max_pages)
         page = page_table.at[token_row, table_page].get(mode="clip")
         page = jnp.where(lives & (page > 0), page, num_pages)
         offset = position % page_size
-        k_pages = k_pages.at[page, offset].set(k.reshape(tokens, -1).astype(k_pages.dtype), mode="drop")
-        v_pages = v_pages.at[page, offset].set(v.reshape(tokens, -1).astype(v_pages.dtype), mode="drop")
+        cache = jax.tree.map(
+            lambda array, new: array.at[page, offset].set(new.reshape(tokens, -1), mode="drop"),
+            cache,
+            stored_form(k, v, dtype),
+        )
 
         padding = -tokens % TILE
         token_row = jnp.pad(jnp.where(lives, token_row, -1), (0, padding), constant_values=-1)
         position = jnp.pad(position, (0, padding))
-        queries = _block_diagonal(jnp.pad(q, ((0, padding), (0, 0), (0, 0))).astype(k_pages.dtype), kv_heads)
+        # The elements of a quantised cache are exact in the queries' dtype.
+        queries = q if is_quantized(dtype) else q.astype(dtype)
+        queries = _block_diagonal(jnp.pad(queries, ((0, padding), (0, 0), (0, 0))), kv_heads)
         pages_per_block = max(1, BLOCK // page_size)
         page_table = jnp.pad(page_table, ((0, 0), (0, -max_pages % pages_per_block)))
+        scoring = Scoring(scale, sliding_window, softcap)
 
         def attend_tile(tile: Array) -> Array:
             start = tile * TILE
             rows = lax.dynamic_slice_in_dim(token_row, start, TILE)
             return _attend_tile(
                 lax.dynamic_slice_in_dim(queries, start, TILE),
-                k_pages,
-                v_pages,
+                cache,
                 page_table[jnp.maximum(rows, 0)],
                 jnp.where(rows >= 0, lax.dynamic_slice_in_dim(position, start, TILE), -1),
                 pages_per_block,
-                scale,
-                sliding_window,
+                scoring,
+                sinks,
             )
 
         out = lax.map(attend_tile, jnp.arange((tokens + padding) // TILE))
         out = _own_kv_head(out.reshape(tokens + padding, *queries.shape[1:]), kv_heads)
-        return Attended(out[:tokens].astype(q.dtype), k_pages, v_pages)
+        return Attended(out[:tokens].astype(q.dtype), cache)
 
 
 def _attend_tile(
     queries: Float[Array, "tile q_head kv"],
-    k_pages: Float[Array, "page page_size kv"],
-    v_pages: Float[Array, "page page_size kv"],
+    cache: LayerCache,
     page_table: Int32[Array, "tile max_pages"],
     last: Int32[Array, " tile"],
     pages_per_block: int,
-    scale: float,
-    sliding_window: int | None,
+    scoring: Scoring,
+    sinks: Float32[Array, " q_head"] | None,
 ) -> Float[Array, "tile q_head kv"]:
     """Attends from the queries of a tile to positions up to `last`; -1 for a token that attends to none."""
     tile, q_heads, width = queries.shape
-    block = pages_per_block * k_pages.shape[1]
-    first = jnp.zeros_like(last) if sliding_window is None else jnp.maximum(last - sliding_window + 1, 0)
+    block = pages_per_block * cache.k_pages.shape[1]
+    k_pages, v_pages = cache.k_pages, cache.v_pages
+    assert v_pages is not None
+    window, softcap = scoring.sliding_window, scoring.softcap
+    first = jnp.zeros_like(last) if window is None else jnp.maximum(last - window + 1, 0)
+
+    def gather(pages: Num[Array, "page page_size x"], numbers: Int32[Array, "tile block_page"]) -> Array:
+        return pages.at[numbers].get(mode="clip").reshape(tile, block, -1)
+
+    def head_scales(
+        scales: Float32[Array, "page page_size kv_head"], numbers: Int32[Array, "tile block_page"]
+    ) -> Array:
+        by_head = jnp.moveaxis(gather(scales, numbers), 2, 1)
+        return jnp.repeat(by_head, q_heads // by_head.shape[1], axis=1)
 
     def attend_block(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         largest, total, weighted = carry
-        pages = lax.dynamic_slice_in_dim(page_table, number * pages_per_block, pages_per_block, axis=1)
-        keys = k_pages.at[pages].get(mode="clip").reshape(tile, block, width)
-        values = v_pages.at[pages].get(mode="clip").reshape(tile, block, width)
+        numbers = lax.dynamic_slice_in_dim(page_table, number * pages_per_block, pages_per_block, axis=1)
+        keys, values = gather(k_pages, numbers), gather(v_pages, numbers)
         key_position = number * block + jnp.arange(block)
         attends = (key_position >= first[:, None]) & (key_position <= last[:, None])
-        scores = _batched_product(queries, keys, contract=2) * jnp.float32(scale)
+        scores = _batched_product(queries, keys.astype(queries.dtype), contract=2) * jnp.float32(scoring.scale)
+        if cache.k_scales is not None:
+            scores = scores * head_scales(cache.k_scales, numbers)
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
         scores = jnp.where(attends[:, None], scores, -jnp.inf)
         new_largest = jnp.maximum(largest, scores.max(axis=-1))
         # A token with no key so far has -inf - -inf here.
         shift = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
         weights = jnp.exp(scores - shift[..., None])
         rescale = jnp.exp(largest - shift)
+        total = total * rescale + weights.sum(axis=-1)
+        if cache.v_scales is not None:
+            weights = weights * jnp.where(attends[:, None], head_scales(cache.v_scales, numbers), 0.0)
         # What lies in a page beyond a sequence's end may be another's garbage, and 0 * NaN is NaN.
         values = jnp.where(attends[..., None], values, jnp.zeros((), values.dtype)).astype(jnp.float32)
         weighted = weighted * rescale[..., None] + _batched_product(weights, values, contract=1)
-        return new_largest, total * rescale + weights.sum(axis=-1), weighted
+        return new_largest, total, weighted
 
+    # A sink is a score whose value is zero.
+    sink = jnp.broadcast_to(-jnp.inf if sinks is None else sinks, (tile, q_heads))
     carry = (
-        jnp.full((tile, q_heads), -jnp.inf, jnp.float32),
-        jnp.zeros((tile, q_heads), jnp.float32),
+        sink.astype(jnp.float32),
+        jnp.full((tile, q_heads), 0.0 if sinks is None else 1.0, jnp.float32),
         jnp.zeros((tile, q_heads, width), jnp.float32),
     )
     blocks = jnp.max(last) // block + 1

@@ -59,38 +59,40 @@ class Heads:
 
 
 def arguments(case: Case, heads: Heads, dtype: jnp.dtype, attention: PagedAttention, layers: int) -> tuple:
-    """Random operands of `layers` layers: (q, k, v, key caches, value caches, table, token_row, position)."""
+    """Random operands of `layers` layers: (q, k, v, caches, table, token_row, position)."""
     rows = case.decode_rows + (case.chunk > 0)
     contexts = [case.decode_context] * case.decode_rows + [case.chunk_context] * (case.chunk > 0)
     max_pages = -(-max(contexts) // PAGE_SIZE)
     rng = np.random.default_rng(0)
     table = (1 + rng.permutation(rows * max_pages)).reshape(rows, max_pages).astype(np.int32)
     start = case.chunk_context - case.chunk
-    token_row = [*range(case.decode_rows), *[case.decode_rows] * case.chunk]
-    position = [*[case.decode_context - 1] * case.decode_rows, *range(start, start + case.chunk)]
-    shape = attention.cache_shape(rows * max_pages + 1, PAGE_SIZE, heads.kv_heads, heads.head_dim)
-    zero_page = jnp.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)) == 0
-    filled = jnp.where(zero_page, 0, jax.random.normal(jax.random.key(0), shape, dtype))
+    idle = rows - case.decode_rows  # the decode row of what has a chunk
+    token_row = [*range(case.decode_rows), *[-1] * idle, *[case.decode_rows] * case.chunk]
+    position = [*[case.decode_context - 1] * case.decode_rows, *[0] * idle, *range(start, start + case.chunk)]
+    layout = attention.cache_layout(rows * max_pages + 1, PAGE_SIZE, heads.kv_heads, heads.head_dim, dtype)
+
+    def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype).at[0].set(0)
+
     tokens = len(position)
     q, k, v = (
         jnp.asarray(rng.standard_normal((tokens, count, heads.head_dim)), dtype)
         for count in (heads.q_heads, heads.kv_heads, heads.kv_heads)
     )
-    caches = [tuple(jnp.copy(filled) for _ in range(layers)) for _ in range(2)]
-    return q, k, v, *caches, jnp.asarray(table), jnp.asarray(token_row, jnp.int32), jnp.asarray(position, jnp.int32)
+    caches = tuple(jax.tree.map(filled, layout) for _ in range(layers))
+    return q, k, v, caches, jnp.asarray(table), jnp.asarray(token_row, jnp.int32), jnp.asarray(position, jnp.int32)
 
 
 def chained(attention: PagedAttention, scale: float) -> Callable:
     """`layers` calls of which each one's queries follow from the last one's output."""
 
-    def run(q, k, v, keys, values, table, token_row, position):
-        keys, values = list(keys), list(values)
-        for layer in range(len(keys)):
-            out, keys[layer], values[layer] = attention.write_and_attend(
-                q, k, v, keys[layer], values[layer], table, token_row, position, scale=scale, sliding_window=None
-            )
+    def run(q, k, v, caches, table, token_row, position):
+        written = []
+        for cache in caches:
+            out, cache = attention.write_and_attend(q, k, v, cache, table, token_row, position, scale=scale)
             q = (q + out) * jnp.asarray(0.5, q.dtype)
-        return q, tuple(keys), tuple(values)
+            written.append(cache)
+        return q, tuple(written)
 
     return run
 
@@ -101,12 +103,12 @@ def measure(name: str, case: Case, heads: Heads, dtype: jnp.dtype, rounds: int) 
     live = case.decode_rows * case.decode_context + case.chunk_context * (case.chunk > 0)
     layer_bytes = 2 * live * heads.kv_heads * heads.head_dim * dtype.itemsize
     layers = int(min(30, max(3, WORKING_SET // layer_bytes)))
-    q, k, v, keys, values, *rest = arguments(case, heads, dtype, attention, layers)
-    run = jax.jit(chained(attention, heads.head_dim**-0.5), donate_argnums=(3, 4))
+    q, k, v, caches, *rest = arguments(case, heads, dtype, attention, layers)
+    run = jax.jit(chained(attention, heads.head_dim**-0.5), donate_argnums=3)
     best = float("inf")
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        _, keys, values = jax.block_until_ready(run(q, k, v, keys, values, *rest))
+        _, caches = jax.block_until_ready(run(q, k, v, caches, *rest))
         best = min(best, time.perf_counter() - started)
     seconds = best / layers
     start = case.chunk_context - case.chunk

@@ -11,17 +11,19 @@ def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
     """The model's configuration, its tokenizer, and sizes under `config`. No weights are read. Raises CommandError."""
     with model_errors():
         from jaxserve.checkpoints import describe_model
-        from jaxserve.kv_cache import page_bytes
+        from jaxserve.kv_cache import cache_dtype, page_bytes
         from jaxserve.models.llama import abstract_llama
         from jaxserve.models.parameters import named_parameters
         from jaxserve.tokenizer import Tokenizer
+        from pallas_kernels import AttentionNeeds, select
 
         model, source = describe_model(config.model)
         tokenizer = Tokenizer.from_source(source)
         _, params = abstract_llama(model, config.dtype, config.quantization)
     arrays = named_parameters(params).values()
     context = min(config.max_context or model.max_context, model.max_context)
-    a_page = page_bytes(model, config.page_size, config.dtype)
+    attention = select("cpu", config.attention or "cpu_xla", AttentionNeeds(cache_dtype(config)))
+    a_page = page_bytes(model, attention, config)
     pages = math.ceil(context / config.page_size)
     return {
         "model": asdict(model),

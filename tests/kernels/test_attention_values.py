@@ -1,5 +1,8 @@
 """Every implementation against naive dense attention, and that these comparisons can fail."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +19,14 @@ SHAPES = {
     "small-pages": Shape(q_heads=2, kv_heads=2, head_dim=32, page_size=4, dtype="float32"),
     "head-dim-80": Shape(q_heads=4, kv_heads=4, head_dim=80),
 }
+FEATURE_SHAPES = {
+    "softcap": Shape(softcap=2.0),
+    "sinks": Shape(sinks=True, dtype="float32"),
+    "sinks-window": Shape(sinks=True, sliding_window=20),
+    "int8": Shape(kv_dtype="int8", dtype="float32"),
+    "float8-all": Shape(kv_dtype="float8_e4m3fn", softcap=3.0, sinks=True, sliding_window=37),
+}
+"""What the native kernel for the CPU lacks."""
 MORE_SHAPES = {
     "large-pages": Shape(q_heads=8, kv_heads=1, head_dim=128, page_size=64),
     "odd-pages": Shape(q_heads=2, kv_heads=1, head_dim=64, page_size=24),
@@ -26,6 +37,11 @@ MORE_SHAPES = {
 
 
 CASES = {f"{implementation}-{name}": (implementation, SHAPES[name]) for implementation in EVERY for name in SHAPES}
+CASES |= {
+    f"{implementation}-{name}": (implementation, shape)
+    for implementation in ("cpu_xla", "reference")
+    for name, shape in FEATURE_SHAPES.items()
+}
 # In C++ each of these takes a way of its own.
 CASES |= {f"cpu_native-{name}": ("cpu_native", shape) for name, shape in MORE_SHAPES.items()}
 
@@ -44,12 +60,12 @@ def test_mixed_calls_agree_with_dense_attention(implementation: str, shape: Shap
 def test_masked_tokens_write_nothing_and_give_zeros(implementation: str):
     case = PagedSequences(select("cpu", implementation), Shape(), lengths=[30, 30])
     case.call(TokenRange(0, 0, 30, 0))
-    keys, values = np.asarray(case.k_pages).copy(), np.asarray(case.v_pages).copy()
+    before = [np.array(leaf) for leaf in jax.tree.leaves(case.cache)]
     masked, live = case.call(TokenRange(1, 0, 30, -1), TokenRange(0, 29, 30, 0))
     assert not masked.any()
     assert live.any()
-    np.testing.assert_array_equal(keys, np.asarray(case.k_pages))
-    np.testing.assert_array_equal(values, np.asarray(case.v_pages))
+    for leaf, expected in zip(jax.tree.leaves(case.cache), before, strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), expected)
 
 
 @pytest.mark.parametrize("implementation", EVERY)
@@ -57,8 +73,8 @@ def test_page_zero_is_never_written(implementation: str):
     case = PagedSequences(select("cpu", implementation), Shape(), lengths=[20])
     case.tables[:] = 0
     case.call(TokenRange(0, 0, 20, 0))
-    assert not np.asarray(case.k_pages).any()
-    assert not np.asarray(case.v_pages).any()
+    for leaf in jax.tree.leaves(case.cache):
+        assert not np.asarray(leaf).any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -66,8 +82,7 @@ def test_page_zero_is_never_written(implementation: str):
 def test_what_lies_beyond_a_sequence_does_not_reach_it(implementation: str, page_size: int):
     """A page's earlier owner may have left NaN behind."""
     case = PagedSequences(select("cpu", implementation), Shape(page_size=page_size), lengths=[21])
-    keys, values = case.k_pages, case.v_pages
-    case.k_pages, case.v_pages = jnp.full_like(keys, jnp.nan), jnp.full_like(values, jnp.nan)
+    case.cache = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), case.cache)
     pieces = [TokenRange(0, 0, 18, 0), TokenRange(0, 18, 19, 0), TokenRange(0, 19, 21, 0)]
     for piece in pieces:
         (got,) = case.call(piece)
@@ -101,7 +116,8 @@ def test_large_scores_do_not_overflow(implementation: str):
 def test_a_corrupted_page_is_seen(implementation: str, which: str):
     case = PagedSequences(select("cpu", implementation), Shape(), lengths=[100])
     case.call(TokenRange(0, 0, 99, 0))
-    setattr(case, which, getattr(case, which).at[case.tables[0, 2]].multiply(3))
+    pages = getattr(case.cache, which)
+    case.cache = case.cache._replace(**{which: pages.at[case.tables[0, 2]].multiply(3)})
     piece = TokenRange(0, 99, 100, 0)
     (got,) = case.call(piece)
     assert relative_error(got, case.dense(piece)) > 10 * TOLERANCE["bfloat16"]
@@ -125,3 +141,12 @@ def test_a_window_one_too_wide_is_seen(implementation: str):
     wide = PagedSequences(attention, Shape(sliding_window=9, dtype="float32"), lengths=[64])
     piece = TokenRange(0, 0, 64, 0)
     assert relative_error(wide.call(piece)[0], narrow.dense(piece)) > 100 * TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("changed", [{"softcap": 2.2}, {"sinks": False}, {"kv_dtype": "float8_e4m3fn"}])
+def test_a_wrong_cap_a_forgotten_sink_and_other_scales_are_seen(changed: dict):
+    right = Shape(softcap=2.0, sinks=True, kv_dtype="int8")
+    piece = TokenRange(0, 0, 60, 0)
+    (got,) = PagedSequences(select("cpu", "cpu_xla"), replace(right, **changed), lengths=[60]).call(piece)
+    expected = PagedSequences(select("cpu", "cpu_xla"), right, lengths=[60]).dense(piece)
+    assert relative_error(got, expected) > TOLERANCE["bfloat16"]

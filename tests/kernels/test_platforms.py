@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import IMPLEMENTATIONS, select
+from pallas_kernels import IMPLEMENTATIONS, AttentionNeeds, PagedAttention, select
 
 
 def test_each_platform_has_an_implementation_of_its_own():
     for platform in ("cpu", "tpu", "cuda"):
         attention = select(platform)
         assert attention.name in IMPLEMENTATIONS[platform]
-        assert attention.cache_shape(8, 16, 2, 64)[0] == 8
+        assert attention.cache_layout(8, 16, 2, 64, jnp.bfloat16).k_pages.shape[0] == 8
 
 
 def test_implementations_are_found_by_name():
@@ -38,22 +38,24 @@ def test_an_implementation_of_another_platform_is_refused():
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ((1, 16, 2, 64), "num_pages must be at least 2"),
-        ((8, 0, 2, 64), "page_size and kv_heads must be at least 1"),
-        ((8, 16, 2, 60), "head_dim must be a multiple of 8, got 60"),
+        ((1, 16, 2, 64, "bfloat16"), "num_pages must be at least 2"),
+        ((8, 0, 2, 64, "bfloat16"), "page_size and kv_heads must be at least 1"),
+        ((8, 16, 2, 60, "bfloat16"), "head_dim must be a multiple of 8, got 60"),
+        ((8, 16, 2, 64, "float16"), "the cache must be bfloat16, .* or float8_e4m3fn, got float16"),
     ],
 )
-def test_sizes_that_cannot_work_are_refused(implementation: str, sizes: tuple[int, int, int, int], words: str):
+def test_sizes_that_cannot_work_are_refused(implementation: str, sizes: tuple[int, int, int, int, str], words: str):
     with pytest.raises(ValueError, match=words):
-        select("cpu", implementation).cache_shape(*sizes)
+        select("cpu", implementation).cache_layout(*sizes)
 
 
-def operands(implementation: str, **changed) -> tuple[list, object]:
+def operands(implementation: str, **changed) -> tuple[list, PagedAttention]:
     attention = select("cpu", implementation)
-    cache = jnp.zeros(attention.cache_shape(8, 16, 2, 64), changed.get("cache_dtype", jnp.bfloat16))
+    layout = attention.cache_layout(8, 16, 2, 64, jnp.bfloat16)
+    cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, changed.get("cache_dtype", leaf.dtype)), layout)
     q, k, v = (jnp.zeros((3, heads, 64), jnp.bfloat16) for heads in (changed.get("q_heads", 4), 2, 2))
     index = jnp.zeros(3, jnp.int32)
-    return [q, k, v, cache, cache, jnp.zeros((2, 4), jnp.int32), index, index], attention
+    return [q, k, v, cache, jnp.zeros((changed.get("rows", 2), 4), jnp.int32), index, index], attention
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS["cpu"])
@@ -61,13 +63,47 @@ def operands(implementation: str, **changed) -> tuple[list, object]:
     ("changed", "words"),
     [
         ({"q_heads": 5}, "5 query heads are not a multiple of 2 kv heads"),
-        ({"cache_dtype": jnp.float16}, "must be bfloat16 or float32, got float16"),
+        ({"cache_dtype": jnp.float16}, "the cache must be .* got float16"),
+        ({"rows": 4}, "the first tokens are those of the 4 rows, got 3 tokens"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused_when_traced(implementation: str, changed: dict, words: str):
     arrays, attention = operands(implementation, **changed)
     with pytest.raises(ValueError, match=words):
-        jax.eval_shape(lambda *a: attention.write_and_attend(*a, scale=1.0, sliding_window=None), *arrays)
+        jax.eval_shape(lambda *a: attention.write_and_attend(*a, scale=1.0), *arrays)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS["cpu"])
+def test_a_cache_in_another_layout_is_refused_when_traced(implementation: str):
+    arrays, attention = operands(implementation)
+    arrays[3] = arrays[3]._replace(v_pages=arrays[3].v_pages[:-1])
+    with pytest.raises(ValueError, match="v_pages of the cache must be"):
+        jax.eval_shape(lambda *a: attention.write_and_attend(*a, scale=1.0), *arrays)
+
+
+def test_what_an_implementation_lacks_is_refused_by_name_and_passed_over_by_default(caplog: pytest.LogCaptureFixture):
+    needs = AttentionNeeds(kv_dtype="int8")
+    with pytest.raises(ValueError, match="attention cpu_native: keys and values are bfloat16 or float32, not int8"):
+        select("cpu", "cpu_native", needs)
+    assert select("cpu", None, needs).name == "cpu_xla"
+    assert "attention cpu_xla instead of cpu_native: keys and values are" in caplog.text
+    for lacking in (AttentionNeeds(softcap=True), AttentionNeeds(sinks=True)):
+        assert select("cpu", None, lacking).name == "cpu_xla"
+
+
+def test_every_implementation_says_where_kv_heads_can_be_cut():
+    for platform, named in IMPLEMENTATIONS.items():
+        for name in named:
+            attention = select(platform, name)
+            whole, half = (
+                attention.cache_layout(8, 16, heads, 64, "int8" if name != "cpu_native" else "float32")
+                for heads in (4, 2)
+            )
+            for leaf, part in zip(jax.tree.leaves(whole), jax.tree.leaves(half), strict=True):
+                expected = [
+                    size // 2 if axis == attention.kv_head_axis else size for axis, size in enumerate(leaf.shape)
+                ]
+                assert list(part.shape) == expected
 
 
 def test_without_a_compiler_plain_jax_serves_and_one_line_says_why(tmp_path: Path):
