@@ -85,7 +85,8 @@ class Admission:
         try:
             if request.prompt is not None:
                 return field, self.tokenizer.encode(request.prompt)
-            return field, self.tokenizer.encode_chat([dict(message) for message in request.messages or ()])
+            messages = [dict(message) for message in request.messages or ()]
+            return field, self.tokenizer.encode_chat(messages, tools=[dict(tool) for tool in request.tools])
         except (ValueError, ChatTemplateError) as error:
             raise InvalidRequest(field, str(error)) from error
 

@@ -55,13 +55,25 @@ class ChatTemplate:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: Callable[[], object] = lambda: None
 
-    def render(self, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str:
-        """The prompt for a chat; with `add_generation_prompt`, up to where the assistant's answer begins.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] = (),
+    ) -> str:
+        """The prompt for a chat; with `add_generation_prompt`, up to where the assistant's answer begins. `tools` are
+        functions that the model may call, as JSON schemas; a template without tools leaves them out.
 
         Raises ChatTemplateError.
         """
         try:
-            chat = json.dumps({"messages": list(messages), "add_generation_prompt": add_generation_prompt})
+            chat = json.dumps(
+                {
+                    "messages": list(messages),
+                    "add_generation_prompt": add_generation_prompt,
+                    "tools": list(tools) or None,
+                }
+            )
         except (TypeError, ValueError) as error:
             raise ChatTemplateError(f"chat template: messages must be JSON values: {error}") from error
         with self._lock:

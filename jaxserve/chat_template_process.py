@@ -4,9 +4,9 @@ A template is a program that came with a checkpoint. The sandbox of Jinja keeps 
 that the kernel sets here keep it from endless loops, from memory, and from files and sockets should the sandbox fail.
 
 It reads lines of JSON: first `template`, `variables`, `cpu_seconds`, `memory_bytes` and `max_characters`, then, for
-each chat, `messages` and `add_generation_prompt`. Each chat is answered by a line with `text` or `error`. When the
-processor time of a chat is used up, the kernel ends the program (SIGPROF). This file is run by its path and must not
-import jaxserve, whose modules take seconds to load.
+each chat, `messages`, `tools` (null where there are none) and `add_generation_prompt`. Each chat is answered by a line
+with `text` or `error`. When the processor time of a chat is used up, the kernel ends the program (SIGPROF). This file
+is run by its path and must not import jaxserve, whose modules take seconds to load.
 """
 
 import datetime
@@ -99,7 +99,7 @@ def main() -> None:
         nonlocal template
         if template is None:
             template = environment().from_string(settings["template"])
-        return template.render(**settings["variables"], **chat, tools=None, documents=None)
+        return template.render(**settings["variables"], **chat, documents=None)
 
     for line in lines:
         signal.setitimer(signal.ITIMER_PROF, settings["cpu_seconds"])

@@ -219,6 +219,8 @@ class Request:
     """A prompt already tokenized, taken as it is."""
     messages: tuple[Mapping[str, Any], ...] | None = None
     """Chat messages (`role`, `content`), rendered by the model's chat template."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Functions that the model may call, as its chat template takes them; only beside `messages`."""
     sampling: SamplingParams = SamplingParams()
     stopping: StoppingParams = StoppingParams()
     output: OutputParams = OutputParams()
@@ -255,6 +257,11 @@ class Request:
                 raise InvalidRequest("messages", f"message {index} must have a string `content`")
         if self.messages is not None and not self.messages:
             raise InvalidRequest("messages", "must have at least one message")
+        if self.tools and self.messages is None:
+            raise InvalidRequest("tools", "may only be set beside messages")
+        for index, tool in enumerate(self.tools):
+            if not isinstance(tool, Mapping):
+                raise InvalidRequest("tools", f"tool {index} must be an object, got {tool!r:.100}")
         if not isinstance(self.request_id, str) or not 1 <= len(self.request_id) <= MAX_REQUEST_ID_LENGTH:
             raise InvalidRequest("request_id", f"must be a string of 1 to {MAX_REQUEST_ID_LENGTH} characters")
         _integer("priority", self.priority, -(2**31), 2**31 - 1)
@@ -291,7 +298,7 @@ _FIELD_PART = {
     **{f.name: "stopping" for f in fields(StoppingParams)},
     **{f.name: "output" for f in fields(OutputParams)},
     **dict.fromkeys(
-        ("id", "request_id", "prompt", "token_ids", "messages", "model", "priority", "cache_salt"), "request"
+        ("id", "request_id", "prompt", "token_ids", "messages", "tools", "model", "priority", "cache_salt"), "request"
     ),
 }
 
@@ -306,7 +313,7 @@ def _from_json_value(name: str, value: Any) -> Any:
             raise InvalidRequest(name, f"keys must be token ids, got {list(value)!r:.100}") from None
     if name == "stop" and isinstance(value, str):
         return (value,)
-    if name in ("token_ids", "messages", "stop", "stop_token_ids"):
+    if name in ("token_ids", "messages", "tools", "stop", "stop_token_ids"):
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise InvalidRequest(name, f"must be a list, got {value!r:.100}")
         return tuple(value)

@@ -109,18 +109,33 @@ class Tokenizer:
             raise ValueError(f"token id must be in [0, {len(self._bytes) - 1}], got {id}")
         return self._bytes[id]
 
-    def render_chat(self, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str:
-        """The prompt that the model's chat template makes of messages. Raises ChatTemplateError."""
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template, in Jinja; None where it has none."""
+        return self._source.chat_template
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] = (),
+    ) -> str:
+        """The prompt that the model's chat template makes of messages and tools. Raises ChatTemplateError."""
         if self._chat_template is None:
             raise ChatTemplateError("the model has no chat template")
-        return self._chat_template.render(messages, add_generation_prompt)
+        return self._chat_template.render(messages, add_generation_prompt, tools)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] = (),
+    ) -> list[int]:
         """Token ids of `render_chat`. A template writes its special tokens itself, so none are added.
 
         Raises ChatTemplateError, and ValueError as `encode`.
         """
-        return self.encode(self.render_chat(messages, add_generation_prompt), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, add_generation_prompt, tools), add_special_tokens=False)
 
     def to_files(self) -> dict[str, str]:
         """Files of a Hugging Face folder, content by name, that make the same tokenizer, here and in transformers."""

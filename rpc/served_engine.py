@@ -29,6 +29,11 @@ class TextTokenizer(Protocol):
         """As a raw prompt is tokenized, the model's own special tokens included. Raises ValueError."""
         ...
 
+    @property
+    def chat_template(self) -> str | None:
+        """Source of the model's chat template; None where it has none."""
+        ...
+
     def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
         """A conversation in the model's template. Raises ValueError where it cannot be rendered."""
         ...

@@ -9,8 +9,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jaxserve.request import Delta, Finished, TokenLogprob
+from jaxserve.request import Delta, Finished, FinishReason, TokenLogprob
 from rpc.http.schema import Asked
+from rpc.http.tools import ToolCall, ToolCallReader
 from rpc.served_engine import TextTokenizer
 
 LEAST_LOGPROB = -9999.0
@@ -31,6 +32,9 @@ class Choice:
     """A chunk of it was sent."""
     characters: int = 0
     """Of the text of tokens whose log-probabilities were shown."""
+    reader: ToolCallReader | None = None
+    """Tells text from calls of tools, where the model is offered any."""
+    calls: tuple[ToolCall, ...] = ()
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
 
@@ -51,7 +55,11 @@ class Answer:
     def __init__(self, asked: Asked, request_id: str, model: str, tokenizer: TextTokenizer):
         self.asked = asked
         self._tokenizer = tokenizer
-        self.choices = [Choice() for _ in range(len(asked.requests) * asked.n)]
+        syntax = asked.tool_syntax
+        self.choices = [
+            Choice(reader=None if syntax is None else ToolCallReader(syntax))
+            for _ in range(len(asked.requests) * asked.n)
+        ]
         identity = {"id": f"{self.id_prefix}-{request_id}", "created": int(time.time()), "model": model}
         self._identity = identity
         head = json.dumps({**identity, "object": self.chunk_name}, separators=(",", ":"))
@@ -63,21 +71,27 @@ class Answer:
     def delta_chunk(self, index: int, delta: Delta) -> bytes:
         """What new tokens add to the stream; nothing where they have nothing to show."""
         choice = self.choices[index]
-        if not (delta.text or delta.logprobs or (self.asked.return_token_ids and delta.token_ids)):
+        text = delta.text if choice.reader is None else choice.reader.push(delta.text)
+        if not (text or delta.logprobs or (self.asked.return_token_ids and delta.token_ids)):
             return b""
         extra = ""
         if delta.logprobs is not None:
             extra = f',"logprobs":{json.dumps(self._logprobs(choice, delta.logprobs))}'
         if self.asked.return_token_ids:
             extra += f',"token_ids":{list(delta.token_ids)}'
-        return self._opening(choice, index) + self._chunk(index, self._text_part(delta.text), extra)
+        return self._opening(choice, index) + self._chunk(index, self._text_part(text), extra)
 
     def finished_chunk(self, index: int, finished: Finished) -> bytes:
         """The end of a sequence."""
         choice = self.choices[index]
         choice.finished = finished
+        rest = b""
+        if choice.reader is not None:
+            text, choice.calls = choice.reader.finish()
+            rest = self._chunk(index, self._text_part(text), "") if text else b""
+            rest += self._chunk(index, self._calls_part(choice.calls), "") if choice.calls else b""
         reason = f'"{self._finish_reason(choice)}","stop_reason":{json.dumps(finished.matched_stop)}'
-        return self._opening(choice, index) + self._chunk(index, self._text_part(None), "", reason)
+        return self._opening(choice, index) + rest + self._chunk(index, self._text_part(None), "", reason)
 
     def last_chunks(self) -> bytes:
         """What follows the last sequence: the usage, if asked for, and the end."""
@@ -97,18 +111,26 @@ class Answer:
         """The text of a chunk with its name; None where a sequence ends."""
         raise NotImplementedError
 
+    def _calls_part(self, calls: Sequence[ToolCall]) -> str:
+        """Calls of tools with their name."""
+        raise NotImplementedError
+
     # Of a whole answer
 
     def add_delta(self, index: int, delta: Delta) -> None:
         """Keeps new tokens."""
         choice = self.choices[index]
-        choice.texts.append(delta.text)
+        choice.texts.append(delta.text if choice.reader is None else choice.reader.push(delta.text))
         choice.token_ids += delta.token_ids
         choice.logprobs += delta.logprobs or ()
 
     def add_finished(self, index: int, finished: Finished) -> None:
         """Keeps the end of a sequence."""
-        self.choices[index].finished = finished
+        choice = self.choices[index]
+        choice.finished = finished
+        if choice.reader is not None:
+            text, choice.calls = choice.reader.finish()
+            choice.texts.append(text)
 
     def whole(self) -> bytes:
         """The answer, once every sequence has ended."""
@@ -133,6 +155,8 @@ class Answer:
 
     def _finish_reason(self, choice: Choice) -> str:
         assert choice.finished is not None
+        if choice.calls and choice.finished.finish_reason is FinishReason.STOP:
+            return "tool_calls"
         return choice.finished.finish_reason
 
     def _logprobs(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, object]:

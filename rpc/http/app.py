@@ -16,6 +16,7 @@ from jaxserve.request import RequestError
 from rpc.call_runner import CallRunner
 from rpc.http.answers import Answer, CompletionAnswer
 from rpc.http.body import read_object
+from rpc.http.chat import ChatAnswer, parse_chat
 from rpc.http.errors import HttpError, error_of
 from rpc.http.generation import Generation
 from rpc.http.guard import HttpGuard
@@ -23,8 +24,9 @@ from rpc.http.schema import Asked, parse_completion
 from rpc.lifecycle import Lifecycle, State
 from rpc.open_calls import OpenCalls
 from rpc.security.access import Access
+from rpc.served_engine import ServedEngine
 
-Parse = Callable[[Mapping[str, object]], Asked]
+Parse = Callable[[Mapping[str, object], ServedEngine], Asked]
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,100}")
 """An `x-request-id` that is taken over: visible ASCII, short enough for the engine's ids."""
@@ -51,6 +53,7 @@ class HttpFront:
                 Route("/v1/models", self._models, methods=["GET"]),
                 Route("/v1/models/{model:path}", self._model, methods=["GET"]),
                 Route("/v1/completions", GenerateEndpoint(self, parse_completion, CompletionAnswer), methods=["POST"]),
+                Route("/v1/chat/completions", GenerateEndpoint(self, parse_chat, ChatAnswer), methods=["POST"]),
             ],
             exception_handlers={
                 HTTPException: _on_http_exception,
@@ -104,7 +107,7 @@ class GenerateEndpoint:
         generation = Generation(front.runner, front.calls, request_id, disconnect)
         try:
             engine = front.lifecycle.ready_engine()
-            asked = self._parse(await read_object(request, front.max_body_bytes))
+            asked = self._parse(await read_object(request, front.max_body_bytes), engine)
             await generation.admit(asked, receive)
             answer = self._answer_class(asked, request_id, engine.model_name, engine.tokenizer)
             if asked.stream:

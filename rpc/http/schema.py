@@ -6,8 +6,13 @@ effect that is not had here, is refused by name; null is the same as leaving a p
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from jaxserve.request import InvalidRequest, OutputParams, Request
+from rpc.served_engine import ServedEngine
+
+if TYPE_CHECKING:
+    from rpc.http.tools import ToolSyntax
 
 MAX_PROMPTS = 128
 """Most prompts in one request."""
@@ -47,12 +52,14 @@ class Asked:
         stream: events rather than one answer.
         include_usage: the stream ends with token counts.
         return_token_ids: choices have `token_ids`.
+        tool_syntax: how the model calls the tools that it is offered; None where it is offered none.
     """
 
     requests: tuple[Request, ...]
     stream: bool
     include_usage: bool
     return_token_ids: bool
+    tool_syntax: "ToolSyntax | None" = None
 
     @property
     def n(self) -> int:
@@ -99,30 +106,42 @@ class Fields:
             raise InvalidRequest(name.encode("ascii", "backslashreplace").decode(), f"is not a parameter of {endpoint}")
 
 
-def parse_completion(body: Mapping[str, object]) -> Asked:
+def parse_completion(body: Mapping[str, object], engine: ServedEngine) -> Asked:
     """The body of `/v1/completions`. Raises InvalidRequest."""
     fields = Fields(body)
     prompts = _prompts(fields.take("prompt"))
     logprobs = fields.take("logprobs")
-    stream, include_usage = _take_stream(fields)
+    stream, include_usage = take_stream(fields)
     return_token_ids = fields.take_bool("return_token_ids")
     fields.take_without_effect(WITHOUT_EFFECT, COMPLETIONS_WITHOUT_EFFECT)
     best_of = fields.take("best_of")
+    constraint = take_constraint(fields)
     flat = fields.take_engine_fields()
     if best_of is not None and best_of != flat.get("n", 1):
         raise InvalidRequest("best_of", f"must equal n, for all sequences are returned; got {best_of!r:.100}")
     fields.refuse_rest("/v1/completions")
-    common = replace(Request.from_json({**flat, "prompt": ""}), output=_output(logprobs), prompt=None)
+    common = Request.from_json({**flat, **constraint, "prompt": ""})
+    common = replace(common, prompt=None, output=output_params(logprobs))
     requests = tuple(replace(common, **prompt) for prompt in prompts)  # pyright: ignore[reportArgumentType]
     return Asked(requests, stream, include_usage, return_token_ids)
 
 
-def _output(logprobs: object) -> OutputParams:
+def output_params(logprobs: object) -> OutputParams:
+    """Both endpoints' output. Raises nothing: the engine checks it."""
     # Ids are always wanted: what a client leaves unread is counted in them.
     return OutputParams(logprobs=logprobs, return_text=True, return_token_ids=True)  # pyright: ignore[reportArgumentType]
 
 
-def _take_stream(fields: Fields) -> tuple[bool, bool]:
+def take_constraint(fields: Fields) -> dict[str, object]:
+    """Takes `response_format`: the fields of a request that make the output follow it."""
+    form = fields.take("response_format")
+    if form is None or form == {"type": "text"}:
+        return {}
+    kind = form.get("type") if isinstance(form, Mapping) else form
+    raise InvalidRequest("response_format", f"only the type text is supported, got {kind!r:.100}")
+
+
+def take_stream(fields: Fields) -> tuple[bool, bool]:
     """Whether to stream, and whether the stream ends with the usage."""
     stream = fields.take_bool("stream")
     options = fields.take("stream_options")

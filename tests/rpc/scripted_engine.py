@@ -47,6 +47,8 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    chat_template: str | None = None
+
     def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
         if messages[0]["role"] == "nobody":
             raise ValueError("the template knows no role 'nobody'")
@@ -190,7 +192,10 @@ class ScriptedEngine:
             if any(not 0 <= token < VOCAB_SIZE for token in prompt):
                 raise InvalidRequest("token_ids", f"must be in [0, {VOCAB_SIZE - 1}]")
         elif request.messages is not None:
-            prompt = self.tokenizer.encode_chat([dict(message) for message in request.messages])
+            try:
+                prompt = self.tokenizer.encode_chat([dict(message) for message in request.messages])
+            except ValueError as error:
+                raise InvalidRequest("messages", str(error)) from error
         else:
             prompt = self.tokenizer.encode(request.prompt or "")
         if not 0 < len(prompt) < self.max_context:

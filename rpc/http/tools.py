@@ -1,0 +1,159 @@
+"""Tools: what a request offers to the model, and the calls in what it says.
+
+A model is told of its tools by its chat template, and calls them in the form that it was trained on, which only the
+template shows. Three forms are common:
+
+    hermes   <tool_call>{"name": "f", "arguments": {...}}</tool_call>, after any text     Qwen, Hermes and many others
+    mistral  [TOOL_CALLS][{"name": "f", "arguments": {...}}, ...]
+    llama    {"name": "f", "parameters": {...}}, and nothing else                        Llama 3.1 and later
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from jaxserve.request import InvalidRequest
+from rpc.http.schema import Fields
+
+MAX_TOOLS = 128
+"""Most tools in one request."""
+
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_CALL_BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call. `arguments` is a JSON object in a string, as the API has it."""
+
+    name: str
+    arguments: str
+
+
+class ToolSyntax(Enum):
+    """The form of a model's calls. The values are what a text with calls contains, or begins with."""
+
+    HERMES = "<tool_call>"
+    MISTRAL = "[TOOL_CALLS]"
+    LLAMA = "{"
+
+
+def syntax_of(chat_template: str | None) -> ToolSyntax | None:
+    """The form of the calls that a template teaches; None where it has no tools, or a form that is not known."""
+    if chat_template is None or re.search(r"\btools\b", chat_template) is None:
+        return None
+    if "<tool_call>" in chat_template:
+        return ToolSyntax.HERMES
+    if "[TOOL_CALLS]" in chat_template:
+        return ToolSyntax.MISTRAL
+    return ToolSyntax.LLAMA if '"parameters"' in chat_template else None
+
+
+def parse_tools(
+    fields: Fields, chat_template: str | None
+) -> tuple[tuple[Mapping[str, object], ...], ToolSyntax | None]:
+    """Takes `tools`, `tool_choice` and `parallel_tool_calls`: the tools for the template, and the form of calls, None
+    where there are none. Raises InvalidRequest."""
+    tools, choice = fields.take("tools"), fields.take("tool_choice")
+    if fields.take("parallel_tool_calls") not in (None, True):
+        raise InvalidRequest("parallel_tool_calls", "must be true: a model may make several calls at once")
+    if not tools:
+        if tools not in (None, []):
+            raise InvalidRequest("tools", f"must be a list of tools, got {tools!r:.100}")
+        if choice not in (None, "none"):
+            raise InvalidRequest("tool_choice", "needs tools")
+        return (), None
+    checked = _checked(tools)
+    if choice == "none":
+        return (), None
+    if choice not in (None, "auto"):
+        raise InvalidRequest("tool_choice", f"must be auto or none: a call cannot be forced; got {choice!r:.100}")
+    syntax = syntax_of(chat_template)
+    if syntax is None:
+        raise InvalidRequest("tools", "the chat template of this model has no tools, or calls of a form not known here")
+    return checked, syntax
+
+
+def _checked(tools: object) -> tuple[Mapping[str, object], ...]:
+    if not isinstance(tools, list):
+        raise InvalidRequest("tools", f"must be a list of tools, got {tools!r:.100}")
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequest("tools", f"has {len(tools)} tools (limit {MAX_TOOLS})")
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, Mapping) or tool.get("type") != "function":
+            raise InvalidRequest("tools", f"tool {index} must be an object of type function")
+        function = tool.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise InvalidRequest(
+                "tools", f"tool {index} must have a function with a name of 1 to 64 letters, digits, _.-"
+            )
+        if not isinstance(function.get("parameters", {}), Mapping):
+            raise InvalidRequest("tools", f"tool {index}: parameters must be a JSON schema")
+        if not isinstance(function.get("description", ""), str):
+            raise InvalidRequest("tools", f"tool {index}: description must be a string")
+    return tuple(tools)
+
+
+class ToolCallReader:
+    """Splits what a model says, as it comes, into text for the client and calls, which are known at its end."""
+
+    def __init__(self, syntax: ToolSyntax):
+        self._syntax = syntax
+        self._held = ""
+        """Not shown yet: it is, or may become, a call."""
+        self._begun = False
+        """Something but white space was said."""
+
+    def push(self, text: str) -> str:
+        """Adds text; returns what of it is certainly no call."""
+        self._held += text
+        shown = len(self._held) - self._undecided()
+        visible, self._held = self._held[:shown], self._held[shown:]
+        self._begun = self._begun or bool(visible.strip())
+        return visible
+
+    def _undecided(self) -> int:
+        """How many characters at the end may be part of a call."""
+        held, marker = self._held, self._syntax.value
+        if self._syntax is ToolSyntax.HERMES:
+            begin = held.find(marker)
+            if begin >= 0:
+                return len(held) - begin
+            return next((size for size in range(len(marker) - 1, 0, -1) if held.endswith(marker[:size])), 0)
+        # Calls are all that is said. A marker that is a special token has no text, so that a list begins.
+        start = held.lstrip()
+        may_be = not self._begun and (not start or start[0] == marker[0])
+        return len(held) if may_be else 0
+
+    def finish(self) -> tuple[str, tuple[ToolCall, ...]]:
+        """The calls, and the text that turned out to be none, when nothing more comes."""
+        held, self._held = self._held, ""
+        calls = _calls(self._syntax, held)
+        return ("", calls) if calls else (held, ())
+
+
+def _calls(syntax: ToolSyntax, text: str) -> tuple[ToolCall, ...]:
+    """The calls in a text; none where any of them cannot be read."""
+    try:
+        match syntax:
+            case ToolSyntax.HERMES:
+                values = [json.loads(block) for block in _CALL_BLOCK.findall(text)]
+            case ToolSyntax.MISTRAL:
+                values = json.loads(text.strip().removeprefix(syntax.value))
+            case ToolSyntax.LLAMA:
+                values = [json.loads(part) for part in text.split(";\n")] if text.strip() else []
+        return tuple(_call(value) for value in values)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ()
+
+
+def _call(value: Mapping[str, object]) -> ToolCall:
+    """Raises TypeError or KeyError for what is no call."""
+    arguments = value["arguments"] if "arguments" in value else value["parameters"]
+    name = value["name"]
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        raise TypeError("a call has a name and an object of arguments")
+    return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
