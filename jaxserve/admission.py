@@ -33,6 +33,8 @@ class Admission:
         request.sampling.validate(vocab_size)
         request.stopping.validate(vocab_size, eos_ids)
         request.output.validate()
+        if request.constraint is not None:
+            raise InvalidRequest(request.constraint.kind, "is not supported yet")
         if request.model not in (None, "", self.model_name):
             raise ModelNotFound(f"model: {request.model!r} is not served here; {self.model_name!r} is")
         field, token_ids = self._tokenize(request)

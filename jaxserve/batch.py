@@ -41,7 +41,7 @@ class Column(IntEnum):
 
 
 ROW_COLUMNS = Column.STOP_IDS + MAX_STOP_TOKEN_IDS
-SAMPLES, PENALIZES, BIASES, REPORTS_LOGPROBS, FILTERS = 1, 2, 4, 8, 16
+SAMPLES, PENALIZES, BIASES, REPORTS_LOGPROBS, FILTERS, CONSTRAINED = 1, 2, 4, 8, 16, 32
 """Bits of FEATURES: what a row needs beyond the argmax. A feature that no row has costs nothing in a step."""
 
 
@@ -56,6 +56,7 @@ def features(submit: Submit) -> int:
         | (BIASES if submit.logit_bias else 0)
         | (REPORTS_LOGPROBS if submit.logprobs >= 0 else 0)
         | (FILTERS if samples and filters else 0)
+        | (CONSTRAINED if submit.constraint is not None else 0)
     )
 
 

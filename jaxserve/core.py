@@ -56,8 +56,12 @@ class Runner(Protocol):
         """Rebuilds the device's state, empty, after a step failed."""
         ...
 
-    def dispatch(self, plan: StepPlan) -> object:
-        """Starts a step; does not wait."""
+    def forward(self, plan: StepPlan) -> object:
+        """Starts a step's first half; does not wait."""
+        ...
+
+    def choose(self, forward: Any, masks: Any) -> object:
+        """Starts its second half; does not wait. `masks`: what constraints allow, where a row has one."""
         ...
 
     def read(self, pending: Any) -> StepResults:
@@ -123,17 +127,18 @@ class StepLoop:
     def _turn(self) -> None:
         plan = self._scheduler.plan(time.monotonic())
         if plan is not None:
-            pending = self._on_device(self._runner.dispatch, plan)
+            forward = self._on_device(self._runner.forward, plan)
+            pending = self._on_device(self._runner.choose, forward, None)
             self._pending.append((plan, pending, time.monotonic()))
         if self._pending and (plan is None or len(self._pending) > self._depth):
             self._retire()
         else:
             self._publish_ended()
 
-    def _on_device(self, call: Callable[[Any], Any], argument: object) -> Any:
+    def _on_device(self, call: Callable[..., Any], *arguments: object) -> Any:
         """Calls the runner; any error in it is the step's."""
         try:
-            return call(argument)
+            return call(*arguments)
         except Exception as error:
             raise StepFailure(f"{type(error).__name__}: {error}") from error
 

@@ -38,6 +38,8 @@ class Submit:
     """`time.monotonic()` seconds."""
     deadline: float | None
     """`time.monotonic()` seconds."""
+    constraint: str | None = None
+    """What the output must match, as llguidance takes it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The device side of an engine: parameters, live cache and state, and the compiled steps.
 
-`dispatch` never waits for the device; `read` is the one place that does.
+A step is dispatched in two halves, `forward` and `choose`, which never wait for the device; `read` is the one place
+that does.
 """
 
 import logging
@@ -26,7 +27,7 @@ from jaxserve.models.packing import pack_params
 from jaxserve.page_copies import PageCopies
 from jaxserve.request import MAX_LOGIT_BIAS
 from jaxserve.sequence import Sequence, StepPlan, StepResults
-from jaxserve.step import StepOutput, make_step
+from jaxserve.step import StepOutput, choose, make_forward
 from pallas_kernels import AttentionNeeds, PagedAttention, select
 from pallas_kernels.linear import available as native_linear_available
 
@@ -42,6 +43,15 @@ def _count_compile(event: str, duration_secs: float, **_: str | int) -> None:
 
 
 monitoring.register_event_duration_secs_listener(_count_compile)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The first half of a step, dispatched."""
+
+    plan: StepPlan
+    logits: jax.Array
+    packed_rows: jax.Array
 
 
 @dataclass(frozen=True)
@@ -87,8 +97,10 @@ class ModelRunner:
         self._packer = Packer(config.slots, self._max_pages)
         self.row_counts = tuple(sorted({min(config.small_slots, config.slots), config.slots}))
         self.chunk_sizes = config.prefill_chunks
+        words = -(-model.config.vocab_size // 32)
+        self._no_masks = {rows: jnp.zeros((rows, words), jnp.int32) for rows in self.row_counts}
         self.reset()
-        self._steps = self._compile_steps(progress)
+        self._forwards, self._chooses = self._compile_steps(progress)
         self._take_slot = self._compile_take_slot()
         self._copies = PageCopies(self._cache)
         self._warm_up(progress)
@@ -110,24 +122,32 @@ class ModelRunner:
         shapes = [(rows, 0) for rows in self.row_counts] + [(self.config.slots, chunk) for chunk in self.chunk_sizes]
         done = 0
 
-        def lower(shape: tuple[int, int]):
-            rows, chunk = shape
-            step = make_step(self._build_model, self.model_config, self.attention, rows, chunk)
+        def lower_forward(rows: int, chunk: int):
+            forward = make_forward(self._build_model, self.model_config, self.attention, rows, chunk)
             packed = jax.ShapeDtypeStruct((Upload.size(rows, chunk, self._max_pages),), jnp.int32)
-            return jax.jit(step, donate_argnums=(1, 2)).lower(self._weights, self._cache, self._state, packed)
+            return jax.jit(forward, donate_argnums=1).lower(self._weights, self._cache, self._state, packed)
+
+        def lower_choose(rows: int):
+            logits = jax.ShapeDtypeStruct((rows, self.model_config.vocab_size), jnp.float32)
+            packed = jax.ShapeDtypeStruct((Upload.size(rows, 0, self._max_pages),), jnp.int32)
+            return jax.jit(choose, donate_argnums=0).lower(self._state, logits, packed, self._no_masks[rows])
 
         def compile_step(lowered):
             nonlocal done
             compiled = lowered.compile()
             done += 1
-            progress("compiling", done / len(shapes))
+            progress("compiling", done / (len(shapes) + len(self.row_counts)))
             return compiled
 
         progress("compiling", 0.0)
         # XLA compiles outside the GIL: tracing one step overlaps with compiling another.
         with ThreadPoolExecutor(max_workers=2) as pool:
-            futures = [pool.submit(compile_step, lower(shape)) for shape in shapes]
-            return {shape: future.result() for shape, future in zip(shapes, futures, strict=True)}
+            forwards = {shape: pool.submit(compile_step, lower_forward(*shape)) for shape in shapes}
+            chooses = {rows: pool.submit(compile_step, lower_choose(rows)) for rows in self.row_counts}
+            return (
+                {shape: future.result() for shape, future in forwards.items()},
+                {rows: future.result() for rows, future in chooses.items()},
+            )
 
     def _compile_take_slot(self):
         ids = jax.ShapeDtypeStruct((self.max_context,), jnp.int32)
@@ -137,17 +157,17 @@ class ModelRunner:
 
     def _warm_up(self, progress) -> None:
         """Runs every program once on rows that no sequence owns: nothing is written."""
-        for number, (rows, chunk) in enumerate(self._steps):
-            progress("warming up", number / len(self._steps))
-            self.read(self._dispatch(StepPlan(0), rows, chunk))
+        for number, (rows, chunk) in enumerate(self._forwards):
+            progress("warming up", number / len(self._forwards))
+            self.read(self.choose(self._forward(StepPlan(0), rows, chunk), None))
         self._own_slot(0, np.zeros(0, np.int32), np.zeros(0, np.int32), {})
         zero = self._copies.to_host(self._copies.save(self._cache, [0]))
         self._cache = self._copies.restore(self._cache, zero, 0, [0])
         jax.block_until_ready(self._state)
         progress("warming up", 1.0)
 
-    def dispatch(self, plan: StepPlan) -> PendingStep:
-        """Uploads a plan and starts its step, behind those already started."""
+    def forward(self, plan: StepPlan) -> Forward:
+        """Uploads a plan and starts the first half of its step, behind the steps already started."""
         for saved, pages in plan.saves:
             saved.data = self._copies.save(self._cache, pages)
         for saved, first, pages in plan.restores:
@@ -158,11 +178,21 @@ class ModelRunner:
         chunk = next(size for size in (0, *self.chunk_sizes) if size >= plan.chunk_tokens)
         enough = (count for count in self.row_counts if count >= len(plan.sequences))
         rows = self.config.slots if chunk else next(enough)
-        return self._dispatch(plan, rows, chunk)
+        return self._forward(plan, rows, chunk)
 
-    def _dispatch(self, plan: StepPlan, rows: int, chunk: int) -> PendingStep:
+    def _forward(self, plan: StepPlan, rows: int, chunk: int) -> Forward:
         packed = jax.device_put(self._packer.pack(plan, rows, chunk))
-        self._cache, self._state, output = self._steps[rows, chunk](self._weights, self._cache, self._state, packed)
+        self._cache, logits, packed_rows = self._forwards[rows, chunk](self._weights, self._cache, self._state, packed)
+        return Forward(plan, logits, packed_rows)
+
+    def choose(self, forward: Forward, masks: np.ndarray | None) -> PendingStep:
+        """Starts the second half of a step. `masks`, if a row has a constraint: int32, a line for each row of the plan,
+        as `step.choose` takes them; it must not be written again."""
+        plan, rows = forward.plan, forward.logits.shape[0]
+        allowed = self._no_masks[rows]
+        if masks is not None:
+            allowed = jax.device_put(np.pad(masks, ((0, rows - len(masks)), (0, 0))))
+        self._state, output = self._chooses[rows](self._state, forward.logits, forward.packed_rows, allowed)
         output.tokens_and_flags.copy_to_host_async()
         reports = any(sequence.submit.logprobs >= 0 for sequence in plan.sequences)
         if reports:

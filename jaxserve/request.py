@@ -20,6 +20,8 @@ MAX_STOP_STRING_LENGTH = 256
 """Longest stop string, in characters."""
 MAX_STOP_TOKEN_IDS = 8
 """Most stop ids in one request, the model's end-of-sequence ids included."""
+MAX_CHOICES = 1024
+"""Most alternatives of `choice` in one request."""
 MAX_REQUEST_ID_LENGTH = 128
 """Longest request id, in characters."""
 
@@ -210,6 +212,60 @@ class OutputParams:
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """What the text of the output must match, from its first character to its last. Exactly one field is set.
+
+    The output ends, with FinishReason.STOP, where nothing more may follow, `min_tokens` notwithstanding; where it may
+    end or go on, the model chooses. `max_tokens`, stop strings and stop ids may end it before it is complete.
+    """
+
+    json_schema: str | Mapping[str, Any] | bool | None = None
+    """A JSON Schema (draft 2020-12), as text or parsed: the output is JSON that it accepts. Keywords that are not
+    supported are refused by name."""
+    regex: str | None = None
+    """A regular expression in the syntax of Rust's `regex`, without look-around and backreferences."""
+    grammar: str | None = None
+    """A context-free grammar in llguidance's variant of Lark; its start rule is `start`."""
+    choice: tuple[str, ...] | None = None
+    """The output is one of these."""
+    json_object: bool = False
+    """The output is a JSON object."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the field that is set."""
+        given = [field.name for field in fields(self) if getattr(self, field.name) not in (None, False)]
+        # The schema `false` is one, which nothing matches.
+        if self.json_schema is False:
+            given.append("json_schema")
+        if len(given) != 1:
+            what = "none is set" if not given else f"{' and '.join(given)} are set"
+            raise InvalidRequest(
+                "constraint",
+                f"exactly one of json_schema, regex, grammar, choice and json_object must be set; {what}",
+            )
+        return given[0]
+
+    def validate(self) -> None:
+        """Checks the form. Raises InvalidRequest."""
+        kind = self.kind
+        value = getattr(self, kind)
+        if kind == "json_object":
+            _boolean(kind, value)
+        elif kind == "json_schema":
+            if not isinstance(value, str | bool | Mapping):
+                raise InvalidRequest(kind, f"must be a JSON Schema, got {value!r:.100}")
+        elif kind == "choice":
+            if not 1 <= len(value) <= MAX_CHOICES:
+                raise InvalidRequest(kind, f"must have 1 to {MAX_CHOICES} strings, got {len(value)}")
+            for text in value:
+                if not isinstance(text, str) or not text:
+                    raise InvalidRequest(kind, f"must be strings that are not empty, got {text!r:.100}")
+        elif not isinstance(value, str) or not value:
+            raise InvalidRequest(kind, f"must be a string that is not empty, got {value!r:.100}")
+
+
+@dataclass(frozen=True)
 class Request:
     """One request. Exactly one of `prompt`, `token_ids` and `messages` is set."""
 
@@ -224,6 +280,8 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     stopping: StoppingParams = StoppingParams()
     output: OutputParams = OutputParams()
+    constraint: Constraint | None = None
+    """What the output must match; None for anything."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Unique among active requests."""
     model: str | None = None
@@ -267,15 +325,24 @@ class Request:
         _integer("priority", self.priority, -(2**31), 2**31 - 1)
         if not isinstance(self.cache_salt, str):
             raise InvalidRequest("cache_salt", f"must be a string, got {self.cache_salt!r}")
+        if self.constraint is not None:
+            self.constraint.validate()
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Request":
         """Builds a request from flat API names, as in a JSON line: `id` (or `request_id`), one prompt field, and any
-        sampling, stopping or output field. An unknown field is refused by name, never dropped. Raises InvalidRequest.
+        sampling, stopping, output or constraint field. An unknown field is refused by name, never dropped. Raises
+        InvalidRequest.
         """
         if not isinstance(data, Mapping):
             raise InvalidRequest("request", f"must be a JSON object, got {type(data).__name__}")
-        parts: dict[str, dict[str, Any]] = {"sampling": {}, "stopping": {}, "output": {}, "request": {}}
+        parts: dict[str, dict[str, Any]] = {
+            "sampling": {},
+            "stopping": {},
+            "output": {},
+            "constraint": {},
+            "request": {},
+        }
         for name, value in data.items():
             part = _FIELD_PART.get(name)
             if part is None:
@@ -289,6 +356,7 @@ class Request:
             sampling=SamplingParams(**parts["sampling"]),
             stopping=StoppingParams(**parts["stopping"]),
             output=OutputParams(**parts["output"]),
+            constraint=Constraint(**parts["constraint"]) if parts["constraint"] else None,
             **request,
         )
 
@@ -297,6 +365,7 @@ _FIELD_PART = {
     **{f.name: "sampling" for f in fields(SamplingParams)},
     **{f.name: "stopping" for f in fields(StoppingParams)},
     **{f.name: "output" for f in fields(OutputParams)},
+    **{f.name: "constraint" for f in fields(Constraint)},
     **dict.fromkeys(
         ("id", "request_id", "prompt", "token_ids", "messages", "tools", "model", "priority", "cache_salt"), "request"
     ),
@@ -313,7 +382,7 @@ def _from_json_value(name: str, value: Any) -> Any:
             raise InvalidRequest(name, f"keys must be token ids, got {list(value)!r:.100}") from None
     if name == "stop" and isinstance(value, str):
         return (value,)
-    if name in ("token_ids", "messages", "tools", "stop", "stop_token_ids"):
+    if name in ("token_ids", "messages", "tools", "stop", "stop_token_ids", "choice"):
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise InvalidRequest(name, f"must be a list, got {value!r:.100}")
         return tuple(value)

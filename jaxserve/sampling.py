@@ -1,7 +1,8 @@
 """From logits to tokens: every parameter per row, everything on the device.
 
-Order: logit bias, penalties, temperature, top-k, top-p, min-p, then one uniform number a row, from a key folded from
-the request's seed and the token's position, inverts the distribution. A step in which no row needs a feature skips it.
+Order: logit bias, penalties, constraint, temperature, top-k, top-p, min-p, then one uniform number a row, from a key
+folded from the request's seed and the token's position, inverts the distribution. A step in which no row needs a
+feature skips it.
 """
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from jaxserve.batch import BIASES, FILTERS, PENALIZES, REPORTS_LOGPROBS, SAMPLES, Upload
+from jaxserve.batch import BIASES, CONSTRAINED, FILTERS, PENALIZES, REPORTS_LOGPROBS, SAMPLES, Upload
 from jaxserve.decode_state import DecodeState
 from jaxserve.request import MAX_LOGPROBS
 
@@ -35,24 +36,58 @@ def any_row(rows: Upload, feature: int) -> Bool[Array, ""]:
     return jnp.any(rows.features & feature != 0)
 
 
-def sample_tokens(logits: Logits, rows: Upload, state: DecodeState) -> Int32[Array, " row"]:
+def sample_tokens(
+    logits: Logits, rows: Upload, state: DecodeState, allowed: Int32[Array, "row mask_word"]
+) -> Int32[Array, " row"]:
     """The next token of each row.
 
     Args:
         logits: float32, raw.
         rows: the step's upload.
         state: penalty counts and logit biases, by slot.
+        allowed: the tokens that a row with a constraint may take: bit b of word w is token 32 w + b.
     """
-    plain = ~(any_row(rows, BIASES | PENALIZES | SAMPLES) | jnp.any(rows.length < rows.min_length))
-    return lax.cond(plain, lambda x, *_: argmax(x), _process_and_choose, logits, rows, state)
+    processes = any_row(rows, BIASES | PENALIZES | SAMPLES) | jnp.any(rows.length < rows.min_length)
+    branches = (_most_likely, _most_likely_allowed, _process_and_choose, _process_and_choose_allowed)
+    branch = 2 * processes + any_row(rows, CONSTRAINED)
+    return lax.switch(branch, branches, logits, rows, state, allowed)
 
 
-def _process_and_choose(logits: Logits, rows: Upload, state: DecodeState) -> Int32[Array, " row"]:
+def _most_likely(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
+    return argmax(logits)
+
+
+def _most_likely_allowed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
+    return argmax(_mask(logits, rows, allowed))
+
+
+def _process_and_choose(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
+    return _choose(_process(logits, rows, state), rows)
+
+
+def _process_and_choose_allowed(
+    logits: Logits, rows: Upload, state: DecodeState, allowed: Array
+) -> Int32[Array, " row"]:
+    return _choose(_mask(_process(logits, rows, state), rows, allowed), rows)
+
+
+def _process(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
     # A feature that no row asks for still costs a copy of the logits here, but not where none is asked for at all.
     logits = lax.cond(jnp.any(rows.length < rows.min_length), _mask_stop_ids, lambda x, *_: x, logits, rows)
     logits = lax.cond(any_row(rows, BIASES), _add_bias, lambda x, *_: x, logits, rows, state)
-    logits = lax.cond(any_row(rows, PENALIZES), _penalize, lambda x, *_: x, logits, rows, state)
+    return lax.cond(any_row(rows, PENALIZES), _penalize, lambda x, *_: x, logits, rows, state)
+
+
+def _choose(logits: Logits, rows: Upload) -> Int32[Array, " row"]:
     return lax.cond(any_row(rows, SAMPLES), _draw_or_argmax, lambda x, _: argmax(x), logits, rows)
+
+
+def _mask(logits: Logits, rows: Upload, allowed: Int32[Array, "row mask_word"]) -> Logits:
+    """Takes from rows with a constraint what it does not allow."""
+    bits = (allowed[:, :, None] >> jnp.arange(32)) & 1
+    is_allowed = bits.reshape(bits.shape[0], -1)[:, : logits.shape[1]] != 0
+    constrained = (rows.features & CONSTRAINED != 0)[:, None]
+    return jnp.where(constrained & ~is_allowed, -jnp.inf, logits)
 
 
 def argmax(logits: Logits) -> Int32[Array, " row"]:

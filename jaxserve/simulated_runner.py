@@ -48,12 +48,16 @@ class SimulatedRunner:
         self._chunk_sizes = (0, *config.prefill_chunks)
         self._free_at = 0.0
 
-    def dispatch(self, plan: StepPlan) -> SimulatedStep:
+    def forward(self, plan: StepPlan) -> SimulatedStep:
         """Packs the plan and starts its step."""
         chunk = next(size for size in self._chunk_sizes if size >= plan.chunk_tokens)
         self._packer.pack(plan, self._slots, chunk)
         self._free_at = max(time.monotonic(), self._free_at) + self._seconds
         return SimulatedStep(plan, self._free_at)
+
+    def choose(self, forward: SimulatedStep, masks: None) -> SimulatedStep:
+        """A step of this device is one whole."""
+        return forward
 
     def read(self, pending: SimulatedStep) -> StepResults:
         """Waits until a step is done."""

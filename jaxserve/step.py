@@ -2,6 +2,9 @@
 
 A decode step has R rows; a mixed step has C chunk tokens beside them. Rows do not mix, so a row's result depends on its
 own sequence alone.
+
+It is two programs, `forward` and `choose`, each dispatched without waiting for the other. What a row with a constraint
+may choose follows from its last token: the host reads that and finds it out while the forward runs.
 """
 
 from collections.abc import Callable
@@ -37,21 +40,22 @@ class StepOutput:
 Weights = tuple[Array, ...]
 """The model's parameters as a flat tuple: a tree of them costs a millisecond of Python a step to take apart."""
 
-StepFunction = Callable[[Weights, KVCache, DecodeState, Array], tuple[KVCache, DecodeState, StepOutput]]
+ForwardFunction = Callable[[Weights, KVCache, DecodeState, Array], tuple[KVCache, Array, Array]]
 
 
-def make_step(
+def make_forward(
     build_model: Callable[[Weights], Llama], config: ModelConfig, attention: PagedAttention, rows: int, chunk: int
-) -> StepFunction:
-    """The step function for `rows` rows and `chunk` chunk tokens (0 for a decode step).
+) -> ForwardFunction:
+    """The first half of a step of `rows` rows and `chunk` chunk tokens (0 for a decode step).
 
-    Its arguments are the model's weights, from which `build_model` makes the model while tracing, cache and state
-    (DONATED) and the packed int32 upload.
+    Its arguments are the model's weights, from which `build_model` makes the model while tracing, the cache (DONATED),
+    the state and the packed int32 upload. It gives the cache, and what `choose` takes: raw logits, and the rows' part
+    of the upload.
     """
 
-    def step(
+    def forward(
         weights: Weights, cache: KVCache, state: DecodeState, packed: Int32[Array, " packed"]
-    ) -> tuple[KVCache, DecodeState, StepOutput]:
+    ) -> tuple[KVCache, Float[Array, "row vocab"], Int32[Array, " packed_rows"]]:
         model = build_model(weights)
         upload = Upload.unpack(packed, rows, chunk)
         decodes = upload.decodes & ~state.ended.at[upload.slot].get(mode="clip")
@@ -80,17 +84,27 @@ def make_step(
             ends_prompt = (upload.sample_index >= 0)[:, None]
             sampled = jnp.where(ends_prompt, hidden[rows + jnp.maximum(upload.sample_index, 0)], sampled)
         logits = model.logits(sampled, LiveRows(live.counts.at[1].set(0), rows))
-        state, output = _choose(logits, upload, state, decodes | (upload.sample_index >= 0))
-        return KVCache(layers), state, output
+        return KVCache(layers), logits, packed[: Upload.size(rows, 0, upload.page_table.shape[1])]
 
-    return step
+    return forward
 
 
-def _choose(
-    logits: Float[Array, "row vocab"], upload: Upload, state: DecodeState, samples: Array
+def choose(
+    state: DecodeState,
+    logits: Float[Array, "row vocab"],
+    packed: Int32[Array, " packed_rows"],
+    allowed: Int32[Array, "row mask_word"],
 ) -> tuple[DecodeState, StepOutput]:
-    """Samples, decides which rows ended, and writes both back to the slots."""
-    tokens = sample_tokens(logits, upload, state)
+    """The second half of a step: samples, decides which rows ended, and writes both back to the slots. DONATES state,
+    which must be the one that the first half saw.
+
+    `allowed` is what a constraint leaves of the vocabulary, by row: bit b of word w is token 32 w + b. Rows without a
+    constraint do not look at it.
+    """
+    upload = Upload.unpack(packed, logits.shape[0], 0)
+    decodes = upload.decodes & ~state.ended.at[upload.slot].get(mode="clip")
+    samples = decodes | (upload.sample_index >= 0)
+    tokens = sample_tokens(logits, upload, state, allowed)
     values, ids = report_logprobs(logits, tokens, upload)
     failed = ~jnp.isfinite(jnp.max(logits, axis=-1))
     stopped = jnp.any(tokens[:, None] == upload.stop_ids, axis=-1)

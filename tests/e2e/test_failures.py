@@ -55,18 +55,18 @@ def test_a_row_that_is_not_finite_fails_alone_and_is_not_cached(tiny: Engine):
     assert tiny.loads().available_pages == tiny.loads().total_pages
 
 
-@pytest.mark.parametrize("where", ["dispatch", "read"])
+@pytest.mark.parametrize("where", ["forward", "choose", "read"])
 def test_after_a_failed_step_streams_go_on_without_a_lost_or_repeated_token(tiny: Engine, where: str):
     undisturbed = [c.token_ids for c in tiny.generate(requests(5, cache_salt="undisturbed"))]
     runner = tiny._core._loop._runner
     original, calls = getattr(runner, where), 0
 
-    def fail_once(argument: object) -> object:
+    def fail_once(*arguments: object) -> object:
         nonlocal calls
         calls += 1
         if calls == 9:
             raise RuntimeError("injected")
-        return original(argument)
+        return original(*arguments)
 
     setattr(runner, where, fail_once)
     try:
@@ -91,7 +91,7 @@ def test_steps_that_keep_failing_end_every_stream_and_the_engine_says_so():
             failures += 1
             raise RuntimeError("injected")
 
-        runner.dispatch = fail
+        runner.forward = fail
         streams = [engine.submit(request) for request in requests(6)]
         all_submitted.set()
         completions = [collect(stream) for stream in streams]
