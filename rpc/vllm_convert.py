@@ -110,36 +110,45 @@ class ResponseBuilder:
         self._cached_tokens = 0
         self._sequences: dict[int, _Sequence] = {}
 
-    def message(self, event: Event) -> pb.GenerateResponse | None:
-        """The message of an event; None where the protocol has none: the call's status tells of failures."""
+    def messages(self, event: Event) -> list[pb.GenerateResponse]:
+        """The messages of an event; none where the protocol has none: the call's status tells of failures."""
         match event:
             case Started():
                 self._prompt_tokens, self._cached_tokens = event.prompt_tokens, event.cached_tokens
-                return None
+                return []
             case Delta():
-                return self._chunk(event)
+                return self._add(event.index, event.token_ids, event.logprobs or ())
+            case Finished(finish_reason=FinishReason.ERROR | FinishReason.DEADLINE):
+                return []
             case Finished():
-                is_failure = event.finish_reason in (FinishReason.ERROR, FinishReason.DEADLINE)
-                return None if is_failure else self._complete(event)
+                return [*self._end_token(event), self._complete(event)]
 
-    def _chunk(self, delta: Delta) -> pb.GenerateResponse | None:
-        sequence = self._sequences.setdefault(delta.index, _Sequence())
-        sequence.token_ids += delta.token_ids
+    def _end_token(self, finished: Finished) -> list[pb.GenerateResponse]:
+        """The token that ended the sequence: part of the output in this protocol, and of no delta in the engine's."""
+        generated = self._sequences.get(finished.index, _Sequence()).token_ids
+        if not isinstance(finished.matched_stop, int) or len(generated) >= finished.usage.completion_tokens:
+            return []
+        return self._add(finished.index, (finished.matched_stop,), ())
+
+    def _add(
+        self, index: int, token_ids: tuple[int, ...], logprobs: Sequence[TokenLogprob]
+    ) -> list[pb.GenerateResponse]:
+        sequence = self._sequences.setdefault(index, _Sequence())
+        sequence.token_ids += token_ids
         if not self._stream:
-            sequence.logprobs += delta.logprobs or ()
-            return None
-        if not delta.token_ids:
-            return None
+            sequence.logprobs += logprobs
+        if not self._stream or not token_ids:
+            return []
         response = pb.GenerateResponse()
         chunk = response.chunk
-        chunk.index = delta.index
-        chunk.token_ids.extend(delta.token_ids)
+        chunk.index = index
+        chunk.token_ids.extend(token_ids)
         chunk.prompt_tokens = self._prompt_tokens
         chunk.cached_tokens = self._cached_tokens
         chunk.completion_tokens = len(sequence.token_ids)
-        if delta.logprobs:
-            _add_logprobs(chunk.output_logprobs, delta.logprobs)
-        return response
+        if logprobs:
+            _add_logprobs(chunk.output_logprobs, logprobs)
+        return [response]
 
     def _complete(self, finished: Finished) -> pb.GenerateResponse:
         sequence = self._sequences.get(finished.index, _Sequence())

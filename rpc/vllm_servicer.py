@@ -48,8 +48,8 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         responses = ResponseBuilder(request.stream)
 
         def write(event: Event) -> Awaitable[None] | None:
-            message = responses.message(event)
-            return None if message is None else context.write(message)
+            messages = responses.messages(event)
+            return _write(context, messages) if messages else None
 
         await self._runner.run(
             request_id, lambda deadline: request_from_vllm(request, request_id, deadline), context, write
@@ -165,3 +165,8 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         self, request: common_pb2.SubscribeKvEventsRequest, context: grpc.aio.ServicerContext
     ) -> None:
         raise errors.Unsupported("events of the KV cache are not published; GetLoads tells the load")
+
+
+async def _write(context: grpc.aio.ServicerContext, messages: list[pb.GenerateResponse]) -> None:
+    for message in messages:
+        await context.write(message)

@@ -72,6 +72,11 @@ class ServerProcess:
         raise ServerFailed(f"exit code {code}: {self._errors.read()[-2000:].strip()}")
 
     @property
+    def is_alive(self) -> bool:
+        """Whether its front runs."""
+        return self._process.poll() is None
+
+    @property
     def processes(self) -> list[int]:
         """Its process ids: the front's, and the core's if that is another."""
         return self._processes
@@ -79,6 +84,11 @@ class ServerProcess:
     def cpu_seconds(self) -> float:
         """CPU time of its processes so far."""
         return cpu_seconds(self._processes)
+
+    def kill(self) -> None:
+        """Ends its front as a crash does. The core sees that and ends as well."""
+        self._process.kill()
+        self._process.wait()
 
     def close(self) -> None:
         """Stops it as an operator does."""

@@ -18,9 +18,9 @@ from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from test_refusals import detail
 
-from jaxserve.request import FinishReason, InvalidRequest, Request
+from jaxserve.request import Delta, Finished, FinishReason, InvalidRequest, Request, Started, Timings, Usage
 from rpc.server import Server
-from rpc.vllm_convert import request_from_vllm, zipped
+from rpc.vllm_convert import ResponseBuilder, request_from_vllm, zipped
 
 pytestmark = pytest.mark.asyncio
 
@@ -60,6 +60,22 @@ async def test_without_stream_there_is_one_complete_and_nothing_else() -> None:
         assert list(only.complete.output_ids) == expected_ids(30)
         assert list(only.complete.output_logprobs.token_ids) == expected_ids(30)
         assert (only.complete.finish_reason, only.complete.completion_tokens) == ("length", 30)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_token_that_ends_a_sequence_is_part_of_the_output(stream: bool) -> None:
+    """As in vLLM, and so the tokens that a gateway counts are those of the usage."""
+    builder = ResponseBuilder(stream)
+    ended = Finished("id", 0, FinishReason.STOP, Usage(4, 0, 3), Timings(0, 0, 0, 0), matched_stop=2)
+    messages = [
+        *builder.messages(Started("id", 4, 0, 7)),
+        *builder.messages(Delta("id", 0, (5, 6))),
+        *builder.messages(ended),
+    ]
+    chunks = [list(one.chunk.token_ids) for one in messages if one.HasField("chunk")]
+    assert chunks == ([[5, 6], [2]] if stream else [])
+    complete = messages[-1].complete
+    assert (list(complete.output_ids), complete.completion_tokens, complete.matched_token_id) == ([5, 6, 2], 3, 2)
 
 
 async def test_unset_fields_take_the_defaults_of_the_protocols_adapter() -> None:

@@ -1,0 +1,99 @@
+"""The gateway smg as a process of its own: OpenAI HTTP on loopback, in front of jaxserve servers."""
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+START_LIMIT = 60.0
+"""Seconds until the gateway must know every server."""
+
+
+class GatewayFailed(RuntimeError):
+    """The gateway did not become ready; the message has the end of what it said."""
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Gateway:
+    """smg, which knows its servers when the constructor returns.
+
+    Args:
+        addresses: `host:port` of servers that are ready.
+        options: more options of `smg launch`.
+
+    Raises:
+        GatewayFailed: it did not become ready.
+    """
+
+    def __init__(self, addresses: Sequence[str], *options: str):
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
+        port, metrics_port = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        """Of the OpenAI API, without /v1."""
+        workers = [f"grpc://{address}" for address in addresses]
+        command = [sys.executable, "-m", "smg", "launch", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--prometheus-port", str(metrics_port), "--prometheus-host", "127.0.0.1", "--log-level", "warn"]
+        command += ["--worker-urls", *workers, *options]
+        self._process = subprocess.Popen(command, stdout=self._said, stderr=subprocess.STDOUT)
+        try:
+            self._await_servers(len(workers))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _await_servers(self, count: int) -> None:
+        deadline = time.monotonic() + START_LIMIT
+        while self.healthy_servers() < count:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise GatewayFailed(f"exit code {self._process.poll()}: {self.said()[-2000:].strip()}")
+            time.sleep(0.1)
+
+    def healthy_servers(self) -> int:
+        """The servers that it sends requests to."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/workers", timeout=5) as answer:
+                workers = json.load(answer)["workers"]
+        except (urllib.error.URLError, ConnectionError):
+            return 0
+        return sum(bool(worker["is_healthy"]) for worker in workers)
+
+    def said(self) -> str:
+        """What it has logged."""
+        self._said.seek(0)
+        return self._said.read()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """Stops it."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._said.close()

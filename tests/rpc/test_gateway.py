@@ -1,0 +1,156 @@
+"""The gateway smg, which nobody here wrote, between the OpenAI client and this server."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import openai
+import pytest
+from scripted_engine import ScriptedEngine, expected_ids
+from serving import ROOT, eventually, serving
+from test_end_to_end import Lent, back_to_the_start
+
+from jaxserve.request import Finished
+from rpc.client import AsyncClient
+from rpc.served_engine import ServedEngine
+from rpc.server import Server
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from benchmarks.gateway import Gateway
+
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
+
+pytestmark = pytest.mark.asyncio
+
+MESSAGES = [{"role": "user", "content": "Name three colours."}]
+
+
+@asynccontextmanager
+async def behind_a_gateway(engine: ServedEngine) -> AsyncIterator[tuple[openai.AsyncOpenAI, Server, AsyncClient]]:
+    """The OpenAI client through smg, the server, and a client straight to the server."""
+    async with serving(engine) as (server, direct):
+        gateway = await asyncio.to_thread(Gateway, [direct.address])
+        try:
+            async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+                yield client, server, direct
+        finally:
+            await asyncio.to_thread(gateway.close)
+
+
+async def test_greedy_chats_through_the_gateway_equal_those_of_direct_grpc(engine: "Engine") -> None:
+    async with behind_a_gateway(Lent(engine)) as (client, server, direct):  # pyright: ignore[reportArgumentType]
+        (model,) = (await client.models.list()).data
+        assert model.id == engine.model_name
+        for content, count in (("Name three colours.", 24), ("Say hello.", 40), ("Grüße, 世界! 🦜", 16)):
+            messages = [{"role": "user", "content": content}]
+            generation = direct.chat(messages, temperature=0.0, max_tokens=count)
+            deltas = [delta async for delta in generation]
+            ids = [token for delta in deltas for token in delta.token_ids]
+            assert isinstance(generation.finished, Finished)
+            stream = await client.chat.completions.create(
+                model=model.id,
+                messages=messages,  # pyright: ignore[reportArgumentType]
+                temperature=0.0,
+                max_completion_tokens=count,
+                stream=True,
+                stream_options={"include_usage": True},
+                logprobs=True,
+                top_logprobs=1,
+            )
+            chunks = [chunk async for chunk in stream]
+            choices = [choice for chunk in chunks for choice in chunk.choices]
+            assert "".join(choice.delta.content or "" for choice in choices) == "".join(one.text for one in deltas)
+            tokens = [one for choice in choices if choice.logprobs for one in choice.logprobs.content or ()]
+            # A token that splits a character is told by its text, which has no bytes of its own.
+            told = [engine.tokenizer.decode([token]) for token in ids]
+            assert [one.token for one in tokens] == told
+            (finish_reason,) = {choice.finish_reason for choice in choices} - {None}
+            assert finish_reason == generation.finished.finish_reason
+            (usage,) = [chunk.usage for chunk in chunks if chunk.usage is not None]
+            wanted = generation.finished.usage
+            assert (usage.prompt_tokens, usage.completion_tokens) == (wanted.prompt_tokens, wanted.completion_tokens)
+            whole = await client.chat.completions.create(
+                model=model.id,
+                messages=messages,  # pyright: ignore[reportArgumentType]
+                temperature=0.0,
+                max_completion_tokens=count,
+            )
+            assert whole.choices[0].message.content == "".join(one.text for one in deltas)
+            assert whole.usage is not None and whole.usage.completion_tokens == wanted.completion_tokens
+        await back_to_the_start(engine)
+        await eventually(lambda: len(server.calls) == 0)
+
+
+async def test_a_closed_stream_frees_its_pages_within_two_steps_of_being_seen() -> None:
+    engine = ScriptedEngine(step_time=0.02)
+    aborted_at: list[int] = []
+    abort = engine.abort
+
+    def seen(request_id: str, tenant: str | None = None) -> bool:
+        aborted_at.append(engine.loads().steps)
+        return abort(request_id)
+
+    engine.abort = seen
+    async with behind_a_gateway(engine) as (client, server, _):
+        stream = await client.completions.create(model="scripted", prompt="hello", max_tokens=4000, stream=True)
+        seen_chunks = 0
+        async for _ in stream:
+            seen_chunks += 1
+            if seen_chunks == 5:
+                break
+        await stream.close()
+        await eventually(lambda: engine.loads().running == 0 and bool(aborted_at))
+        assert engine.loads().steps - aborted_at[0] <= 2
+        assert engine.loads().available_pages == engine.total_pages
+        await eventually(lambda: len(server.calls) == 0)
+
+
+async def test_a_full_queue_is_429_and_the_health_of_both_stays_good() -> None:
+    engine = ScriptedEngine(slots=2, max_waiting=2)
+    engine.paused.set()
+    async with behind_a_gateway(engine) as (client, server, direct):
+
+        async def run() -> int:
+            try:
+                answer = await client.completions.create(model="scripted", prompt="hello", max_tokens=3)
+            except openai.RateLimitError as error:
+                return error.status_code
+            assert answer.choices[0].text == "abc"
+            return 200
+
+        runs = [asyncio.create_task(run()) for _ in range(4 + 6)]
+        await eventually(lambda: sum(task.done() for task in runs) == 6)
+        assert await direct.is_ready()
+        assert (await client.models.list()).data[0].id == "scripted"
+        engine.paused.clear()
+        codes = await asyncio.gather(*runs)
+        assert (codes.count(200), codes.count(429)) == (4, 6)
+        await eventually(lambda: len(server.calls) == 0)
+        assert engine.loads().available_pages == engine.total_pages
+
+
+async def test_what_the_server_refuses_is_400_and_names_the_field() -> None:
+    async with behind_a_gateway(ScriptedEngine()) as (client, _, _):
+        with pytest.raises(openai.BadRequestError, match=r"sampling_params\.seed"):
+            await client.completions.create(model="scripted", prompt="a", max_tokens=1, seed=-5)
+        with pytest.raises(openai.BadRequestError, match="4096 tokens"):
+            await client.completions.create(model="scripted", prompt="x" * 5000, max_tokens=1)
+
+
+async def test_many_streams_at_once_lose_and_mix_nothing() -> None:
+    engine = ScriptedEngine(slots=16, max_waiting=64)
+    async with behind_a_gateway(engine) as (client, server, _):
+
+        async def run(count: int) -> None:
+            stream = await client.completions.create(model="scripted", prompt="hi", max_tokens=count, stream=True)
+            choices = [choice async for chunk in stream for choice in chunk.choices]
+            assert "".join(choice.text for choice in choices) == bytes(expected_ids(count)).decode()
+            assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["length"]
+
+        await asyncio.gather(*(run(5 + 3 * number) for number in range(48)))
+        await eventually(lambda: len(server.calls) == 0)
+        assert engine.loads().available_pages == engine.total_pages
