@@ -63,6 +63,17 @@ async def eventually(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
+async def back_to_the_start(engine: ServedEngine, server: Server | None = None) -> None:
+    """Waits until nothing runs or waits, every page is free or evictable, and the server has no call."""
+
+    def idle() -> bool:
+        loads = engine.loads()
+        busy = loads.running + loads.waiting + (0 if server is None else len(server.calls))
+        return busy == 0 and loads.available_pages == loads.total_pages
+
+    await eventually(idle)
+
+
 SERVER_SCRIPT = """
 import sys, threading, time
 sys.path.append({tests!r})

@@ -9,24 +9,14 @@ import time
 import grpc.aio
 import pytest
 from scripted_engine import ScriptedEngine, expected_ids
-from serving import ROOT, eventually, serving
+from serving import ROOT, back_to_the_start, eventually, serving
 
 from jaxserve.request import FinishReason, Request
-from rpc.server import Server, ServerConfig
+from rpc.server import ServerConfig
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
 pytestmark = pytest.mark.asyncio
-
-
-async def back_to_the_start(engine: ScriptedEngine, server: Server) -> None:
-    """Waits until nothing runs, waits or holds a page."""
-
-    def idle() -> bool:
-        loads = engine.loads()
-        return (loads.running, loads.waiting, loads.available_pages) == (0, 0, engine.total_pages)
-
-    await eventually(lambda: idle() and len(server.calls) == 0)
 
 
 async def test_leaving_the_loop_early_ends_the_request() -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from serving import ROOT, eventually, lent, serving
+from serving import ROOT, back_to_the_start, lent, serving
 
 from jaxserve.request import Delta, FinishReason, InvalidRequest, OutputParams, Request, SamplingParams, StoppingParams
 from rpc.client import AsyncClient
@@ -27,18 +27,7 @@ GREEDY = SamplingParams(temperature=0.0)
 async def served(engine: "Engine") -> AsyncIterator[AsyncClient]:
     async with serving(lent(engine)) as (server, client):
         yield client
-        await back_to_the_start(engine)
-        await eventually(lambda: len(server.calls) == 0)
-
-
-async def back_to_the_start(engine: "Engine") -> None:
-    """Waits until nothing runs and every page is free or evictable again."""
-
-    def idle() -> bool:
-        loads = engine.loads()
-        return (loads.running, loads.waiting, loads.available_pages) == (0, 0, loads.total_pages)
-
-    await eventually(idle)
+        await back_to_the_start(engine, server)
 
 
 def requests() -> list[Request]:

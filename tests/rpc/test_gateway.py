@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import openai
 import pytest
 from scripted_engine import ScriptedEngine, expected_ids
-from serving import ROOT, eventually, serving
-from test_end_to_end import Lent, back_to_the_start
+from serving import ROOT, back_to_the_start, eventually, lent, serving
 
 from jaxserve.request import Finished
 from rpc.client import AsyncClient
@@ -42,7 +41,7 @@ async def behind_a_gateway(engine: ServedEngine) -> AsyncIterator[tuple[openai.A
 
 
 async def test_greedy_chats_through_the_gateway_equal_those_of_direct_grpc(engine: "Engine") -> None:
-    async with behind_a_gateway(Lent(engine)) as (client, server, direct):  # pyright: ignore[reportArgumentType]
+    async with behind_a_gateway(lent(engine)) as (client, server, direct):
         (model,) = (await client.models.list()).data
         assert model.id == engine.model_name
         for content, count in (("Name three colours.", 24), ("Say hello.", 40), ("Grüße, 世界! 🦜", 16)):
@@ -81,8 +80,7 @@ async def test_greedy_chats_through_the_gateway_equal_those_of_direct_grpc(engin
             )
             assert whole.choices[0].message.content == "".join(one.text for one in deltas)
             assert whole.usage is not None and whole.usage.completion_tokens == wanted.completion_tokens
-        await back_to_the_start(engine)
-        await eventually(lambda: len(server.calls) == 0)
+        await back_to_the_start(engine, server)
 
 
 async def test_a_closed_stream_frees_its_pages_within_two_steps_of_being_seen() -> None:
@@ -105,8 +103,7 @@ async def test_a_closed_stream_frees_its_pages_within_two_steps_of_being_seen() 
         await stream.close()
         await eventually(lambda: engine.loads().running == 0 and bool(aborted_at))
         assert engine.loads().steps - aborted_at[0] <= 2
-        assert engine.loads().available_pages == engine.total_pages
-        await eventually(lambda: len(server.calls) == 0)
+        await back_to_the_start(engine, server)
 
 
 async def test_a_full_queue_is_429_and_the_health_of_both_stays_good() -> None:
@@ -129,8 +126,7 @@ async def test_a_full_queue_is_429_and_the_health_of_both_stays_good() -> None:
         engine.paused.clear()
         codes = await asyncio.gather(*runs)
         assert (codes.count(200), codes.count(429)) == (4, 6)
-        await eventually(lambda: len(server.calls) == 0)
-        assert engine.loads().available_pages == engine.total_pages
+        await back_to_the_start(engine, server)
 
 
 async def test_what_the_server_refuses_is_400_and_names_the_field() -> None:
@@ -152,5 +148,4 @@ async def test_many_streams_at_once_lose_and_mix_nothing() -> None:
             assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["length"]
 
         await asyncio.gather(*(run(5 + 3 * number) for number in range(48)))
-        await eventually(lambda: len(server.calls) == 0)
-        assert engine.loads().available_pages == engine.total_pages
+        await back_to_the_start(engine, server)

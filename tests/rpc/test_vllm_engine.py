@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from google.rpc import error_details_pb2
 from scripted_engine import ScriptedEngine, expected_ids
-from serving import eventually, serving
+from serving import back_to_the_start, eventually, serving
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from test_refusals import detail
@@ -191,8 +191,7 @@ async def test_abort_ends_the_stream_with_its_last_message_and_status_ok() -> No
         assert last.complete.finish_reason == FinishReason.ABORT
         assert list(last.complete.output_ids) == expected_ids(last.complete.completion_tokens)
         assert await call.code() is grpc.StatusCode.OK
-        await eventually(lambda: engine.loads().running == 0 and len(server.calls) == 0)
-        assert engine.loads().available_pages == engine.total_pages
+        await back_to_the_start(engine, server)
         assert engine.loads().steps > steps
         await stub.Abort(pb.AbortRequest(request_ids=["mine"]))  # it has ended: no error
 
