@@ -140,25 +140,29 @@ class Packer:
         self._slots = slots
         self._lines = np.zeros((slots, ROW_COLUMNS + max_pages), np.int32)
         self._reals = self._lines.view(np.float32)
-        self._pages_written = [0] * slots
+        self._pages_written = np.zeros(slots, np.int64)
 
     def pack(self, plan: StepPlan, rows: int, chunk: int) -> np.ndarray:
         """The int32 upload of a plan for a step of `rows` rows and `chunk` chunk tokens."""
         for slot, sequence in plan.new_owners:
             self._own(slot, sequence)
         width = self._lines.shape[1]
-        packed = np.empty(rows * width + 3 * chunk, np.int32)
+        for sequence in plan.grown:
+            self._write_new_pages(sequence)
+        packed = np.zeros(rows * width + 3 * chunk, np.int32)
         table = packed[: rows * width].reshape(rows, width)
-        count = len(plan.slots)
-        self._write_new_pages(plan)
-        np.take(self._lines, plan.slots, axis=0, out=table[:count], mode="clip")
-        table[:count, Column.SLOT] = plan.slots
-        table[:count, Column.DECODES] = plan.decodes
-        table[:count, Column.SAMPLE_INDEX] = plan.sample_index
+        count, slots = len(plan.slots), np.array(plan.slots, np.intp)
+        # Page tables are wide and mostly empty: only what is in use is copied.
+        used = ROW_COLUMNS + self._pages_written[slots].max(initial=0)
+        table[:count, :used] = self._lines[slots, :used]
+        table[:count, Column.SLOT] = slots
         table[:count, Column.LENGTH] = plan.ends
-        table[count:] = 0
+        table[:count, Column.DECODES] = 1
+        table[:, Column.SAMPLE_INDEX] = -1
+        if plan.pieces:
+            table[:count, Column.DECODES] = plan.decodes
+            table[:count, Column.SAMPLE_INDEX] = plan.sample_index
         table[count:, Column.SLOT] = self._slots
-        table[count:, Column.SAMPLE_INDEX] = -1
         tokens, token_rows, positions = packed[rows * width :].reshape(3, chunk)
         start = 0
         for piece in plan.pieces:
@@ -172,14 +176,12 @@ class Packer:
         positions[start:] = 0
         return packed
 
-    def _write_new_pages(self, plan: StepPlan) -> None:
-        written = self._pages_written
-        for slot, sequence in zip(plan.slots, plan.sequences, strict=True):
-            pages = sequence.pages
-            if len(pages) > written[slot]:
-                first = ROW_COLUMNS + written[slot]
-                self._lines[slot, first : ROW_COLUMNS + len(pages)] = pages[written[slot] :]
-                written[slot] = len(pages)
+    def _write_new_pages(self, sequence: Sequence) -> None:
+        slot, pages = sequence.slot, sequence.pages
+        if slot >= 0:  # else it gave way again
+            written = self._pages_written[slot]
+            self._lines[slot, ROW_COLUMNS + written : ROW_COLUMNS + len(pages)] = pages[written:]
+            self._pages_written[slot] = len(pages)
 
     def _own(self, slot: int, sequence: Sequence) -> None:
         """Fills a slot's line for its new owner."""
@@ -200,3 +202,4 @@ class Packer:
         reals[Column.REPETITION_PENALTY] = submit.repetition_penalty
         line[Column.STOP_IDS : ROW_COLUMNS] = -1
         line[Column.STOP_IDS : Column.STOP_IDS + len(submit.stop_ids)] = submit.stop_ids
+        self._write_new_pages(sequence)

@@ -1,8 +1,8 @@
 """The core of an engine: the pipelined step loop on a thread of its own.
 
-    receive commands -> plan step N+1 -> dispatch it -> read step N -> retire it -> publish
+    receive commands -> plan step N+1 -> dispatch it -> publish step N-1 -> read step N -> retire it
 
-The device works on step N+1 while the host reads and publishes step N. The loop neither detokenizes nor speaks to
+The device works on step N+1 while the host reads step N. The loop neither detokenizes nor speaks to
 clients: it takes messages in and gives one message out a step.
 """
 
@@ -27,7 +27,7 @@ from jaxserve.core_messages import (
     Submit,
 )
 from jaxserve.scheduler import Scheduler
-from jaxserve.sequence import StepPlan, StepResults
+from jaxserve.sequence import Retired, StepPlan, StepResults
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ Publish = Callable[[Message], float]
 MAX_RESTARTS = 3
 """Failed steps after which the engine fails, unless RESTART_WINDOW steps lie between them."""
 RESTART_WINDOW = 1000
+
+
+NOTHING: tuple[Retired, StepRecord | None] = (Retired([], [], []), None)
 
 
 class StepFailure(RuntimeError):
@@ -104,7 +107,8 @@ class StepLoop:
         self._publish = publish
         self._pending: deque[tuple[StepPlan, object, float]] = deque()
         self._host_since = 0.0
-        self._retired = 0
+        self._steps_retired = 0
+        self._unpublished = NOTHING
         self._failed_at = 0
         self._failures = 0
 
@@ -119,7 +123,8 @@ class StepLoop:
                     self._restart(failure)
             while self._pending:
                 self._retire()
-            self._publish_ended()
+                self._publish_retired()
+            self._publish_retired()
         except Exception as error:
             log.exception("the step loop failed")
             self._publish(Failed(f"{type(error).__name__}: {error}"))
@@ -130,10 +135,10 @@ class StepLoop:
             forward = self._on_device(self._runner.forward, plan)
             pending = self._on_device(self._runner.choose, forward, None)
             self._pending.append((plan, pending, time.monotonic()))
+        # Only now that the device has its next step: those who take the message work while this thread waits for it.
+        self._publish_retired()
         if self._pending and (plan is None or len(self._pending) > self._depth):
             self._retire()
-        else:
-            self._publish_ended()
 
     def _on_device(self, call: Callable[..., Any], *arguments: object) -> Any:
         """Calls the runner; any error in it is the step's."""
@@ -145,10 +150,10 @@ class StepLoop:
     def _restart(self, failure: "StepFailure") -> None:
         """Rebuilds the device's state and sends the requests in flight back to the queue: they go on from the tokens
         that were read, so that none is lost or repeated. Past the bound the failure is the loop's."""
-        if self._retired - self._failed_at >= RESTART_WINDOW:
+        if self._steps_retired - self._failed_at >= RESTART_WINDOW:
             self._failures = 0
         self._failures += 1
-        self._failed_at = self._retired
+        self._failed_at = self._steps_retired
         if self._failures > MAX_RESTARTS:
             raise failure
         log.error("a step failed (%d of at most %d): %s", self._failures, MAX_RESTARTS, failure, exc_info=failure)
@@ -160,6 +165,8 @@ class StepLoop:
         """Handles the commands that have arrived; waits for one when there is nothing to do. False at Shutdown."""
         scheduler = self._scheduler
         idle = not scheduler.active and not self._pending
+        if idle:
+            self._publish_retired()
         go_on = True
         commands = self.commands.take(wait=idle)
         if idle:
@@ -183,9 +190,9 @@ class StepLoop:
         waited = time.monotonic()
         results = self._on_device(self._runner.read, pending)
         now = time.monotonic()
-        self._retired += 1
+        self._steps_retired += 1
         host_seconds, self._host_since = waited - self._host_since, now
-        outputs = self._scheduler.retire(plan, results, now)
+        retired = self._scheduler.retire(plan, results, now)
         record = StepRecord(
             step=plan.step,
             sequences=len(plan.sequences),
@@ -196,18 +203,20 @@ class StepLoop:
             wait_seconds=now - waited,
             given_slots=[slot for slot, _ in plan.new_owners],
             taken_slots=plan.taken_slots,
-            freed_slots=_freed_slots(plan, outputs),
+            freed_slots=_freed_slots(plan, retired.outputs),
         )
-        self._send(self._scheduler.take_ended() + outputs, record)
+        self._unpublished = (retired, record)
 
-    def _publish_ended(self) -> None:
+    def _publish_retired(self) -> None:
+        """Publishes what the latest step gave, and then the requests that ended outside a step."""
+        retired, record = self._unpublished
         ended = self._scheduler.take_ended()
-        if ended:
-            self._send(ended, None)
-
-    def _send(self, outputs: list[SequenceOutput], record: StepRecord | None) -> None:
+        if record is None and not ended:
+            return
+        self._unpublished = NOTHING
         gauges = self._scheduler.gauges(self._runner.compiles_after_warmup)
-        self._host_since += self._publish(StepOutput(outputs, gauges, record))
+        outputs = retired.outputs + ended
+        self._host_since += self._publish(StepOutput(retired.handles, retired.tokens, outputs, gauges, record))
 
 
 def _freed_slots(plan: StepPlan, outputs: list[SequenceOutput]) -> list[int]:

@@ -78,16 +78,19 @@ class Ready:
     """How weights are multiplied: `xla` or `native`."""
 
 
+TokenLogprobs = tuple[int, float, list[tuple[int, float]]]
+"""(token_id, logprob, likeliest [(token_id, logprob)])"""
+
+
 @dataclass(slots=True)
 class SequenceOutput:
-    """What one step gave one sequence. Not frozen, which would make it take three times as long to make: there are as
-    many in each step as rows."""
+    """What one step gave one sequence, where that is more than its next token."""
 
     handle: int
     token_ids: list[int]
     """New tokens; a stop id that ended the sequence is not among them."""
-    logprobs: list[tuple[int, float, list[tuple[int, float]]]] | None
-    """For each new token (token_id, logprob, likeliest [(token_id, logprob)])."""
+    logprobs: list[TokenLogprobs] | None
+    """Of each new token."""
     started: int | None = None
     """Cached prompt tokens, in the first output of a sequence."""
     finish_reason: str | None = None
@@ -152,7 +155,12 @@ class StepRecord:
 class StepOutput:
     """All that one step gave, or, where there is no record, a change of the queue."""
 
+    handles: list[int]
+    """The sequences that got their next token and nothing else: most of them, and so without an object for each."""
+    tokens: list[int]
+    """Those tokens."""
     outputs: list[SequenceOutput]
+    """Of the other sequences."""
     gauges: Gauges
     record: StepRecord | None
 
@@ -173,25 +181,11 @@ def _row(message: Any) -> list[Any]:
     return [getattr(message, field.name) for field in fields(message)]
 
 
-def _split(outputs: list[SequenceOutput]) -> tuple[list[int], list[SequenceOutput]]:
-    """Those of one token and nothing else, which most are, as `handle, token, handle, token, ...`; and the others."""
-    plain: list[int] = []
-    others: list[SequenceOutput] = []
-    for output in outputs:
-        if output.logprobs is None and output.started is None and output.finish_reason is None:
-            (token,) = output.token_ids
-            plain += (output.handle, token)
-        else:
-            others.append(output)
-    return plain, others
-
-
 def encode(message: Message) -> bytes:
-    """One msgpack array: the type's number, then its fields in order; a step's outputs as `_split` has them."""
+    """One msgpack array: the type's number, then its fields in order."""
     if isinstance(message, StepOutput):
-        plain, others = _split(message.outputs)
-        record = message.record and _row(message.record)
-        body = [plain, [_row(output) for output in others], _row(message.gauges), record]
+        outputs = [_row(output) for output in message.outputs]
+        body = [message.handles, message.tokens, outputs, _row(message.gauges), message.record and _row(message.record)]
     else:
         body = _row(message)
     data = msgpack.packb([_NUMBER[type(message)], *body])
@@ -203,8 +197,7 @@ def decode(data: bytes) -> Message:
     """Inverse of `encode`. Raises ValueError for bytes that are no message."""
     number, *body = msgpack.unpackb(data, strict_map_key=False)
     if number == _NUMBER[StepOutput]:
-        plain, others, gauges, record = body
-        outputs = [SequenceOutput(handle, [token], None) for handle, token in zip(plain[::2], plain[1::2], strict=True)]
-        outputs += [SequenceOutput(*output) for output in others]
-        return StepOutput(outputs, Gauges(*gauges), record and StepRecord(*record))
+        handles, tokens, outputs, gauges, record = body
+        outputs = [SequenceOutput(*output) for output in outputs]
+        return StepOutput(handles, tokens, outputs, Gauges(*gauges), record and StepRecord(*record))
     return _TYPES[number](*body)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from jaxserve.active_requests import ActiveRequest, ActiveRequests
 from jaxserve.core_client import Core
-from jaxserve.core_messages import Abort, Failed, Gauges, SequenceOutput, StepOutput, StepRecord
+from jaxserve.core_messages import Abort, Failed, Gauges, SequenceOutput, StepOutput, StepRecord, TokenLogprobs
 from jaxserve.request import Finished, FinishReason, Started, Timings, TokenLogprob, Usage
 from jaxserve.request_stream import RequestStream, wake
 
@@ -54,60 +54,64 @@ class Delivery:
 
     def _run(self) -> None:
         while (message := self._core.receive()) is not None:
+            touched: list[RequestStream] = []
             match message:
-                case StepOutput(outputs, gauges, record):
+                case StepOutput(handles, tokens, outputs, gauges, record):
                     self.gauges = gauges
                     if record is not None:
                         self.step_records.append(record)
-                    _wake([active.stream for output in outputs if (active := self._deliver(output))])
+                    # A request may be gone: a stop string ended it, and the core had not heard of that yet.
+                    for handle, token in zip(handles, tokens, strict=True):
+                        if (active := self._requests.get(handle)) is not None:
+                            self._push(active, [token], None)
+                            touched.append(active.stream)
+                    for output in outputs:
+                        if (active := self._requests.get(output.handle)) is not None:
+                            self._deliver(active, output)
+                            touched.append(active.stream)
+                    _wake(touched)
                 case Failed(error):
                     self._fail(error)
                 case _:
                     raise TypeError(f"unexpected message {message!r}")
         self._fail("the engine has stopped")
 
-    def _deliver(self, output: SequenceOutput) -> ActiveRequest | None:
-        active = self._requests.get(output.handle)
-        if active is None:
-            return None  # a stop string ended it; the core had not heard of that yet
+    def _deliver(self, active: ActiveRequest, output: SequenceOutput) -> None:
         if output.times is not None:
             active.times = output.times
         if output.started is not None:
             active.cached_tokens = output.started
             submit = active.submit
             active.stream.start(Started(active.request.request_id, len(submit.token_ids), output.started, submit.seed))
-        matched = self._push(active, output) if output.token_ids else None
-        if matched is not None:
-            self._core.send(Abort(output.handle))
-            self._finish(active, FinishReason.STOP, active.tokens, matched)
-        elif output.finish_reason is not None:
+        stopped = self._push(active, output.token_ids, output.logprobs) if output.token_ids else False
+        if output.finish_reason is not None and not stopped:
             _flush(active)
             reason = FinishReason(output.finish_reason)
             ended = active.times[2]
             self._finish(active, reason, output.completion_tokens, output.matched_stop, output.error, ended)
-        return active
 
-    def _push(self, active: ActiveRequest, output: SequenceOutput) -> str | None:
-        """Delivers tokens; returns the stop string that they complete, if any."""
-        token_ids, text, matched = output.token_ids, "", None
+    def _push(self, active: ActiveRequest, token_ids: list[int], reported: list[TokenLogprobs] | None) -> bool:
+        """Delivers tokens. Whether they complete a stop string, which ends the request."""
+        text, matched = "", None
         if active.text is not None:
             delta = active.text.push(token_ids)
             text, matched = delta.text, delta.matched_stop
             token_ids = token_ids[: delta.tokens_used]
         active.tokens += len(token_ids)
         logprobs = None
-        if output.logprobs is not None:
-            logprobs = [
-                TokenLogprob(t, p, tuple((i, v) for i, v in top)) for t, p, top in output.logprobs[: len(token_ids)]
-            ]
+        if reported is not None:
+            logprobs = [TokenLogprob(t, p, tuple((i, v) for i, v in top)) for t, p, top in reported[: len(token_ids)]]
         wanted = active.request.output
         unread = active.stream.push(
             token_ids if wanted.return_token_ids else [], text if wanted.return_text else "", logprobs
         )
-        if unread > self._stream_buffer_tokens and matched is None:
+        if matched is not None:
+            self._core.send(Abort(active.submit.handle))
+            self._finish(active, FinishReason.STOP, active.tokens, matched)
+        elif unread > self._stream_buffer_tokens:
             log.warning("request %s: the client left %d tokens unread; aborting", active.request.request_id, unread)
-            self._core.send(Abort(output.handle))
-        return matched
+            self._core.send(Abort(active.submit.handle))
+        return matched is not None
 
     def _finish(
         self,

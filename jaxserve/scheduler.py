@@ -8,7 +8,7 @@ import heapq
 from collections import deque
 from operator import attrgetter
 
-from jaxserve.core_messages import Gauges, SequenceOutput, Submit
+from jaxserve.core_messages import Gauges, SequenceOutput, Submit, TokenLogprobs
 from jaxserve.page_allocator import PageAllocator, PageKey, next_key, root_key
 from jaxserve.request import FinishReason
 from jaxserve.sequence import (
@@ -16,11 +16,11 @@ from jaxserve.sequence import (
     FAILED,
     STOPPED,
     Piece,
+    Retired,
     SavedPages,
     Sequence,
     StepPlan,
     StepResults,
-    TokenLogprobs,
 )
 
 _order = attrgetter("order")
@@ -75,6 +75,7 @@ class Scheduler:
         self._free_slots = list(range(slots))
         self._fences: deque[tuple[int, list[int]]] = deque()
         self._new_owners: list[tuple[int, Sequence]] = []
+        self._grown: list[Sequence] = []
         self._saves: list[tuple[SavedPages, list[int]]] = []
         self._restores: list[tuple[SavedPages, int, list[int]]] = []
         self._ended: list[SequenceOutput] = []
@@ -153,6 +154,7 @@ class Scheduler:
         plan.fill_columns()
         self._release_slots(last_steps)
         plan.new_owners, self._new_owners = self._new_owners, []
+        plan.grown, self._grown = self._grown, []
         plan.saves, self._saves = self._saves, []
         plan.restores, self._restores = self._restores, []
         self._step = plan.step
@@ -182,6 +184,7 @@ class Scheduler:
             if page is not None:
                 sequence.pages += page
                 sequence.capacity += page_size
+                self._grown.append(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
@@ -260,32 +263,32 @@ class Scheduler:
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)
 
-    def retire(self, plan: StepPlan, results: StepResults, now: float) -> list[SequenceOutput]:
+    def retire(self, plan: StepPlan, results: StepResults, now: float) -> Retired:
         """Takes in what a step gave, in the order of dispatch; `now` is in monotonic seconds."""
-        tokens, flags, logprobs = results.tokens, results.flags, results.logprobs
+        logprobs = results.logprobs
         while self._fences and self._fences[0][0] <= plan.step:
             self.allocator.release(self._fences.popleft()[1])
-        prefix_cache, page_size = self.prefix_cache, self.page_size
-        outputs = []
+        handles, tokens, outputs = [], [], []
         for row, (sequence, end, token, flag) in enumerate(
-            zip(plan.sequences, plan.ends, tokens, flags, strict=False)  # the device's rows are padded
+            zip(plan.sequences, plan.ends, results.tokens, results.flags, strict=False)  # the device's rows are padded
         ):
             sequence.in_flight -= 1
-            if sequence.done:
+            if flag == EMITTED and end < sequence.quiet_until and logprobs is None:
+                # Most rows, and so the fewest look-ups.
+                sequence.token_ids.append(token)
+                handles.append(sequence.handle)
+                tokens.append(token)
+            elif sequence.done:
                 self.overrun_tokens += 1
             elif flag:
-                if prefix_cache and end // page_size > sequence.registered and sequence.pages and not flag & FAILED:
+                if self.prefix_cache and sequence.pages and not flag & FAILED:
                     self._register(sequence, end)
-                if flag == EMITTED and logprobs is None and sequence.first_token and end + 1 < sequence.max_length:
-                    # Most rows: one more token, and nothing else to tell.
-                    sequence.token_ids.append(token)
-                    outputs.append(SequenceOutput(sequence.handle, [token], None))
-                else:
-                    reported = None if logprobs is None else logprobs[row]
-                    outputs.append(self._accept(sequence, token, flag, reported, now))
+                reported = None if logprobs is None else logprobs[row]
+                outputs.append(self._accept(sequence, token, flag, reported, now))
+                sequence.quiet_until = self._quiet_until(sequence)
             else:
                 assert not plan.decodes[row] and plan.sample_index[row] < 0, "a row ended unseen"
-        return outputs
+        return Retired(handles, tokens, outputs)
 
     def restart(self) -> None:
         """Sends every running sequence back to the queue with the tokens it has: the device lost its cache and state,
@@ -301,7 +304,7 @@ class Scheduler:
                 heapq.heappush(self._waiting, (sequence.order, sequence))
         while self._fences:
             self.allocator.release(self._fences.popleft()[1])
-        self._new_owners, self._saves, self._restores = [], [], []
+        self._new_owners, self._grown, self._saves, self._restores = [], [], [], []
         self.allocator.forget_prefixes()
 
     def _register(self, sequence: Sequence, end: int) -> None:
@@ -309,6 +312,12 @@ class Scheduler:
         for index in range(sequence.registered, end // self.page_size):
             self.allocator.register(sequence.pages[index], self._extend_keys(sequence, index + 1)[index])
         sequence.registered = end // self.page_size
+
+    def _quiet_until(self, sequence: Sequence) -> int:
+        if sequence.done:
+            return 0
+        length = sequence.max_length - 1
+        return min(length, (sequence.registered + 1) * self.page_size) if self.prefix_cache else length
 
     def _accept(
         self, sequence: Sequence, token: int, flags: int, logprobs: TokenLogprobs | None, now: float
@@ -382,6 +391,7 @@ class Scheduler:
         sequence.pages = []
         sequence.capacity = 0
         sequence.registered = 0
+        sequence.quiet_until = 0
 
     @property
     def active(self) -> int:

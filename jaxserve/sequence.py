@@ -4,14 +4,11 @@ results a step."""
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxserve.core_messages import Submit
+from jaxserve.core_messages import SequenceOutput, Submit, TokenLogprobs
 from jaxserve.page_allocator import PageKey
 
 EMITTED, STOPPED, FAILED = 1, 2, 4
 """Flags of a row that sampled: it gave a token; that token is one of its stop ids; its logits were not finite."""
-
-TokenLogprobs = tuple[int, float, list[tuple[int, float]]]
-"""(token_id, logprob, likeliest [(token_id, logprob)])"""
 
 
 @dataclass(slots=True)
@@ -45,6 +42,7 @@ class Sequence:
         "prefill_end",
         "prefill_start",
         "prompt_length",
+        "quiet_until",
         "registered",
         "saved",
         "slot",
@@ -83,6 +81,8 @@ class Sequence:
         """Steps dispatched with it and not yet retired."""
         self.last_step = 0
         """The last step dispatched with it."""
+        self.quiet_until = 0
+        """Tokens up to which one more is only appended: until then no page fills up, nothing ends, nothing begins."""
         self.first_scheduled = 0.0
         self.first_token = 0.0
         self.done = False
@@ -122,6 +122,8 @@ class StepPlan:
 
     saves: list[tuple[SavedPages, list[int]]] = field(default_factory=list)
     """Pages to copy to host memory before the step, and before any are restored."""
+    grown: list[Sequence] = field(default_factory=list)
+    """Sequences that were given pages since the last step, those of `new_owners` aside."""
     restores: list[tuple[SavedPages, int, list[int]]] = field(default_factory=list)
     """Saved pages, from the given index on, to copy to these pages before the step."""
 
@@ -149,3 +151,12 @@ class StepResults:
     """EMITTED, STOPPED, FAILED; 0 for a row that did not sample or had ended on the device."""
     logprobs: list[TokenLogprobs] | None
     """Where any row asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """What a retired step means for its sequences; the fields are those of `StepOutput`."""
+
+    handles: list[int]
+    tokens: list[int]
+    outputs: list[SequenceOutput]

@@ -68,7 +68,10 @@ class ScriptedDevice:
             self.pending.append(self._run(plan))
         if self.pending and (plan is None or len(self.pending) > self.depth):
             done, tokens, flags = self.pending.popleft()
-            self._deliver(self.scheduler.retire(done, StepResults(tokens, flags, None), self.now))
+            retired = self.scheduler.retire(done, StepResults(tokens, flags, None), self.now)
+            plain = zip(retired.handles, retired.tokens, strict=True)
+            self._deliver([SequenceOutput(handle, [token], None) for handle, token in plain])
+            self._deliver(retired.outputs)
         self._deliver(self.scheduler.take_ended())
         self.scheduler.check()
         return plan
