@@ -112,8 +112,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("security", "Addresses other than loopback need keys and TLS.")
     add_field_options(group, SecurityConfig)
-    text = f"{known['http_port'].doc} (default: none)"
-    parser.add_argument("--http-port", type=int, default=None, metavar=METAVARS[int], help=text)
+    for option, name in (("--http-port", "http_port"), ("--metrics-port", "metrics_port")):
+        text = f"{known[name].doc.replace('`', '')} (default: none)"
+        parser.add_argument(option, type=int, default=None, metavar=METAVARS[int], help=text)
     _engine_options(parser, SERVED)
     parser.set_defaults(run=_serve)
 
@@ -142,6 +143,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             arguments.grpc_port,
             arguments.grace,
             http_port=arguments.http_port,
+            metrics_port=arguments.metrics_port,
             longest_context=config.max_context or ServerConfig.longest_context,
             security=SecurityConfig(**given_fields(arguments, SecurityConfig)),
             report=report,

@@ -15,6 +15,7 @@ from jaxserve.core_client import Core
 from jaxserve.core_messages import Abort, Failed, Gauges, SequenceOutput, StepOutput, StepRecord, TokenLogprobs
 from jaxserve.request import Finished, FinishReason, Started, Timings, TokenLogprob, Usage
 from jaxserve.request_stream import RequestStream, wake
+from jaxserve.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Delivery:
         """The core's state after the latest step."""
         self.step_records: deque[StepRecord] = deque(maxlen=STEP_RECORDS)
         """The latest steps, oldest first."""
+        self.statistics = Statistics()
         self._core = core
         self._requests = requests
         self._stream_buffer_tokens = stream_buffer_tokens
@@ -60,6 +62,7 @@ class Delivery:
                     self.gauges = gauges
                     if record is not None:
                         self.step_records.append(record)
+                        self.statistics.on_step(record, gauges)
                     # A request may be gone: a stop string ended it, and the core had not heard of that yet.
                     for handle, token in zip(handles, tokens, strict=True):
                         if (active := self._requests.get(handle)) is not None:
@@ -82,6 +85,7 @@ class Delivery:
         if output.started is not None:
             active.cached_tokens = output.started
             submit = active.submit
+            self.statistics.on_start(len(submit.token_ids))
             active.stream.start(Started(active.request.request_id, len(submit.token_ids), output.started, submit.seed))
         stopped = self._push(active, output.token_ids, output.logprobs) if output.token_ids else False
         if output.finish_reason is not None and not stopped:
@@ -98,6 +102,7 @@ class Delivery:
             text, matched = delta.text, delta.matched_stop
             token_ids = token_ids[: delta.tokens_used]
         active.tokens += len(token_ids)
+        self.statistics.on_tokens(active.submit.handle, len(token_ids), active.submit.arrival)
         logprobs = None
         if reported is not None:
             logprobs = [TokenLogprob(t, p, tuple((i, v) for i, v in top)) for t, p, top in reported[: len(token_ids)]]
@@ -126,7 +131,9 @@ class Delivery:
         self._requests.remove(active)
         usage = Usage(len(active.submit.token_ids), active.cached_tokens, tokens)
         timings = _timings(active.submit.arrival, active.times, time.monotonic() if ended is None else ended)
-        active.stream.finish(Finished(active.request.request_id, 0, reason, usage, timings, matched_stop, error))
+        finished = Finished(active.request.request_id, 0, reason, usage, timings, matched_stop, error)
+        self.statistics.on_finish(active.submit.handle, finished)
+        active.stream.finish(finished)
 
     def _fail(self, error: str) -> None:
         """Ends every request in flight: the core is gone."""

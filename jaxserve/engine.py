@@ -21,6 +21,7 @@ from jaxserve.core_messages import Abort, Failed, Gauges, Progress, Ready, Shutd
 from jaxserve.delivery import Delivery
 from jaxserve.request import Completion, Delta, Finished, InvalidRequest, Request, TokenLogprob
 from jaxserve.request_stream import RequestStream
+from jaxserve.statistics import Statistics
 from jaxserve.text_stream import TextStream
 from jaxserve.tokenizer import Tokenizer
 from jaxserve.watchdog import Watchdog
@@ -225,6 +226,11 @@ class Engine:
             overrun_tokens=gauges.overrun_tokens,
             compiles_after_warmup=gauges.compiles_after_warmup,
         )
+
+    @property
+    def statistics(self) -> Statistics:
+        """What has been done since the engine started."""
+        return self._delivery.statistics
 
     @property
     def step_records(self) -> Sequence[StepRecord]:

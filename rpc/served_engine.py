@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from jaxserve.config import EngineConfig
+from jaxserve.core_messages import StepRecord
 from jaxserve.request import Event, Request
+from jaxserve.statistics import Statistics
 
 
 class EventStream(Protocol):
@@ -134,6 +136,16 @@ class ServedEngine(Protocol):
     def device(self) -> Device: ...
     @property
     def is_healthy(self) -> bool: ...
+
+    @property
+    def statistics(self) -> Statistics:
+        """What has been done since the engine started."""
+        ...
+
+    @property
+    def step_records(self) -> Sequence[StepRecord]:
+        """The latest steps, oldest first."""
+        ...
 
     def submit(self, request: Request) -> EventStream:
         """Validates, tokenizes and queues a request. Raises a RequestError, having allocated nothing."""

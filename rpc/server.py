@@ -25,11 +25,12 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 from rpc import jetstream_servicer, vllm_servicer
 from rpc.call_runner import CallRunner
 from rpc.control import ControlServicer
-from rpc.http.app import HttpFront
+from rpc.http.app import HttpFront, metrics_app
 from rpc.http.listener import HttpListener
 from rpc.jetstream import orchestrator_pb2_grpc
 from rpc.lifecycle import Lifecycle, State
 from rpc.malformed import MalformedRequests
+from rpc.metrics import Metrics
 from rpc.open_calls import OpenCalls
 from rpc.security.access import Access
 from rpc.security.config import SecurityConfig
@@ -86,6 +87,8 @@ class ServerConfig:
     """0 takes a free one, named in the report."""
     http_port: int | None = None
     """Port of the OpenAI API over HTTP; 0 takes a free one, named in the report. None serves gRPC alone."""
+    metrics_port: int | None = None
+    """Port of /metrics and /health alone; 0 takes a free one, named in the report. `http_port` has them as well."""
     grace: float = 30.0
     """Seconds that requests in flight have to finish once a signal asks the server to stop."""
     longest_context: int = 8192
@@ -166,11 +169,20 @@ class Server:
         )
         runner = CallRunner(self.lifecycle, self.calls, self._tokenizing)
         self._add_services(runner)
-        self.http: HttpListener | None = None
-        """Where HTTP is listened for, if it is."""
+        self.http, self.metrics = self._http_listeners(runner)
+        """Where the API and the metrics are listened for over HTTP, if they are."""
+
+    def _http_listeners(self, runner: CallRunner) -> tuple[HttpListener | None, HttpListener | None]:
+        config, tls = self.config, self.config.security.tls_files()
+        metrics = Metrics(self.lifecycle)
+        http = probes = None
         if config.http_port is not None:
-            front = HttpFront(self.lifecycle, self.calls, runner, self.access, config.max_request_bytes)
-            self.http = HttpListener(front.app, config.host, config.http_port, config.security.tls_files())
+            front = HttpFront(self.lifecycle, self.calls, runner, metrics, self.access, config.max_request_bytes)
+            http = HttpListener(front.app, config.host, config.http_port, tls)
+        if config.metrics_port is not None:
+            app = metrics_app(self.lifecycle, metrics, self.access)
+            probes = HttpListener(app, config.host, config.metrics_port, tls)
+        return http, probes
 
     def _add_services(self, runner: CallRunner) -> None:
         control = ControlServicer(self.lifecycle, self.calls, self._tokenizing, self.config.max_request_bytes)
@@ -195,11 +207,13 @@ class Server:
                 self.port = self._server.add_secure_port(address, tls.grpc_credentials())
         except RuntimeError as error:
             raise RuntimeError(f"{address} cannot be had: {error}") from error
-        if self.http is not None:
-            await self.http.start()
+        others = {"http": self.http, "metrics": self.metrics}
+        listeners = {name: listener for name, listener in others.items() if listener is not None}
+        for listener in listeners.values():
+            await listener.start()
         await self._server.start()
         self._watching = asyncio.create_task(self._watch())
-        ports = {"grpc": self.port} | ({} if self.http is None else {"http": self.http.port})
+        ports = {"grpc": self.port} | {name: listener.port for name, listener in listeners.items()}
         for protocol, port in ports.items():
             self._report({"event": "listening", "protocol": protocol, "address": f"{host}:{port}", "port": port})
 
@@ -256,8 +270,9 @@ class Server:
         if self._watching is not None:
             self._watching.cancel()
         await self._server.stop(FLUSH_TIME)
-        if self.http is not None:
-            await self.http.stop()
+        for listener in (self.http, self.metrics):
+            if listener is not None:
+                await listener.stop()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
         return drained
 
@@ -302,6 +317,7 @@ def serve(
     grace: float = ServerConfig.grace,
     *,
     http_port: int | None = ServerConfig.http_port,
+    metrics_port: int | None = ServerConfig.metrics_port,
     longest_context: int = ServerConfig.longest_context,
     security: SecurityConfig | None = None,
     report: Report = print_report,
@@ -321,6 +337,7 @@ def serve(
         host=host,
         port=port,
         http_port=http_port,
+        metrics_port=metrics_port,
         grace=grace,
         longest_context=longest_context,
         security=security or SecurityConfig(),

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.request import RequestError
 from rpc.call_runner import CallRunner
@@ -22,6 +22,7 @@ from rpc.http.generation import Generation
 from rpc.http.guard import HttpGuard
 from rpc.http.schema import Asked, parse_completion
 from rpc.lifecycle import Lifecycle, State
+from rpc.metrics import CONTENT_TYPE, Metrics
 from rpc.open_calls import OpenCalls
 from rpc.security.access import Access
 from rpc.served_engine import ServedEngine
@@ -38,10 +39,38 @@ def request_id_of(request: Request) -> str:
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
+def probes(lifecycle: Lifecycle, metrics: Metrics) -> list[Route]:
+    """What the machinery around a server asks of it."""
+
+    async def health(request: Request) -> Response:
+        """Status 200 while requests are taken."""
+        state = lifecycle.state
+        return JSONResponse({"status": state}, status_code=200 if state is State.READY else 503)
+
+    async def read_metrics(request: Request) -> Response:
+        return Response(metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    return [Route("/health", health, methods=["GET"]), Route("/metrics", read_metrics, methods=["GET"])]
+
+
+def metrics_app(lifecycle: Lifecycle, metrics: Metrics, access: Access) -> ASGIApp:
+    """The probes alone, for a server without the API over HTTP."""
+    handlers = {HTTPException: _on_http_exception}
+    return HttpGuard(Starlette(routes=probes(lifecycle, metrics), exception_handlers=handlers), access)
+
+
 class HttpFront:
     """The OpenAI API and what stands beside it, over the same engine and calls as the gRPC services."""
 
-    def __init__(self, lifecycle: Lifecycle, calls: OpenCalls, runner: CallRunner, access: Access, max_body_bytes: int):
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        calls: OpenCalls,
+        runner: CallRunner,
+        metrics: Metrics,
+        access: Access,
+        max_body_bytes: int,
+    ):
         self.lifecycle = lifecycle
         self.calls = calls
         self.runner = runner
@@ -49,7 +78,7 @@ class HttpFront:
         self._began = int(time.time())
         routes = Starlette(
             routes=[
-                Route("/health", self._health, methods=["GET"]),
+                *probes(lifecycle, metrics),
                 Route("/v1/models", self._models, methods=["GET"]),
                 Route("/v1/models/{model:path}", self._model, methods=["GET"]),
                 Route("/v1/completions", GenerateEndpoint(self, parse_completion, CompletionAnswer), methods=["POST"]),
@@ -65,10 +94,6 @@ class HttpFront:
         self.app = HttpGuard(routes, access)
 
     # Beside generating
-
-    async def _health(self, request: Request) -> Response:
-        state = self.lifecycle.state
-        return JSONResponse({"status": state}, status_code=200 if state is State.READY else 503)
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})

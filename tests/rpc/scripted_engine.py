@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxserve.config import EngineConfig
+from jaxserve.core_messages import StepRecord
 from jaxserve.request import (
     DuplicateRequestId,
     EngineUnavailable,
@@ -30,6 +31,7 @@ from jaxserve.request import (
     Usage,
 )
 from jaxserve.request_stream import RequestStream, wake
+from jaxserve.statistics import Statistics
 
 VOCAB_SIZE = 256
 PAGE_SIZE = 16
@@ -154,6 +156,8 @@ class ScriptedEngine:
         self.submitted = 0
         self.paused = threading.Event()
         """While set, no step runs."""
+        self.statistics = Statistics()
+        self.step_records: list[StepRecord] = []
         self._steps = 0
         self._active: dict[str, _Active] = {}
         self._accepting = True
@@ -273,6 +277,7 @@ class ScriptedEngine:
                 free -= 1
                 active.running = True
                 seed = active.request.sampling.seed
+                self.statistics.on_start(len(active.prompt))
                 active.stream.start(
                     Started(active.request.request_id, len(active.prompt), 0, 7 if seed is None else seed)
                 )
@@ -293,6 +298,7 @@ class ScriptedEngine:
     def _make_token(self, active: _Active) -> None:
         token = LETTERS[active.made % 26]
         active.made += 1
+        self.statistics.on_tokens(id(active), 1, active.arrival)
         wanted = active.request.output
         logprobs = None
         if wanted.logprobs is not None:
@@ -304,16 +310,16 @@ class ScriptedEngine:
 
     def _finish(self, active: _Active, reason: FinishReason) -> None:
         del self._active[active.request.request_id]
-        active.stream.finish(
-            Finished(
-                active.request.request_id,
-                0,
-                reason,
-                Usage(len(active.prompt), 0, active.made),
-                Timings(0.001, 0.002, 0.003, time.monotonic() - active.arrival),
-                error="a scripted failure" if reason is FinishReason.ERROR else None,
-            )
+        finished = Finished(
+            active.request.request_id,
+            0,
+            reason,
+            Usage(len(active.prompt), 0, active.made),
+            Timings(0.001, 0.002, 0.003, time.monotonic() - active.arrival),
+            error="a scripted failure" if reason is FinishReason.ERROR else None,
         )
+        self.statistics.on_finish(id(active), finished)
+        active.stream.finish(finished)
 
     def _wake(self, streams: list[RequestStream]) -> None:
         waiters: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
