@@ -1,8 +1,10 @@
 """When the messages of a stream arrive, and the figures that follow from it."""
 
 import asyncio
+import itertools
+import random
 import time
-from collections.abc import AsyncIterable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.summary import percentiles
@@ -21,6 +23,8 @@ class StreamTimes:
     ended: float = 0.0
     """When the terminal message came."""
     finished: Finished | None = None
+    terminals: int = 0
+    """Terminal messages; there must be one."""
 
     def to_json(self) -> dict[str, float | list[float] | list[int]]:
         """What of it passes between processes, which share the clock."""
@@ -57,9 +61,18 @@ class StreamTimes:
         return self.ended - (self.sent + self.finished.timings.total)
 
 
-async def follow(events: AsyncIterable[Event], sent: float) -> StreamTimes:
-    """Reads a stream to its end. Raises RuntimeError where the request failed."""
-    times = StreamTimes(sent)
+async def follow(
+    events: AsyncIterable[Event], sent: float, times: StreamTimes | None = None, pace: float = 0.0
+) -> StreamTimes:
+    """Reads a stream to its end. Raises RuntimeError where the request failed.
+
+    Args:
+        events: the stream.
+        sent: when it was sent, or should have been.
+        times: takes what comes as it comes, for who may stop reading early; None makes them.
+        pace: seconds to wait after each message, as a slow reader does.
+    """
+    times = StreamTimes(sent) if times is None else times
     async for event in events:
         now = time.monotonic()
         if isinstance(event, Delta) and event.token_ids:
@@ -67,25 +80,63 @@ async def follow(events: AsyncIterable[Event], sent: float) -> StreamTimes:
             times.token_ids += event.token_ids
         elif isinstance(event, Finished):
             times.ended, times.finished = now, event
+            times.terminals += 1
             if event.error is not None:
                 raise RuntimeError(f"request {event.request_id} failed: {event.error}")
+        if pace:
+            await asyncio.sleep(pace)
     return times
+
+
+async def in_turn[Item, Result](
+    run: Callable[[Item, float], Awaitable[Result]], items: Iterable[Item], concurrency: int
+) -> list[Result]:
+    """A closed loop: runs `run(item, now)` so that `concurrency` of them are open until there are no more items; in the
+    order in which they end."""
+    results: list[Result] = []
+    waiting = iter(items)
+
+    async def run_in_turn() -> None:
+        for item in waiting:
+            results.append(await run(item, time.monotonic()))
+
+    await asyncio.gather(*(run_in_turn() for _ in range(concurrency)))
+    return results
+
+
+async def at_times[Item, Result](
+    run: Callable[[Item, float], Awaitable[Result]], items: Iterable[tuple[float, Item]]
+) -> tuple[list[Result], list[float]]:
+    """An open loop: runs `run(item, due)` at the monotonic second that stands with each item, however slow others are.
+
+    Returns:
+        The results, and by how many seconds each was late. Times count from when an item was due: waiting for a slow
+        server is part of its latency.
+    """
+    tasks: list[asyncio.Task[Result]] = []
+    late: list[float] = []
+
+    async def begin(item: Item, due: float) -> Result:
+        return await run(item, due)
+
+    for due, item in items:
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        late.append(time.monotonic() - due)
+        tasks.append(asyncio.create_task(begin(item, due)))
+    return await asyncio.gather(*tasks), late
+
+
+def poisson_times(start: float, rate: float, count: int, seed: int) -> list[float]:
+    """The arrivals of a Poisson process of `rate` a second, after `start`."""
+    random_ = random.Random(seed)
+    return list(itertools.accumulate((random_.expovariate(rate) for _ in range(count)), initial=start))[1:]
 
 
 async def closed_loop(
     send: Callable[[Request], AsyncIterable[Event]], requests: Iterable[Request], concurrency: int
 ) -> list[StreamTimes]:
     """Sends requests so that `concurrency` streams are open until there are no more; in the order in which they end."""
-    streams: list[StreamTimes] = []
-    waiting = iter(requests)
-
-    async def send_in_turn() -> None:
-        for request in waiting:
-            sent = time.monotonic()
-            streams.append(await follow(send(request), sent))
-
-    await asyncio.gather(*(send_in_turn() for _ in range(concurrency)))
-    return streams
+    return await in_turn(lambda request, sent: follow(send(request), sent), requests, concurrency)
 
 
 def latency_figures(streams: Sequence[StreamTimes]) -> dict[str, float | None]:

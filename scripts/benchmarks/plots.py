@@ -1,7 +1,9 @@
 """Drawings of what benchmarks measure. matplotlib is an optional extra, imported only where something is drawn."""
 
+import heapq
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,3 +95,103 @@ def distributions(file: Path, panels: Mapping[str, Mapping[str, Sequence[float]]
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
     _save(all_axes[-1], file)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One stream over time, in monotonic seconds."""
+
+    sent: float
+    first: float
+    """First token; the end where none came."""
+    ended: float
+    ending: str
+    """A key of ENDINGS."""
+
+
+ENDINGS = {
+    "completed": "#2b6cb0",
+    "cancelled": "#dd6b20",
+    "deadline": "#805ad5",
+    "refused": "#c53030",
+    "failed": "#1a202c",
+}
+WAITING = "#cbd5e0"
+"""Colour of the time before the first token."""
+
+
+def streams_over_time(
+    file: Path, bars: Sequence[Bar], gauges: Mapping[str, Sequence[tuple[float, float]]], title: str
+) -> None:
+    """Streams as bars in as few lanes as they need: grey until the first token, then in the colour of how they ended.
+    Below, the server's own gauges at the same times."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    origin = min(bar.sent for bar in bars)
+    lanes = _in_lanes(bars)
+    count = max(lanes) + 1
+    height = min(7.0, max(1.8, 0.16 * count))
+    ratios = [height, 1.6] if gauges else [height]
+    figure, axes = pyplot.subplots(
+        len(ratios),
+        1,
+        figsize=(10, sum(ratios) + 1.2),
+        sharex=True,
+        layout="constrained",
+        squeeze=False,
+        height_ratios=ratios,
+    )
+    figure.suptitle(f"Streams over time, {title}")
+    top = axes[0, 0]
+    for ending, colour in ENDINGS.items():
+        chosen = [(bar, lane) for bar, lane in zip(bars, lanes, strict=True) if bar.ending == ending]
+        if not chosen:
+            continue
+        places = [lane for _, lane in chosen]
+        starts = [bar.first - origin for bar, _ in chosen]
+        widths = [bar.ended - bar.first for bar, _ in chosen]
+        top.barh(places, widths, left=starts, height=0.8, color=colour, label=f"{ending} ({len(chosen)})")
+        before = [bar.first - bar.sent for bar, _ in chosen]
+        top.barh(places, before, left=[bar.sent - origin for bar, _ in chosen], height=0.8, color=WAITING)
+        # An end without a token has no width: a mark shows it.
+        short = [(bar.ended - origin, lane) for bar, lane in chosen if bar.ended - bar.first < 1e-3]
+        if short:
+            top.plot(*zip(*short, strict=True), linestyle="", marker="|", markersize=5, color=colour)
+    top.barh([0], [0], color=WAITING, label="before the first token")
+    top.set_ylabel("streams open at once")
+    top.set_ylim(-0.6, count - 0.4)
+    top.grid(axis="x", alpha=0.3)
+    top.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
+    if gauges:
+        below = axes[1, 0]
+        for (name, points), colour in zip(gauges.items(), ("#2b6cb0", "#dd6b20"), strict=False):
+            below.step(
+                [at - origin for at, _ in points],
+                [value for _, value in points],
+                where="post",
+                label=name,
+                color=colour,
+            )
+        below.set_ylim(bottom=0)
+        below.set_ylabel("requests")
+        below.grid(alpha=0.3)
+        below.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False, title="server says")
+    axes[-1, 0].set_xlim(0, max(bar.ended for bar in bars) - origin)
+    axes[-1, 0].set_xlabel("seconds")
+    _save(top, file)
+
+
+def _in_lanes(bars: Sequence[Bar]) -> list[int]:
+    """A lane for each bar: the lowest that is free when it begins."""
+    free: list[int] = []
+    busy: list[tuple[float, int]] = []
+    lanes = [0] * len(bars)
+    for index in sorted(range(len(bars)), key=lambda index: bars[index].sent):
+        while busy and busy[0][0] <= bars[index].sent:
+            heapq.heappush(free, heapq.heappop(busy)[1])
+        lanes[index] = heapq.heappop(free) if free else len(busy)
+        heapq.heappush(busy, (bars[index].ended, lanes[index]))
+    return lanes

@@ -33,22 +33,29 @@ def serve_options(config: EngineConfig) -> list[str]:
 
 
 class ServerProcess:
-    """`jaxserve serve` on a free port of loopback, ready when the constructor returns.
+    """`jaxserve serve` on free ports of loopback, ready when the constructor returns.
+
+    Args:
+        config: of its engine.
+        options: further ones of the command.
 
     Raises:
         ServerFailed: it did not become ready.
     """
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, *options: str):
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
         self._process = subprocess.Popen(
-            python_module("jaxserve", "serve", "--grpc-port", "0", *serve_options(config)),
+            python_module(
+                "jaxserve", "serve", "--grpc-port", "0", "--http-port", "0", *serve_options(config), *options
+            ),
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
             env=module_environment(),
         )
         self.address = str(self._await("listening")["address"])
+        self.http_address = str(self._await("listening")["address"])
         self.ready_seconds = float(str(self._await("ready")["seconds"]))
         """From the start of the server to its readiness, as it says."""
         self._processes = process_tree(self._process.pid)

@@ -10,34 +10,14 @@ process's `cpu_seconds`.
 
 import asyncio
 import json
-import random
 import sys
 import time
-from collections.abc import AsyncIterable, Callable, Iterable
+from collections.abc import AsyncIterable
 
-from benchmarks.latency import StreamTimes, closed_loop, follow
+from benchmarks.latency import at_times, closed_loop, follow, poisson_times
 from benchmarks.workload import greedy_request
 from jaxserve.request import Event, Request
 from rpc.client import AsyncClient
-
-
-async def open_loop(
-    send: Callable[[Request], AsyncIterable[Event]], requests: Iterable[Request], rate: float, seed: int
-) -> tuple[list[StreamTimes], float]:
-    """Sends requests at the arrivals of a Poisson process; the streams, and by how many seconds the latest was late.
-
-    Times count from when a request should have been sent: waiting for a slow server is part of its latency.
-    """
-    random_ = random.Random(seed)
-    tasks: list[asyncio.Task[StreamTimes]] = []
-    late = 0.0
-    due = time.monotonic()
-    for request in requests:
-        due += random_.expovariate(rate)
-        await asyncio.sleep(max(0.0, due - time.monotonic()))
-        late = max(late, time.monotonic() - due)
-        tasks.append(asyncio.create_task(follow(send(request), due)))
-    return await asyncio.gather(*tasks), late
 
 
 async def run_load(client: AsyncClient, load: dict) -> dict:
@@ -50,12 +30,14 @@ async def run_load(client: AsyncClient, load: dict) -> dict:
 
     cpu = time.process_time()
     if "rate" in load:
-        streams, late = await open_loop(send, requests, load["rate"], load["seed"])
+        times = poisson_times(time.monotonic(), load["rate"], len(requests), load["seed"])
+        due = zip(times, requests, strict=True)
+        streams, late = await at_times(lambda request, sent: follow(send(request), sent), due)
     else:
-        streams, late = await closed_loop(send, requests, load["concurrency"]), 0.0
+        streams, late = await closed_loop(send, requests, load["concurrency"]), [0.0]
     return {
         "streams": [stream.to_json() for stream in streams],
-        "late": late,
+        "late": max(late),
         "cpu_seconds": time.process_time() - cpu,
     }
 

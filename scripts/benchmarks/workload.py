@@ -15,16 +15,19 @@ def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[
 
 
 def greedy_request(
-    token_ids: tuple[int, ...],
+    prompt: tuple[int, ...] | str,
     output_len: int,
     *,
     stop_token_ids: tuple[int, ...] = (),
     return_text: bool = False,
     cache_salt: str = "",
 ) -> Request:
-    """A request that runs to `output_len` tokens, unless one of `stop_token_ids` comes first."""
+    """A request that runs to `output_len` tokens, unless one of `stop_token_ids` comes first. `prompt`: token
+    ids or text."""
+    is_text = isinstance(prompt, str)
     return Request(
-        token_ids=token_ids,
+        prompt=prompt if is_text else None,
+        token_ids=None if is_text else prompt,
         sampling=SamplingParams(temperature=0.0),
         stopping=StoppingParams(max_tokens=output_len, ignore_eos=True, stop_token_ids=stop_token_ids),
         output=OutputParams(return_text=return_text),

@@ -1,0 +1,77 @@
+"""The figures of a load: latencies, throughput, goodput under limits, and what was broken."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.load.clients import Run
+from benchmarks.load.outcome import Outcome
+from benchmarks.summary import Figure, percentile, percentiles, rounded
+
+LIMITS = ("ttft", "itl", "tpot", "e2e")
+"""What can be limited: seconds to the first token, the p99 of the time between messages, the mean time of a token after
+the first, and the whole."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds that a request must keep to be a good one."""
+
+    seconds: dict[str, float]
+
+    @staticmethod
+    def parse(words: Sequence[str]) -> "Limits":
+        """Reads `ttft=0.5`. Raises ValueError."""
+        limits: dict[str, float] = {}
+        for word in words:
+            name, _, value = word.partition("=")
+            if name not in LIMITS:
+                raise ValueError(f"{word!r}: must be one of {', '.join(LIMITS)}, = and seconds")
+            limits[name] = float(value)
+        return Limits(limits)
+
+    def kept(self, outcome: Outcome) -> bool:
+        """Whether a request ran to its end and kept every limit."""
+        if outcome.ending != "completed" or outcome.broken or not outcome.arrivals:
+            return False
+        figures = {
+            "ttft": outcome.arrivals[0] - outcome.sent,
+            "itl": percentile(outcome.gaps, 99) if outcome.gaps else 0.0,
+            "tpot": per_token(outcome) or 0.0,
+            "e2e": outcome.arrivals[-1] - outcome.sent,
+        }
+        return all(figures[name] <= limit for name, limit in self.seconds.items())
+
+
+def per_token(outcome: Outcome) -> float | None:
+    """Mean seconds of a token after the first; None for a single token."""
+    return (outcome.arrivals[-1] - outcome.arrivals[0]) / (outcome.tokens - 1) if outcome.tokens > 1 else None
+
+
+def figures_of(run: Run, limits: Limits, leaked: Sequence[str]) -> dict[str, Figure | list[str]]:
+    """Everything that is reported of a run. Latencies are of requests that ran to their end and were to do so."""
+    outcomes = run.outcomes
+    whole = [one for one in outcomes if one.ending == "completed" and one.planned == "complete" and one.arrivals]
+    seconds = max(one.ended for one in outcomes) - min(one.sent for one in outcomes) if outcomes else 0.0
+    judged = [one for one in outcomes if one.planned == "complete"]
+    good = sum(limits.kept(one) for one in judged)
+    endings = Counter(one.ending for one in outcomes)
+    broken = [text for one in outcomes for text in one.broken] + list(leaked)
+    return {
+        "requests": len(outcomes),
+        "seconds": rounded(seconds),
+        **{ending: endings[ending] for ending in ("completed", "cancelled", "deadline", "refused", "failed")},
+        "requests_per_s": rounded(len(whole) / seconds) if seconds else None,
+        "output_tokens_per_s": rounded(sum(one.tokens for one in outcomes) / seconds) if seconds else None,
+        **percentiles([one.arrivals[0] - one.sent for one in whole], "ttft_ms", 1e3),
+        **percentiles([value for one in whole if (value := per_token(one)) is not None], "tpot_ms", 1e3),
+        **percentiles([gap for one in whole for gap in one.gaps], "itl_ms", 1e3),
+        **percentiles([one.arrivals[-1] - one.sent for one in whole], "e2e_ms", 1e3),
+        "good_share": rounded(good / len(judged)) if judged else None,
+        "goodput_rps": rounded(good / seconds) if seconds else None,
+        "client_cpu_share": rounded(run.cpu_share),
+        "client_late_ms_p99": rounded(1e3 * run.late_p99),
+        "client_bound": run.client_bound,
+        "broken": len(broken),
+        "broken_first": broken[:10],
+    }

@@ -1,0 +1,152 @@
+"""What a load is sent to: a server by gRPC or by HTTP, as streams of the same events."""
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+
+from jaxserve.request import Delta, EngineUnavailable, Event, Finished, FinishReason, QueueFull, Request, Timings, Usage
+from rpc.client import AsyncClient, Credentials
+
+if TYPE_CHECKING:
+    import aiohttp
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is, and what opens it."""
+
+    url: str
+    """grpc://HOST:PORT, grpcs://, http:// or https://"""
+    api_key: str | None = None
+    root_certificates: str | None = None
+
+    @property
+    def scheme(self) -> str:
+        """Of the URL."""
+        return urlsplit(self.url).scheme
+
+    def check(self) -> None:
+        """Raises ValueError for what is no such URL."""
+        parts = urlsplit(self.url)
+        if self.scheme not in ("grpc", "grpcs", "http", "https") or parts.hostname is None or parts.port is None:
+            raise ValueError(f"{self.url!r}: must be grpc://HOST:PORT, grpcs://, http:// or https://")
+
+    def grpc_client(self) -> AsyncClient:
+        """A client of its gRPC side."""
+        tls = self.scheme == "grpcs"
+        credentials = Credentials(self.api_key, tls, self.root_certificates if tls else None)
+        return AsyncClient(urlsplit(self.url).netloc, credentials)
+
+
+class Target(Protocol):
+    """A server that requests are sent to."""
+
+    def send(self, request: Request, timeout: float | None) -> AsyncGenerator[Event]:
+        """The events of a request; leaving the iteration cancels it. Raises QueueFull, EngineUnavailable or
+        TimeoutError, and RuntimeError for what a server should not do."""
+        ...
+
+
+class GrpcTarget:
+    """`jaxserve.v1.Inference.Generate`."""
+
+    def __init__(self, client: AsyncClient):
+        self._client = client
+
+    def send(self, request: Request, timeout: float | None) -> AsyncGenerator[Event]:
+        """As `Target.send`; the deadline travels with the call."""
+        return self._client.generate(request, timeout=timeout).events()
+
+
+class HttpTarget:
+    """`POST /v1/completions`, streamed, with token ids and usage."""
+
+    def __init__(self, session: "aiohttp.ClientSession", url: str):
+        self._session = session
+        self._url = url.rstrip("/") + "/v1/completions"
+
+    async def send(self, request: Request, timeout: float | None) -> AsyncGenerator[Event]:
+        """As `Target.send`; a deadline is a client that leaves."""
+        try:
+            async with asyncio.timeout(timeout), self._session.post(self._url, json=_body(request)) as response:
+                if response.status != 200:
+                    raise _refusal(response.status, (await response.read()).decode(errors="replace")[:500])
+                reason = None
+                async for line in response.content:
+                    data = line.strip().removeprefix(b"data: ")
+                    if not data or data == b"[DONE]":
+                        continue
+                    chunk = json.loads(data)
+                    if "error" in chunk:
+                        raise RuntimeError(f"request {request.request_id}: {chunk['error']}")
+                    for choice in chunk["choices"]:
+                        if choice.get("token_ids") or choice["text"]:
+                            yield Delta(request.request_id, 0, tuple(choice.get("token_ids") or ()), choice["text"])
+                        reason = choice["finish_reason"] or reason
+                    if chunk.get("usage") is not None and reason is not None:
+                        yield _finished(request.request_id, reason, chunk["usage"])
+        except TimeoutError:
+            raise  # an OSError, too
+        except OSError as error:  # of which aiohttp's errors of connections are a kind
+            raise EngineUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+def _body(request: Request) -> dict[str, object]:
+    return {
+        "prompt": request.prompt if request.token_ids is None else list(request.token_ids),
+        "max_tokens": request.stopping.max_tokens,
+        "ignore_eos": request.stopping.ignore_eos,
+        "temperature": request.sampling.temperature,
+        "seed": request.sampling.seed,
+        "priority": request.priority,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+
+
+def _refusal(status: int, text: str) -> Exception:
+    if status == 429:
+        return QueueFull(0, 1.0)
+    if status in (502, 503):
+        return EngineUnavailable(text)
+    return RuntimeError(f"HTTP status {status}: {text}")
+
+
+def _finished(request_id: str, reason: str, usage: dict[str, int]) -> Finished:
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)  # pyright: ignore[reportAttributeAccessIssue]
+    counts = Usage(usage["prompt_tokens"], cached, usage["completion_tokens"])
+    known = FinishReason(reason) if reason in FinishReason else FinishReason.STOP
+    return Finished(request_id, 0, known, counts, Timings(0.0, 0.0, 0.0, 0.0))
+
+
+@asynccontextmanager
+async def _http_target(address: Address) -> AsyncGenerator[Target]:
+    try:
+        import aiohttp
+    except ImportError as error:
+        raise SystemExit("HTTP needs aiohttp: pip install 'jaxserve[load]'") from error
+    context = None
+    if address.scheme == "https":
+        context = ssl.create_default_context(cafile=address.root_certificates)
+    headers = {} if address.api_key is None else {"authorization": f"Bearer {address.api_key}"}
+    connector = aiohttp.TCPConnector(limit=0, ssl=context or True)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
+        yield HttpTarget(session, address.url)
+
+
+@asynccontextmanager
+async def _grpc_target(address: Address) -> AsyncGenerator[Target]:
+    async with address.grpc_client() as client:
+        yield GrpcTarget(client)
+
+
+def connect(address: Address) -> AbstractAsyncContextManager[Target]:
+    """The target at an address, while the context lasts."""
+    return _grpc_target(address) if address.scheme.startswith("grpc") else _http_target(address)
