@@ -17,6 +17,9 @@ SHORT_LEN = 16
 class Neighbourhood:
     """Half of the slots are held by neighbours of one kind, and short requests pass through the other half.
 
+    Each slot's first request has a random part of the usual length and is not measured: else all would begin and end in
+    the same steps, and the figure would tell of that flood of prompts and not of the neighbours.
+
     Args:
         engine: with at least two slots.
         neighbour_len: tokens of a neighbour; when one ends the next takes its place.
@@ -51,8 +54,10 @@ class Neighbourhood:
         return random_prompts(1, PROMPT_LEN, vocab_size, self._random.getrandbits(32))[0]
 
     async def _keep_neighbour(self, running: asyncio.Event) -> None:
+        length = self._random.randint(1, self._neighbour_len)
         while not self._over:
-            stream = self._engine.submit(greedy_request(self._prompt(), self._neighbour_len))
+            stream = self._engine.submit(greedy_request(self._prompt(), length))
+            length = self._neighbour_len
             async for event in stream:
                 if isinstance(event, Delta):
                     running.set()
@@ -60,6 +65,7 @@ class Neighbourhood:
                         stream.cancel()
 
     async def _send_probes(self) -> None:
+        await follow(self._engine.submit(greedy_request(self._prompt(), self._random.randint(1, SHORT_LEN))), 0.0)
         while self._probes_left > 0:
             self._probes_left -= 1
             sent = time.monotonic()
