@@ -30,7 +30,7 @@ from benchmarks.latency import StreamTimes, latency_figures
 from benchmarks.machine import OtherLoad, process_tree
 from benchmarks.plots import distributions, lines, require_plots
 from benchmarks.server import ServerProcess
-from benchmarks.summary import Figure, median_of, report, rounded
+from benchmarks.summary import Figure, median_of, report
 from benchmarks.workers import Worker, python_module
 from benchmarks.workload import random_prompts
 
@@ -120,12 +120,7 @@ class Bench:
         """All rounds of a load, after one that does not count."""
         self._client.measure(load.message(self._prompts(min(load.requests, 8)), self._arguments, seed=0))
         rounds = [self._run_round(load) for _ in range(self._arguments.rounds)]
-        figures = median_of(rounds)
-        if figures["offline_tokens_per_s"] is not None:
-            served, offline = figures["output_tokens_per_s"], figures["offline_tokens_per_s"]
-            assert isinstance(served, float | int) and isinstance(offline, float | int)
-            figures["served_over_offline"] = rounded(served / offline)
-        return {load.kind: load.amount, "requests": load.requests, **figures}
+        return {load.kind: load.amount, "requests": load.requests, **median_of(rounds)}
 
     def _run_round(self, load: Load) -> dict[str, Figure]:
         prompts = self._prompts(load.requests)
@@ -139,8 +134,9 @@ class Bench:
         seconds = max(stream.ended for stream in streams) - min(stream.sent for stream in streams)
         good = sum(within_limits(stream, self._arguments) for stream in streams)
         latencies = latency_figures(streams)
+        served, offline = sum(len(stream.token_ids) for stream in streams) / seconds, self._run_offline(load)
         return {
-            "output_tokens_per_s": sum(len(stream.token_ids) for stream in streams) / seconds,
+            "output_tokens_per_s": served,
             "requests_per_s": len(streams) / seconds,
             **latencies,
             "itl_p99_steps": self._in_steps(latencies["itl_ms_p99"]),
@@ -151,7 +147,8 @@ class Bench:
             "client_cpu_s": answer["cpu_seconds"],
             "wall_s": seconds,
             "other_load": other_load,
-            "offline_tokens_per_s": self._run_offline(load),
+            "offline_tokens_per_s": offline,
+            "served_over_offline": None if offline is None else served / offline,
         }
 
     def _in_steps(self, milliseconds: float | None) -> float | None:
