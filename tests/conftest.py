@@ -8,6 +8,11 @@ import pytest
 from jaxserve.engine import Engine
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests whose full size is for a machine of one's own."""
+    parser.addoption("--mutations", type=int, default=3000, help="mutated protobuf messages to send; in full 100,000")
+
+
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
     """SmolLM2 in float32, in this process, with the defaults of everything else but the context."""

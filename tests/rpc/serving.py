@@ -45,7 +45,8 @@ async def serving(
     engine: ServedEngine, config: ServerConfig | None = None
 ) -> AsyncIterator[tuple[Server, AsyncClient]]:
     """A server for the engine on this event loop, and a client connected to it."""
-    server = Server(config or ServerConfig(port=0), report=lambda _: None)
+    # A pause of the whole machine, however long, is no client that has gone.
+    server = Server(config or ServerConfig(port=0, keepalive_timeout=3600.0), report=lambda _: None)
     await server.start()
     await server.attach(engine)
     try:

@@ -1,0 +1,191 @@
+"""More than there is room for, and what nobody would send on purpose."""
+
+import asyncio
+import random
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from running_time import RunningTime, resident_bytes
+from scripted_engine import ScriptedEngine, expected_ids
+from serving import back_to_the_start, eventually, serving
+from smg_grpc_proto.generated import vllm_engine_pb2
+from test_refusals import detail
+
+from rpc.client import AsyncClient
+from rpc.jetstream import orchestrator_pb2
+from rpc.v1 import jaxserve_pb2
+
+pytestmark = pytest.mark.asyncio
+
+NATIVE = "/jaxserve.v1.Inference/Generate"
+VLLM = "/vllm.grpc.engine.VllmEngine/Generate"
+JETSTREAM = "/jetstream_proto.Orchestrator/Decode"
+
+
+def asking(method: str, count: int) -> Message:
+    """A request for so many tokens."""
+    if method == NATIVE:
+        return jaxserve_pb2.GenerateRequest(text="hi", stopping=jaxserve_pb2.Stopping(max_tokens=count))
+    if method == VLLM:
+        return vllm_engine_pb2.GenerateRequest(
+            text="hi", stream=True, sampling_params=vllm_engine_pb2.SamplingParams(max_tokens=count)
+        )
+    return orchestrator_pb2.DecodeRequest(
+        text_content=orchestrator_pb2.DecodeRequest.TextContent(text="hi"), max_tokens=count
+    )
+
+
+@pytest.mark.parametrize("method", [NATIVE, VLLM, JETSTREAM])
+async def test_100_requests_past_the_queues_limit_are_refused_at_once_and_health_answers_all_the_while(
+    method: str,
+) -> None:
+    engine = ScriptedEngine(slots=8, max_waiting=16)
+    engine.paused.set()
+    async with (
+        serving(engine) as (server, client),
+        grpc.aio.insecure_channel(client.address) as channel,
+        grpc.aio.insecure_channel(client.address) as probing,
+    ):
+        call = channel.unary_stream(method)
+        check = health_pb2_grpc.HealthStub(probing).Check  # pyright: ignore[reportAttributeAccessIssue]
+        message = asking(method, 3).SerializeToString()
+        probes: list[float] = []
+
+        with RunningTime() as clock:
+
+            async def probe() -> None:
+                while True:
+                    began = clock.seconds
+                    answer = await check(health_pb2.HealthCheckRequest())
+                    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                    probes.append(clock.seconds - began)
+                    await asyncio.sleep(0.01)
+
+            async def run() -> tuple[grpc.StatusCode, float]:
+                began = clock.seconds
+                try:
+                    async for _ in call(message):
+                        pass
+                except grpc.aio.AioRpcError as error:
+                    assert detail(error, error_details_pb2.RetryInfo).retry_delay.ToNanoseconds() > 0
+                    return error.code(), clock.seconds - began
+                return grpc.StatusCode.OK, 0.0
+
+            probing_task = asyncio.create_task(probe())
+            accepted = [asyncio.create_task(run()) for _ in range(8 + 16)]
+            await eventually(lambda: engine.submitted == 24)
+            refused: list[tuple[grpc.StatusCode, float]] = []
+            for _ in range(10):
+                refused += await asyncio.gather(*(run() for _ in range(10)))
+            await eventually(lambda: len(probes) >= 3 or probing_task.done())
+            engine.paused.clear()
+            results = await asyncio.gather(*accepted)
+            probing_task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await probing_task
+        assert {code for code, _ in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert max(seconds for _, seconds in refused) <= 0.1
+        assert {code for code, _ in results} == {grpc.StatusCode.OK}
+        assert engine.submitted == 24
+        assert max(probes) <= 0.1
+        await back_to_the_start(engine, server)
+
+
+def seeds() -> dict[str, list[bytes]]:
+    """Messages to mutate, by method: every field set in some of them."""
+    native = jaxserve_pb2.GenerateRequest(
+        request_id="r",
+        text="hello",
+        sampling=jaxserve_pb2.Sampling(temperature=0.5, top_k=3, logit_bias={3: 1.0}),
+        stopping=jaxserve_pb2.Stopping(max_tokens=1, stop=["x"], stop_token_ids=[4]),
+        output=jaxserve_pb2.Output(logprobs=1),
+    )
+    variants = [native.SerializeToString()]
+    native.messages.messages.add(role="user", content="hi")
+    variants.append(native.SerializeToString())
+    native.token_ids.ids.extend([1, 2])
+    variants.append(native.SerializeToString())
+    vllm = vllm_engine_pb2.GenerateRequest(
+        request_id="r",
+        tokenized=vllm_engine_pb2.TokenizedInput(original_text="hi", input_ids=[104, 105]),
+        stream=True,
+        sampling_params=vllm_engine_pb2.SamplingParams(
+            temperature=0.5, top_p=0.5, top_k=3, max_tokens=1, stop=["x"], logit_bias={3: 1.0}, logprobs=1, seed=3, n=1
+        ),
+    )
+    jetstream = orchestrator_pb2.DecodeRequest(
+        token_content=orchestrator_pb2.DecodeRequest.TokenContent(token_ids=[104, 105]),
+        max_tokens=1,
+        num_samples=1,
+        metadata=orchestrator_pb2.DecodeRequest.Metadata(start_time=1.5),
+    )
+    return {NATIVE: variants, VLLM: [vllm.SerializeToString()], JETSTREAM: [jetstream.SerializeToString()]}
+
+
+def mutated(generator: random.Random, seed: bytes) -> bytes:
+    """A message with a few bytes changed, left out or put in."""
+    data = bytearray(seed)
+    for _ in range(generator.randint(1, 4)):
+        place = generator.randrange(len(data)) if data else 0
+        match generator.randrange(3):
+            case 0 if data:
+                data[place] = generator.randrange(256)
+            case 1:
+                del data[place : place + generator.randint(1, 3)]
+            case _:
+                data[place:place] = generator.randbytes(generator.randint(1, 4))
+    return bytes(data)
+
+
+async def test_mutated_messages_are_answered_soon_cost_no_memory_and_are_never_an_internal_error(
+    pytestconfig: pytest.Config,
+) -> None:
+    generator = random.Random(3)
+    waves = pytestconfig.getoption("mutations") // 20
+    engine = ScriptedEngine(slots=32, max_waiting=32, step_time=0.0, max_context=64)
+    async with (
+        serving(engine) as (server, client),
+        grpc.aio.insecure_channel(client.address) as channel,
+    ):
+        calls = {method: channel.unary_stream(method) for method in seeds()}
+        seen: set[grpc.StatusCode] = set()
+        slowest = 0.0
+        with RunningTime() as clock:
+
+            async def run(method: str, data: bytes) -> None:
+                nonlocal slowest
+                began = clock.seconds
+                try:
+                    async for _ in calls[method](data):
+                        pass
+                    seen.add(grpc.StatusCode.OK)
+                except grpc.aio.AioRpcError as error:
+                    seen.add(error.code())
+                slowest = max(slowest, clock.seconds - began)
+
+            async def wave() -> None:
+                chosen = [generator.choice(list(seeds().items())) for _ in range(20)]
+                await asyncio.gather(*(run(name, mutated(generator, generator.choice(of))) for name, of in chosen))
+
+            for _ in range(10):
+                await wave()  # what is allocated once
+            memory = resident_bytes()
+            for _ in range(waves):
+                await wave()
+            grown = resident_bytes() - memory
+        code = grpc.StatusCode
+        assert {code.OK, code.INVALID_ARGUMENT} <= seen
+        assert seen <= {code.OK, code.INVALID_ARGUMENT, code.NOT_FOUND, code.ALREADY_EXISTS}
+        assert slowest <= 1.0
+        assert grown <= 64 << 20
+        await back_to_the_start(engine, server)
+        await canary(client)
+
+
+async def canary(client: AsyncClient) -> None:
+    """A request among the ruins is exact."""
+    answer = await client.generate_once("hello", max_tokens=20)
+    assert answer.token_ids == tuple(expected_ids(20))
