@@ -11,6 +11,7 @@ from jaxserve.engine import Engine
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests whose full size is for a machine of one's own."""
     parser.addoption("--mutations", type=int, default=3000, help="mutated protobuf messages to send; in full 100,000")
+    parser.addoption("--schemathesis-cases", type=int, default=25, help="HTTP cases for each route; in full 2,000")
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.request import RequestError
 from rpc.call_runner import CallRunner
+from rpc.control import installed_version
 from rpc.http.answers import Answer, CompletionAnswer
 from rpc.http.body import read_object
 from rpc.http.chat import ChatAnswer, parse_chat
 from rpc.http.errors import HttpError, error_of
 from rpc.http.generation import Generation
 from rpc.http.guard import HttpGuard
+from rpc.http.openapi import description
 from rpc.http.schema import Asked, parse_completion
 from rpc.lifecycle import Lifecycle, State
 from rpc.metrics import CONTENT_TYPE, Metrics
@@ -76,9 +78,11 @@ class HttpFront:
         self.runner = runner
         self.max_body_bytes = max_body_bytes
         self._began = int(time.time())
+        self._description = description(installed_version("jaxserve"), needs_key=access.keys is not None)
         routes = Starlette(
             routes=[
                 *probes(lifecycle, metrics),
+                Route("/openapi.json", self._openapi, methods=["GET"]),
                 Route("/v1/models", self._models, methods=["GET"]),
                 Route("/v1/models/{model:path}", self._model, methods=["GET"]),
                 Route("/v1/completions", GenerateEndpoint(self, parse_completion, CompletionAnswer), methods=["POST"]),
@@ -94,6 +98,9 @@ class HttpFront:
         self.app = HttpGuard(routes, access)
 
     # Beside generating
+
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(self._description)
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})

@@ -81,21 +81,24 @@ sys.path.append({tests!r})
 from rpc.server import serve
 from scripted_engine import ScriptedEngine
 {setup}
-sys.exit(serve(engine_factory, port=0, grace={grace}))
+sys.exit(serve(engine_factory, port=0, grace={grace}, http_port={http_port}))
 """
 
 
 class ServerProcess:
     """`serve` in a process of its own."""
 
-    def __init__(self, setup: str, grace: float):
+    def __init__(self, setup: str, grace: float, http: bool):
         tests = str(ROOT / "tests/rpc")
-        script = SERVER_SCRIPT.format(setup=textwrap.dedent(setup), grace=grace, tests=tests)
+        script = SERVER_SCRIPT.format(
+            setup=textwrap.dedent(setup), grace=grace, tests=tests, http_port=0 if http else None
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self.port = int(str(self.report("listening")["port"]))
         self.address = f"127.0.0.1:{self.port}"
+        self.http_address = str(self.report("listening")["address"]) if http else ""
 
     def report(self, event: str) -> dict[str, object]:
         """The next report, which must be this one."""
@@ -114,9 +117,9 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(setup: str, grace: float = 10.0) -> Iterator[ServerProcess]:
+def server_process(setup: str, grace: float = 10.0, http: bool = False) -> Iterator[ServerProcess]:
     """Runs `serve` with the `engine_factory` that `setup` defines, and ends it whatever happens."""
-    server = ServerProcess(setup, grace)
+    server = ServerProcess(setup, grace, http)
     try:
         yield server
     finally:
