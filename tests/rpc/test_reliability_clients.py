@@ -11,19 +11,14 @@ from typing import TYPE_CHECKING
 import pytest
 from running_time import RunningTime, resident_bytes
 from serving import ROOT, back_to_the_start, eventually, lent, serving
+from simulated import exact
 
-from rpc.client import AsyncClient
 from rpc.server import ServerConfig
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
 
 pytestmark = pytest.mark.asyncio
-
-
-def simulated_ids(prompt_tokens: int, count: int) -> list[int]:
-    """What the simulated device generates after a prompt of so many tokens: it depends on the position alone."""
-    return [260 + (position * 7919) % 1000 for position in range(prompt_tokens, prompt_tokens + count)]
 
 
 @contextmanager
@@ -43,15 +38,6 @@ async def all_open(started: list[subprocess.Popen[str]]) -> None:
     for process in started:
         assert process.stdout is not None
         assert await asyncio.to_thread(process.stdout.readline) == "open\n"
-
-
-async def exact(client: AsyncClient, prompt_tokens: int, count: int) -> None:
-    """Checks every token of a stream."""
-    request = {"token_ids": list(range(300, 300 + prompt_tokens)), "max_tokens": count, "ignore_eos": True}
-    ids: list[int] = []
-    async for delta in client.generate(request, return_text=False):
-        ids += delta.token_ids
-    assert ids == simulated_ids(prompt_tokens, count)
 
 
 @pytest.mark.slow
