@@ -16,36 +16,52 @@ RETRY_AFTER = 1.0
 
 @dataclass
 class ActiveRequest:
-    """An accepted request that has not ended."""
+    """An accepted request of which a sequence has not ended."""
 
     request: Request
     submit: Submit
     stream: RequestStream
+    sequences: int
+    """Not ended."""
+    cached_tokens: int | None = None
+    """Of the prompt; None before it is computed."""
+
+
+@dataclass
+class ActiveSequence:
+    """A sequence that has not ended."""
+
+    of: ActiveRequest
+    index: int
     text: TextStream | None
     tokens: int = 0
     """Tokens delivered."""
-    cached_tokens: int = 0
     times: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Monotonic seconds of first scheduling, first token and last token; 0 for what has not been."""
 
+    @property
+    def handle(self) -> int:
+        """The core's name for it."""
+        return self.of.submit.handle + self.index
+
 
 class ActiveRequests:
-    """Registry of the requests in flight, and the door to it. Thread-safe.
+    """Registry of the sequences in flight, and the door to it. Thread-safe.
 
     Args:
-        capacity: requests that may be in flight.
+        capacity: sequences that may be in flight.
         tenant_limit: of these, those of one tenant; None bounds only all together.
     """
 
     def __init__(self, capacity: int, tenant_limit: int | None = None):
         self.capacity = capacity
         self._changed = threading.Condition()
-        self._by_handle: dict[int, ActiveRequest] = {}
-        self._handles: dict[tuple[str, str], int] = {}
+        self._by_handle: dict[int, ActiveSequence] = {}
+        self._by_id: dict[tuple[str, str], ActiveRequest] = {}
         """By tenant and request id: no tenant learns of the ids of another."""
         self._tenant_limit = tenant_limit
         self._tenants: Counter[str] = Counter()
-        """Requests in flight of each tenant."""
+        """Sequences in flight of each tenant."""
         self._accepting = True
         self._failure: str | None = None
 
@@ -63,44 +79,48 @@ class ActiveRequests:
             raise EngineUnavailable(f"the engine has failed: {self._failure}")
         if not self._accepting:
             raise EngineUnavailable("the engine is draining and takes no requests")
-        if (request.tenant, request.request_id) in self._handles:
+        if (request.tenant, request.request_id) in self._by_id:
             raise DuplicateRequestId(f"request_id: {request.request_id!r} is active")
-        if len(self._by_handle) >= self.capacity:
+        if len(self._by_handle) + request.sampling.n > self.capacity:
             raise QueueFull(self.capacity, RETRY_AFTER)
         limit = self._tenant_limit
-        if request.tenant and limit is not None and self._tenants[request.tenant] >= limit:
+        if request.tenant and limit is not None and self._tenants[request.tenant] + request.sampling.n > limit:
             raise TenantBusy(limit, RETRY_AFTER)
 
-    def add(self, active: ActiveRequest) -> None:
-        """Takes a request in, or raises what `check_room` does."""
+    def add(self, active: ActiveRequest, texts: Iterable[TextStream | None]) -> None:
+        """Takes a request in with a text for each of its sequences, or raises what `check_room` does."""
         with self._changed:
             self.check_room(active.request)
-            self._by_handle[active.submit.handle] = active
-            self._handles[active.request.tenant, active.request.request_id] = active.submit.handle
-            self._tenants[active.request.tenant] += 1
+            self._by_id[active.request.tenant, active.request.request_id] = active
+            self._tenants[active.request.tenant] += active.sequences
+            for index, text in enumerate(texts):
+                self._by_handle[active.submit.handle + index] = ActiveSequence(active, index, text)
 
-    def get(self, handle: int) -> ActiveRequest | None:
-        """The request with this handle, if it is active."""
+    def get(self, handle: int) -> ActiveSequence | None:
+        """The sequence with this handle, if it is active."""
         return self._by_handle.get(handle)
 
-    def handles_of(self, request_id: str, tenant: str | None) -> list[int]:
-        """The handles of the active requests with this id: a tenant's one, or for None those of every tenant."""
+    def find(self, request_id: str, tenant: str | None) -> list[ActiveRequest]:
+        """The active requests with this id: a tenant's one, or for None those of every tenant."""
         if tenant is not None:
-            handle = self._handles.get((tenant, request_id))
-            return [] if handle is None else [handle]
+            active = self._by_id.get((tenant, request_id))
+            return [] if active is None else [active]
         with self._changed:
-            return [handle for (_, name), handle in self._handles.items() if name == request_id]
+            return [active for (_, name), active in self._by_id.items() if name == request_id]
 
-    def all(self) -> Iterable[ActiveRequest]:
+    def all(self) -> list[ActiveSequence]:
         """Those in flight now."""
         return list(self._by_handle.values())
 
-    def remove(self, active: ActiveRequest) -> None:
-        """Lets go of a request that has ended."""
+    def remove(self, sequence: ActiveSequence) -> None:
+        """Lets go of a sequence that has ended, and with the last one of its request."""
+        active = sequence.of
         with self._changed:
-            del self._by_handle[active.submit.handle]
+            del self._by_handle[sequence.handle]
+            active.sequences -= 1
             tenant = active.request.tenant
-            del self._handles[tenant, active.request.request_id]
+            if not active.sequences:
+                del self._by_id[tenant, active.request.request_id]
             self._tenants[tenant] -= 1
             if not self._tenants[tenant]:
                 del self._tenants[tenant]  # tenants come and go

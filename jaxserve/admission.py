@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from jaxserve.core_messages import Submit
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import InvalidRequest, ModelNotFound, Request
+from jaxserve.request import InvalidRequest, ModelNotFound, Request, output_seed
 from jaxserve.tokenizer import ChatTemplateError, Tokenizer
 
 
@@ -18,25 +18,30 @@ class Admission:
         model_config: the model.
         tokenizer: of the model.
         max_context: tokens of prompt and output together.
+        max_n: sequences of one request.
     """
 
     model_name: str
     model_config: ModelConfig
     tokenizer: Tokenizer
     max_context: int
+    max_n: int
 
-    def prepare(self, request: Request, handle: int, arrival: float) -> Submit:
-        """Checks a request, whose form is valid, against the model and tokenizes it. Raises InvalidRequest or
-        ModelNotFound."""
+    def check(self, request: Request) -> None:
+        """Checks all of a request but the length of its prompt. Raises InvalidRequest or ModelNotFound."""
         vocab_size = self.model_config.vocab_size
-        eos_ids = self.model_config.eos_ids
-        request.sampling.validate(vocab_size)
-        request.stopping.validate(vocab_size, eos_ids)
+        request.validate()
+        request.sampling.validate(vocab_size, self.max_n)
+        request.stopping.validate(vocab_size, self.model_config.eos_ids)
         request.output.validate()
         if request.constraint is not None:
             raise InvalidRequest(request.constraint.kind, "is not supported yet")
         if request.model not in (None, "", self.model_name):
             raise ModelNotFound(f"model: {request.model!r} is not served here; {self.model_name!r} is")
+
+    def prepare(self, request: Request, handle: int, arrival: float) -> Submit:
+        """Tokenizes a request that `check` passed, and checks its length. Raises InvalidRequest."""
+        eos_ids = self.model_config.eos_ids
         field, token_ids = self._tokenize(request)
         room = self.max_context - len(token_ids)
         if not token_ids:
@@ -51,6 +56,7 @@ class Admission:
                 f"must be in [1, {room}] beside a prompt of {len(token_ids)} tokens in a context of "
                 f"{self.max_context}, got {max_tokens}",
             )
+        seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         stop_ids = [*stopping.stop_token_ids, *(() if stopping.ignore_eos else eos_ids)]
         return Submit(
             handle=handle,
@@ -65,13 +71,14 @@ class Admission:
             presence_penalty=float(sampling.presence_penalty),
             frequency_penalty=float(sampling.frequency_penalty),
             repetition_penalty=float(sampling.repetition_penalty),
-            seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
+            seed=seed,
             logit_bias={token: float(bias) for token, bias in sampling.logit_bias.items()},
             logprobs=-1 if request.output.logprobs is None else request.output.logprobs,
             priority=request.priority,
             cache_salt=request.prefix_salt,
             arrival=arrival,
             deadline=request.deadline,
+            fork_seeds=[output_seed(seed, index) for index in range(1, sampling.n)],
         )
 
     def _tokenize(self, request: Request) -> tuple[str, list[int]]:

@@ -59,6 +59,8 @@ class EngineConfig:
     watchdog_seconds: float | None = 120.0
     """Seconds without a finished step, while there is work, after which the engine is unhealthy: more than its longest
     step takes. None watches nothing."""
+    max_n: int = 128
+    """Most sequences of one request; never more than slots and queue hold together."""
     stream_buffer_tokens: int = 8192
     """Tokens a client may leave unread before its request is aborted."""
     core: CoreKind = "thread"
@@ -70,7 +72,15 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field and the limit."""
-        for name in ("slots", "small_slots", "page_size", "cache_bytes", "publish_ahead", "stream_buffer_tokens"):
+        for name in (
+            "slots",
+            "small_slots",
+            "page_size",
+            "cache_bytes",
+            "publish_ahead",
+            "max_n",
+            "stream_buffer_tokens",
+        ):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         watched = self.watchdog_seconds
         _require("watchdog_seconds", watched, watched is None or watched > 0, "above 0")

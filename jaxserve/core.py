@@ -175,8 +175,9 @@ class StepLoop:
             match command:
                 case Submit():
                     scheduler.submit(command)
-                case Abort(handle):
-                    scheduler.abort(handle, time.monotonic())
+                case Abort(handle, count):
+                    for each in range(handle, handle + count):
+                        scheduler.abort(each, time.monotonic())
                 case Shutdown():
                     scheduler.abort_all(time.monotonic())
                     go_on = False

@@ -3,7 +3,7 @@
 Plain data, sent as msgpack arrays: never pickled. One message a step goes out, whatever the number of requests in it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import msgpack
@@ -40,13 +40,16 @@ class Submit:
     """`time.monotonic()` seconds."""
     constraint: str | None = None
     """What the output must match, as llguidance takes it."""
+    fork_seeds: list[int] = field(default_factory=list)
+    """Seeds of the further sequences for this prompt; their handles follow `handle`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Ends a request; a handle that is not active is a no-op."""
+    """Ends `count` sequences from `handle` on; one that is not active is a no-op."""
 
     handle: int
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from jaxserve.active_requests import ActiveRequest, ActiveRequests
+from jaxserve.active_requests import ActiveRequests, ActiveSequence
 from jaxserve.core_client import Core
 from jaxserve.core_messages import Abort, Failed, Gauges, SequenceOutput, StepOutput, StepRecord, TokenLogprobs
 from jaxserve.request import Finished, FinishReason, Started, Timings, TokenLogprob, Usage
@@ -63,15 +63,15 @@ class Delivery:
                     if record is not None:
                         self.step_records.append(record)
                         self.statistics.on_step(record, gauges)
-                    # A request may be gone: a stop string ended it, and the core had not heard of that yet.
+                    # A sequence may be gone: a stop string ended it, and the core had not heard of that yet.
                     for handle, token in zip(handles, tokens, strict=True):
-                        if (active := self._requests.get(handle)) is not None:
-                            self._push(active, [token], None)
-                            touched.append(active.stream)
+                        if (sequence := self._requests.get(handle)) is not None:
+                            self._push(sequence, [token], None)
+                            touched.append(sequence.of.stream)
                     for output in outputs:
-                        if (active := self._requests.get(output.handle)) is not None:
-                            self._deliver(active, output)
-                            touched.append(active.stream)
+                        if (sequence := self._requests.get(output.handle)) is not None:
+                            self._deliver(sequence, output)
+                            touched.append(sequence.of.stream)
                     _wake(touched)
                 case Failed(error):
                     self._fail(error)
@@ -79,48 +79,49 @@ class Delivery:
                     raise TypeError(f"unexpected message {message!r}")
         self._fail("the engine has stopped")
 
-    def _deliver(self, active: ActiveRequest, output: SequenceOutput) -> None:
+    def _deliver(self, sequence: ActiveSequence, output: SequenceOutput) -> None:
+        active = sequence.of
         if output.times is not None:
-            active.times = output.times
-        if output.started is not None:
+            sequence.times = output.times
+        if output.started is not None and active.cached_tokens is None:
             active.cached_tokens = output.started
             submit = active.submit
             self.statistics.on_start(len(submit.token_ids))
             active.stream.start(Started(active.request.request_id, len(submit.token_ids), output.started, submit.seed))
-        stopped = self._push(active, output.token_ids, output.logprobs) if output.token_ids else False
+        stopped = self._push(sequence, output.token_ids, output.logprobs) if output.token_ids else False
         if output.finish_reason is not None and not stopped:
-            _flush(active)
+            _flush(sequence)
             reason = FinishReason(output.finish_reason)
-            ended = active.times[2]
-            self._finish(active, reason, output.completion_tokens, output.matched_stop, output.error, ended)
+            ended = sequence.times[2]
+            self._finish(sequence, reason, output.completion_tokens, output.matched_stop, output.error, ended)
 
-    def _push(self, active: ActiveRequest, token_ids: list[int], reported: list[TokenLogprobs] | None) -> bool:
-        """Delivers tokens. Whether they complete a stop string, which ends the request."""
+    def _push(self, sequence: ActiveSequence, token_ids: list[int], reported: list[TokenLogprobs] | None) -> bool:
+        """Delivers tokens. Whether they complete a stop string, which ends the sequence."""
+        active = sequence.of
         text, matched = "", None
-        if active.text is not None:
-            delta = active.text.push(token_ids)
+        if sequence.text is not None:
+            delta = sequence.text.push(token_ids)
             text, matched = delta.text, delta.matched_stop
             token_ids = token_ids[: delta.tokens_used]
-        active.tokens += len(token_ids)
-        self.statistics.on_tokens(active.submit.handle, len(token_ids), active.submit.arrival)
+        sequence.tokens += len(token_ids)
+        self.statistics.on_tokens(sequence.handle, len(token_ids), active.submit.arrival)
         logprobs = None
         if reported is not None:
             logprobs = [TokenLogprob(t, p, tuple((i, v) for i, v in top)) for t, p, top in reported[: len(token_ids)]]
         wanted = active.request.output
-        unread = active.stream.push(
-            token_ids if wanted.return_token_ids else [], text if wanted.return_text else "", logprobs
-        )
+        shown_ids, shown_text = token_ids if wanted.return_token_ids else [], text if wanted.return_text else ""
+        unread = active.stream.push(sequence.index, shown_ids, shown_text, logprobs)
         if matched is not None:
-            self._core.send(Abort(active.submit.handle))
-            self._finish(active, FinishReason.STOP, active.tokens, matched)
+            self._core.send(Abort(sequence.handle))
+            self._finish(sequence, FinishReason.STOP, sequence.tokens, matched)
         elif unread > self._stream_buffer_tokens:
             log.warning("request %s: the client left %d tokens unread; aborting", active.request.request_id, unread)
-            self._core.send(Abort(active.submit.handle))
+            active.stream.cancel()
         return matched is not None
 
     def _finish(
         self,
-        active: ActiveRequest,
+        sequence: ActiveSequence,
         reason: FinishReason,
         tokens: int,
         matched_stop: str | int | None = None,
@@ -128,38 +129,41 @@ class Delivery:
         ended: float | None = None,
     ) -> None:
         """Gives the terminal event. `ended`: when the core had the last token; None for now."""
-        self._requests.remove(active)
-        usage = Usage(len(active.submit.token_ids), active.cached_tokens, tokens)
-        timings = _timings(active.submit.arrival, active.times, time.monotonic() if ended is None else ended)
-        finished = Finished(active.request.request_id, 0, reason, usage, timings, matched_stop, error)
-        self.statistics.on_finish(active.submit.handle, finished)
+        self._requests.remove(sequence)
+        active = sequence.of
+        request_id, submit = active.request.request_id, active.submit
+        usage = Usage(len(submit.token_ids), active.cached_tokens or 0, tokens)
+        timings = _timings(submit.arrival, sequence.times, time.monotonic() if ended is None else ended)
+        finished = Finished(request_id, sequence.index, reason, usage, timings, matched_stop, error)
+        self.statistics.on_finish(sequence.handle, finished)
         active.stream.finish(finished)
 
     def _fail(self, error: str) -> None:
         """Ends every request in flight: the core is gone."""
         self._requests.fail(error)
         left = self._requests.all()
-        for active in left:
-            _flush(active)
-            self._finish(active, FinishReason.ERROR, active.tokens, error=error)
-        _wake([active.stream for active in left])
+        for sequence in left:
+            _flush(sequence)
+            self._finish(sequence, FinishReason.ERROR, sequence.tokens, error=error)
+        _wake([sequence.of.stream for sequence in left])
 
 
-def _flush(active: ActiveRequest) -> None:
+def _flush(sequence: ActiveSequence) -> None:
     """Shows what text was held back, now that no more tokens come."""
-    if active.text is not None and active.request.output.return_text:
-        text = active.text.flush()
+    if sequence.text is not None and sequence.of.request.output.return_text:
+        text = sequence.text.flush()
         if text:
-            active.stream.push([], text, None)
+            sequence.of.stream.push(sequence.index, [], text, None)
 
 
 def _timings(arrival: float, times: Sequence[float], ended: float) -> Timings:
-    """Phases of a request's life; those it never reached are 0."""
+    """Phases of a sequence's life, from monotonic seconds."""
     scheduled, first_token, _ = times
     return Timings(
         queue=(scheduled or ended) - arrival,
         prefill=(first_token or ended) - scheduled if scheduled else 0.0,
         decode=ended - first_token if first_token else 0.0,
+        first_token=first_token - arrival if first_token else 0.0,
         total=ended - arrival,
     )
 

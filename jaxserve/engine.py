@@ -5,7 +5,7 @@ the caller's thread; `delivery` turns each step's tokens into the events of the 
 """
 
 import atexit
-import itertools
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +15,12 @@ from typing import Any, overload
 from jaxserve.active_requests import ActiveRequest, ActiveRequests
 from jaxserve.admission import Admission
 from jaxserve.checkpoints import describe_model
+from jaxserve.completion import collect
 from jaxserve.config import EngineConfig
 from jaxserve.core_client import start_core
 from jaxserve.core_messages import Abort, Failed, Gauges, Progress, Ready, Shutdown, StepRecord
 from jaxserve.delivery import Delivery
-from jaxserve.request import Completion, Delta, Finished, InvalidRequest, Request, TokenLogprob
+from jaxserve.request import Completion, Delta, Finished, InvalidRequest, Request
 from jaxserve.request_stream import RequestStream
 from jaxserve.statistics import Statistics
 from jaxserve.text_stream import TextStream
@@ -31,6 +32,9 @@ ProgressCallback = Callable[[str, float | None], None]
 
 Prompt = str | Request | Mapping[str, Any]
 """Text, a request, or a mapping of a request's API names."""
+
+
+__all__ = ["Engine", "EngineLoads", "EngineStartError", "RequestStream", "collect"]
 
 
 class EngineStartError(RuntimeError):
@@ -87,8 +91,10 @@ class Engine:
         self.tokenizer = Tokenizer.from_source(tokenizer_source)
         self.device = self._await_ready(progress or (lambda what, fraction: None))
         self.max_context = self.device.max_context
-        self._admission = Admission(self.model_name, self.model_config, self.tokenizer, self.max_context)
-        self._handles = itertools.count()
+        self.max_n = min(self.config.max_n, self.capacity)
+        self._admission = Admission(self.model_name, self.model_config, self.tokenizer, self.max_context, self.max_n)
+        self._next_handle = 0
+        self._handle_lock = threading.Lock()
         self._requests = ActiveRequests(self.capacity, self.config.max_tenant_requests)
         gauges = Gauges(0, 0, 0, self.device.num_pages, *[0] * 9)
         self._delivery = Delivery(self._core, self._requests, self.config.stream_buffer_tokens, gauges)
@@ -121,7 +127,7 @@ class Engine:
 
     @property
     def capacity(self) -> int:
-        """Requests that may be in flight: those in slots and those waiting."""
+        """Sequences that may be in flight: those in slots and those waiting. A request has `n` of them."""
         return self.config.slots + self.config.max_waiting
 
     def submit(self, request: Request) -> RequestStream:
@@ -130,20 +136,29 @@ class Engine:
         Raises:
             RequestError: one of its subclasses says why the request was not accepted; nothing is then allocated.
         """
-        request.validate()
+        self._admission.check(request)
         self._requests.check_room(request)
-        handle = next(self._handles)
-        submit = self._admission.prepare(request, handle, time.monotonic())
-        text = None
-        if request.output.return_text or request.stopping.stop:
-            stopping = request.stopping
-            text = TextStream(
+        n, output, stopping = request.sampling.n, request.output, request.stopping
+        first = self._take_handles(n)
+        submit = self._admission.prepare(request, first, time.monotonic())
+        stream = RequestStream(request.request_id, lambda: self._abort(first, n), n)
+
+        def new_text() -> TextStream | None:
+            if not (output.return_text or stopping.stop):
+                return None
+            return TextStream(
                 self.tokenizer, stop=stopping.stop, include_stop=stopping.include_stop, min_tokens=stopping.min_tokens
             )
-        stream = RequestStream(request.request_id, lambda: self._abort(handle))
-        self._requests.add(ActiveRequest(request, submit, stream, text))
+
+        self._requests.add(ActiveRequest(request, submit, stream, n), [new_text() for _ in range(n)])
         self._core.send(submit)
         return stream
+
+    def _take_handles(self, count: int) -> int:
+        """The first of as many consecutive handles."""
+        with self._handle_lock:
+            first, self._next_handle = self._next_handle, self._next_handle + count
+            return first
 
     def abort(self, request_id: str, tenant: str | None = None) -> bool:
         """Ends a request with FinishReason.ABORT; False, and no effect, for one that is not active. Thread-safe.
@@ -152,14 +167,14 @@ class Engine:
             request_id: of the request.
             tenant: whose it must be; None ends those of every tenant with this id.
         """
-        handles = self._requests.handles_of(request_id, tenant)
-        for handle in handles:
-            self._abort(handle)
-        return bool(handles)
+        found = self._requests.find(request_id, tenant)
+        for active in found:
+            self._abort(active.submit.handle, active.request.sampling.n)
+        return bool(found)
 
-    def _abort(self, handle: int) -> None:
-        if self._requests.get(handle) is not None:
-            self._core.send(Abort(handle))
+    def _abort(self, handle: int, count: int) -> None:
+        if any(self._requests.get(each) is not None for each in range(handle, handle + count)):
+            self._core.send(Abort(handle, count))
 
     @overload
     def generate(self, prompt: Prompt, **fields: Any) -> AsyncIterator[Delta]: ...
@@ -195,7 +210,9 @@ class Engine:
         completions: list[Completion] = []
         try:
             for request in requests:
-                while len(streams) - len(completions) >= self.capacity:
+                while sum(r.sampling.n for r in requests[len(completions) : len(streams) + 1]) > self.capacity:
+                    if len(completions) == len(streams):
+                        break  # it alone is too much, and `submit` says so
                     completions.append(collect(streams[len(completions)]))
                 streams.append(self.submit(request))
             completions += [collect(stream) for stream in streams[len(completions) :]]
@@ -262,33 +279,6 @@ class Engine:
             self._watchdog.stop()
         atexit.unregister(self.shutdown)
         return finished
-
-
-def collect(stream: RequestStream) -> Completion:
-    """Reads a stream to its end."""
-    token_ids: list[int] = []
-    text: list[str] = []
-    logprobs: list[TokenLogprob] | None = None
-    for event in stream:
-        if isinstance(event, Delta):
-            token_ids += event.token_ids
-            text.append(event.text)
-            if event.logprobs is not None:
-                logprobs = (logprobs or []) + list(event.logprobs)
-        elif isinstance(event, Finished):
-            return Completion(
-                request_id=stream.request_id,
-                index=event.index,
-                token_ids=tuple(token_ids),
-                text="".join(text),
-                logprobs=None if logprobs is None else tuple(logprobs),
-                finish_reason=event.finish_reason,
-                usage=event.usage,
-                timings=event.timings,
-                matched_stop=event.matched_stop,
-                error=event.error,
-            )
-    raise AssertionError("a stream ended without Finished")
 
 
 def _request(prompt: Prompt, fields: Mapping[str, Any]) -> Request:

@@ -99,6 +99,12 @@ class PageAllocator:
             pages.append(page)
         return pages
 
+    def share(self, pages: Iterable[int]) -> None:
+        """Takes one more reference of pages that someone holds."""
+        for page in pages:
+            assert self._references[page] > 0, f"page {page} shared while no one holds it"
+            self._references[page] += 1
+
     def register(self, page: int, key: PageKey) -> None:
         """Makes a held, completely written page findable. The first page of a key stays the one that is found."""
         assert self._references[page] > 0, f"page {page} registered while no one holds it"

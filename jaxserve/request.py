@@ -3,6 +3,7 @@
 Everything here is plain data, checked before anything is allocated. This module imports neither jax nor grpc.
 """
 
+import hashlib
 import math
 import uuid
 from collections.abc import Mapping, Sequence
@@ -67,7 +68,7 @@ class QueueFull(RequestError):
     """The admission queue is at its bound; try again after `retry_after` seconds."""
 
     def __init__(self, limit: int, retry_after: float):
-        super().__init__(f"the queue is full: {limit} requests are in flight (limit {limit})")
+        super().__init__(f"the queue is full: it takes {limit} sequences, those that run included")
         self.limit = limit
         self.retry_after = retry_after
 
@@ -132,9 +133,9 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids."""
     n: int = 1
-    """Sequences for one prompt."""
+    """Sequences for one prompt, which is computed once. Each draws from a stream of its own: see `output_seed`."""
 
-    def validate(self, vocab_size: int) -> None:
+    def validate(self, vocab_size: int, max_n: int) -> None:
         """Raises InvalidRequest naming the first field out of range."""
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
@@ -145,13 +146,20 @@ class SamplingParams:
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**32 - 1)
-        if self.n != 1:
-            _integer("n", self.n, 1, 1)
+        _integer("n", self.n, 1, max_n)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise InvalidRequest("logit_bias", f"has {len(self.logit_bias)} entries (limit {MAX_LOGIT_BIAS})")
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0, vocab_size - 1)
             _number("logit_bias", bias, -100.0, 100.0)
+
+
+def output_seed(seed: int, index: int) -> int:
+    """The seed from which sequence `index` of a request draws, in [0, 2^32): the request's own for sequence 0, else the
+    first four bytes of BLAKE2b of "seed/index". It does not depend on `n`, and asked for alone it gives the same."""
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=4).digest(), "big")
 
 
 @dataclass(frozen=True)
@@ -401,7 +409,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts."""
+    """Token counts: in an event those of its sequence, in a Completion those of all, the prompt counted once."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -412,26 +420,30 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds, on the engine's clock."""
+    """Phases of a sequence's life in seconds, on the engine's clock. One that it never reached is 0."""
 
     queue: float
-    """Accepted to first scheduled."""
+    """Accepted to first scheduled: until it ended, if it never was. A sequence after the first of its request also
+    waits for their prompt here."""
     prefill: float
-    """First scheduled to first token."""
+    """First scheduled to first token: to the end, if there was none."""
     decode: float
-    """First to last token."""
+    """First token to the end, time preempted included."""
     total: float
-    """Accepted to finished."""
+    """Accepted to finished: `queue`, `prefill` and `decode` together."""
+    first_token: float = 0.0
+    """Accepted to first token: `queue` and `prefill` together. 0 if there was none."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """First event of a stream: the request holds a slot."""
+    """First event of a stream, once for all of its sequences: the prompt is computed."""
 
     request_id: str
     prompt_tokens: int
     cached_tokens: int
     seed: int
+    """Of the request; `output_seed` gives that of each sequence."""
 
 
 @dataclass(frozen=True)
@@ -464,16 +476,57 @@ Event = Started | Delta | Finished
 
 
 @dataclass(frozen=True)
-class Completion:
-    """A whole sequence, as the synchronous calls return it."""
+class Output:
+    """One whole sequence."""
 
-    request_id: str
     index: int
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprob, ...] | None
     finish_reason: FinishReason
-    usage: Usage
-    timings: Timings
     matched_stop: str | int | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """All sequences of a request, as the synchronous calls return them. What one sequence has is that of the first."""
+
+    request_id: str
+    outputs: tuple[Output, ...]
+    """By index."""
+    usage: Usage
+    timings: Timings
+    """Of the sequence that ended last."""
+    seed: int | None = None
+    """That was drawn from; None if no token was."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of the first sequence."""
+        return self.outputs[0].token_ids
+
+    @property
+    def text(self) -> str:
+        """Of the first sequence."""
+        return self.outputs[0].text
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Of the first sequence."""
+        return self.outputs[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Of the first sequence."""
+        return self.outputs[0].finish_reason
+
+    @property
+    def matched_stop(self) -> str | int | None:
+        """Of the first sequence."""
+        return self.outputs[0].matched_stop
+
+    @property
+    def error(self) -> str | None:
+        """What failed, of the first sequence."""
+        return self.outputs[0].error

@@ -2,32 +2,44 @@
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from jaxserve.request import Delta, Event, Finished, Started, TokenLogprob
 
 
-class RequestStream:
-    """Yields `Started`, `Delta`s and one `Finished`, in that order, to one reader.
+class _Unread:
+    """What a sequence was given since its last Delta."""
 
-    What is not read at once is joined into one Delta, so that a slow reader costs one buffer of at most `max_tokens`.
-    A request that ends before it holds a slot gives `Finished` alone.
+    __slots__ = ("logprobs", "text", "token_ids")
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.text: list[str] = []
+        self.logprobs: list[TokenLogprob] | None = None
+
+
+class RequestStream:
+    """Yields `Started`, then for each sequence its `Delta`s and one `Finished`, in that order, to one reader.
+
+    What is not read at once is joined into one Delta a sequence, so that a slow reader costs one buffer of at most
+    `max_tokens` for each. A request that ends before its prompt is computed gives `Finished` alone.
     """
 
-    def __init__(self, request_id: str, cancel: Callable[[], None]):
+    def __init__(self, request_id: str, cancel: Callable[[], None], sequences: int = 1):
         self.request_id = request_id
+        self._sequences = sequences
+        """Whose `Finished` was not read yet."""
         self._cancel = cancel
         # A bare lock costs a fifth of a condition, which only a reader that blocks needs.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._is_blocked = False
         self._started: Started | None = None
-        self._token_ids: list[int] = []
-        self._text: list[str] = []
-        self._logprobs: list[TokenLogprob] | None = None
-        self._has_delta = False
-        self._finished: Finished | None = None
-        self._closed = False
+        self._unread: dict[int, _Unread] = {}
+        """By index of the sequence, the longest unread first."""
+        self._unread_tokens = 0
+        self._finished: deque[Finished] = deque()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
     def cancel(self) -> None:
@@ -42,23 +54,26 @@ class RequestStream:
             self._started = started
             self._notify()
 
-    def push(self, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None) -> int:
-        """Adds to the delta that is read next; returns the number of tokens that are unread."""
+    def push(self, index: int, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None) -> int:
+        """Adds to the delta of a sequence that is read next; returns the number of tokens that are unread."""
         with self._lock:
-            self._has_delta = True
-            self._token_ids += token_ids
+            unread = self._unread.get(index)
+            if unread is None:
+                unread = self._unread[index] = _Unread()
+            unread.token_ids += token_ids
             if text:
-                self._text.append(text)
+                unread.text.append(text)
             if logprobs is not None:
-                self._logprobs = (self._logprobs or []) + logprobs
+                unread.logprobs = (unread.logprobs or []) + logprobs
+            self._unread_tokens += len(token_ids)
             self._notify()
-            return len(self._token_ids)
+            return self._unread_tokens
 
     def finish(self, finished: Finished) -> None:
-        """Gives the terminal event; nothing may follow."""
+        """Gives a sequence's terminal event; nothing of it may follow."""
         with self._lock:
-            assert self._finished is None, "a request ends once"
-            self._finished = finished
+            self._finished.append(finished)
+            assert len(self._finished) <= self._sequences, "a sequence ends once"
             self._notify()
 
     def _notify(self) -> None:
@@ -78,15 +93,15 @@ class RequestStream:
         if self._started is not None:
             event, self._started = self._started, None
             return event
-        if self._has_delta:
-            logprobs = None if self._logprobs is None else tuple(self._logprobs)
-            delta = Delta(self.request_id, 0, tuple(self._token_ids), "".join(self._text), logprobs)
-            self._has_delta = False
-            self._token_ids, self._text, self._logprobs = [], [], None
-            return delta
-        if self._finished is not None and not self._closed:
-            self._closed = True
-            return self._finished
+        if self._unread:
+            index = next(iter(self._unread))
+            unread = self._unread.pop(index)
+            self._unread_tokens -= len(unread.token_ids)
+            logprobs = None if unread.logprobs is None else tuple(unread.logprobs)
+            return Delta(self.request_id, index, tuple(unread.token_ids), "".join(unread.text), logprobs)
+        if self._finished:
+            self._sequences -= 1
+            return self._finished.popleft()
         return None
 
     def __iter__(self) -> Iterator[Event]:
@@ -95,7 +110,7 @@ class RequestStream:
     def __next__(self) -> Event:
         with self._lock:
             while (event := self._next_event()) is None:
-                if self._closed:
+                if not self._sequences:
                     raise StopIteration
                 self._is_blocked = True
                 self._changed.wait()
@@ -110,7 +125,7 @@ class RequestStream:
                 event = self._next_event()
                 if event is not None:
                     return event
-                if self._closed:
+                if not self._sequences:
                     raise StopAsyncIteration
                 loop = asyncio.get_running_loop()
                 future = loop.create_future()

@@ -6,6 +6,7 @@ is masked on the device meanwhile. Everything else (lengths, pages, prompts) is 
 
 import heapq
 from collections import deque
+from dataclasses import replace
 from operator import attrgetter
 
 from jaxserve.core_messages import Gauges, SequenceOutput, Submit, TokenLogprobs
@@ -22,6 +23,7 @@ from jaxserve.sequence import (
     StepPlan,
     StepResults,
 )
+from jaxserve.shared_prompt import SharedPrompt
 
 _order = attrgetter("order")
 
@@ -84,15 +86,33 @@ class Scheduler:
         self._step = 0
 
     def submit(self, submit: Submit) -> None:
-        """Queues a request, which must fit into all pages. Its handle must not be active."""
+        """Queues a request, each sequence of which must fit into all pages. Its handles must not be active."""
         assert submit.handle not in self._active, f"handle {submit.handle} is active"
         assert self._pages_for(submit.max_length) < self.allocator.num_pages, "request exceeds all pages"
+        first = self._add(submit)
+        forks = [
+            self._add(replace(submit, handle=handle, seed=seed, fork_seeds=[]))
+            for handle, seed in enumerate(submit.fork_seeds, submit.handle + 1)
+        ]
+        self._queue(first)
+        if forks and len(submit.token_ids) > self.page_size:
+            first.shared_prompt = SharedPrompt(first, forks)
+            for fork in forks:
+                fork.shared_prompt = first.shared_prompt
+        else:
+            self._queue(*forks)
+
+    def _add(self, submit: Submit) -> Sequence:
         sequence = Sequence(submit, self._arrivals)
         self._arrivals += 1
         self._active[submit.handle] = sequence
-        heapq.heappush(self._waiting, (sequence.order, sequence))
         if submit.deadline is not None:
             heapq.heappush(self._deadlines, (submit.deadline, submit.handle))
+        return sequence
+
+    def _queue(self, *sequences: Sequence) -> None:
+        for sequence in sequences:
+            heapq.heappush(self._waiting, (sequence.order, sequence))
 
     def abort(self, handle: int, now: float, reason: FinishReason = FinishReason.ABORT) -> None:
         """Ends an active request wherever it is; its terminal output is in the next `take_ended`."""
@@ -177,6 +197,8 @@ class Scheduler:
             if sequence.computed < sequence.capacity or sequence.slot < 0:
                 continue
             while (page := allocator.allocate(1)) is None and not self._fences:
+                if self._let_go_of_prompts():
+                    continue
                 victim = max(self.running, key=_order)
                 self._preempt(victim)
                 if victim is sequence:
@@ -213,8 +235,12 @@ class Scheduler:
         while self._waiting and self._free_slots:
             sequence = self._waiting[0][1]
             # A preempted sequence may have its last token still on its way.
-            if sequence.in_flight or not self._take_pages(sequence):
+            if sequence.in_flight:
                 return
+            if not self._take_pages(sequence):
+                if self.running or self._fences or not self._let_go_of_prompts():
+                    return
+                continue
             heapq.heappop(self._waiting)
             sequence.slot = heapq.heappop(self._free_slots)
             sequence.prefill_start = sequence.computed
@@ -222,10 +248,25 @@ class Scheduler:
             if sequence.cached is None:
                 sequence.cached = sequence.computed
                 sequence.first_scheduled = now
-                self.prefix_queries += sequence.prompt_length
-                self.prefix_hits += sequence.computed
+                self._note_first_admission(sequence)
             self.running.append(sequence)
             self._new_owners.append((sequence.slot, sequence))
+
+    def _note_first_admission(self, sequence: Sequence) -> None:
+        prompt = sequence.shared_prompt
+        if prompt is not None:
+            prompt.take(sequence, self.allocator)
+        if prompt is None or sequence is prompt.first:
+            self.prefix_queries += sequence.prompt_length
+            self.prefix_hits += sequence.computed
+
+    def _let_go_of_prompts(self) -> bool:
+        """Gives up the pages kept for sequences that wait; whether there were any."""
+        prompts = [s.shared_prompt for s in self._active.values() if s.shared_prompt is not None]
+        kept = any(prompt.pages for prompt in prompts)
+        for prompt in prompts:
+            prompt.let_go(self.allocator)
+        return kept
 
     def _take_pages(self, sequence: Sequence) -> bool:
         """Pages for all known tokens and the next one; leaves a page for each running sequence. What the prefix cache
@@ -233,7 +274,7 @@ class Scheduler:
         allocator = self.allocator
         # The last token is always computed: its logits are wanted.
         reusable = (len(sequence.token_ids) - 1) // self.page_size
-        cached = allocator.take_prefix(self._extend_keys(sequence, reusable)[:reusable]) if self.prefix_cache else []
+        cached = self._written_pages(sequence, reusable)
         needed = self._pages_for(min(len(sequence.token_ids) + 1, sequence.submit.max_length)) - len(cached)
         fresh = allocator.allocate(needed) if needed + len(self.running) <= allocator.available else None
         if fresh is None:
@@ -250,6 +291,17 @@ class Scheduler:
             sequence.computed = saved.tokens
         self._forget_saved(sequence)
         return True
+
+    def _written_pages(self, sequence: Sequence, most: int) -> list[int]:
+        """References of pages that hold the sequence's first tokens already: of the prefix cache, or of its prompt."""
+        allocator = self.allocator
+        cached = allocator.take_prefix(self._extend_keys(sequence, most)[:most]) if self.prefix_cache else []
+        shared = sequence.shared_prompt.pages[:most] if sequence.shared_prompt is not None else []
+        if len(shared) <= len(cached):
+            return cached
+        allocator.release(cached)
+        allocator.share(shared)
+        return shared
 
     def _extend_keys(self, sequence: Sequence, count: int) -> list[PageKey]:
         """The sequence's chain, made at least `count` pages long from its known tokens."""
@@ -304,6 +356,7 @@ class Scheduler:
                 heapq.heappush(self._waiting, (sequence.order, sequence))
         while self._fences:
             self.allocator.release(self._fences.popleft()[1])
+        self._let_go_of_prompts()
         self._new_owners, self._grown, self._saves, self._restores = [], [], [], []
         self.allocator.forget_prefixes()
 
@@ -328,6 +381,7 @@ class Scheduler:
         if sequence.first_token == 0.0:
             sequence.first_token = now
             started, times = sequence.cached, (sequence.first_scheduled, now, now)
+            self._share_prompt(sequence, sequence.pages[: (sequence.prompt_length - 1) // self.page_size])
         sequence.token_ids.append(token)
         if flags & STOPPED:
             return self._finish(sequence, FinishReason.STOP, now, matched_stop=token, started=started)
@@ -335,6 +389,12 @@ class Scheduler:
         if len(sequence.token_ids) >= sequence.submit.max_length:
             return self._finish(sequence, FinishReason.LENGTH, now, token_ids=[token], logprobs=wanted, started=started)
         return SequenceOutput(sequence.submit.handle, [token], wanted, started, times=times)
+
+    def _share_prompt(self, sequence: Sequence, pages: list[int]) -> None:
+        """Queues the further sequences of a prompt when its first has computed these pages of it, or has ended."""
+        prompt = sequence.shared_prompt
+        if prompt is not None and prompt.first is sequence and not prompt.is_computed:
+            self._queue(*prompt.compute(pages, self.allocator))
 
     def _finish(
         self,
@@ -350,13 +410,17 @@ class Scheduler:
     ) -> SequenceOutput:
         sequence.done = True
         del self._active[sequence.submit.handle]
+        prompt = sequence.shared_prompt
         if sequence.slot >= 0:
             self._release_slot(sequence)
-        elif not sequence.pages:
+        elif not sequence.pages and not (prompt is not None and prompt.holds_back(sequence)):
             self._waiting.remove((sequence.order, sequence))
             heapq.heapify(self._waiting)
         self._release_pages(sequence)
         self._forget_saved(sequence)
+        if prompt is not None:
+            prompt.take(sequence, self.allocator)
+            self._share_prompt(sequence, [])
         return SequenceOutput(
             sequence.submit.handle,
             token_ids or [],
@@ -425,4 +489,6 @@ class Scheduler:
         owned.update(page for _, pages in self._fences for page in pages)
         saved = [sequence.saved.pages for sequence in self._active.values() if sequence.saved is not None]
         assert self.saved_pages == sum(saved) <= self.host_pages, "pages in host memory are miscounted"
+        prompts = [s.shared_prompt for s in self._active.values() if s.shared_prompt is not None]
+        owned.update(page for prompt in prompts for page in prompt.pages)
         assert owned == self.allocator.held, "a page is held by no one, or used without being held"

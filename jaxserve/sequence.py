@@ -2,10 +2,13 @@
 results a step."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.core_messages import SequenceOutput, Submit, TokenLogprobs
 from jaxserve.page_allocator import PageKey
+
+if TYPE_CHECKING:
+    from jaxserve.shared_prompt import SharedPrompt
 
 EMITTED, STOPPED, FAILED = 1, 2, 4
 """Flags of a row that sampled: it gave a token; that token is one of its stop ids; its logits were not finite."""
@@ -23,7 +26,7 @@ class SavedPages:
 
 
 class Sequence:
-    """The scheduler's record of one request."""
+    """The scheduler's record of one sequence; a request has one or several."""
 
     __slots__ = (
         "cached",
@@ -45,6 +48,7 @@ class Sequence:
         "quiet_until",
         "registered",
         "saved",
+        "shared_prompt",
         "slot",
         "submit",
         "token_ids",
@@ -83,6 +87,8 @@ class Sequence:
         """The last step dispatched with it."""
         self.quiet_until = 0
         """Tokens up to which one more is only appended: until then no page fills up, nothing ends, nothing begins."""
+        self.shared_prompt: SharedPrompt | None = None
+        """Where several sequences have this prompt."""
         self.first_scheduled = 0.0
         self.first_token = 0.0
         self.done = False

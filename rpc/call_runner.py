@@ -33,6 +33,10 @@ TakeEvent = Callable[[Event], Awaitable[object] | None]
 """Gives an event to the protocol; returns the write to wait for, or None where nothing is written."""
 
 
+_FAILURES = (FinishReason.DEADLINE, FinishReason.ERROR)
+"""Endings of one sequence that are the call's."""
+
+
 class CallRunner:
     """Runs generate calls. An error of one call ends that call alone."""
 
@@ -56,11 +60,11 @@ class CallRunner:
         context.add_done_callback(lambda _: self._calls.close(call))  # pyright: ignore[reportArgumentType]
         self._lifecycle.ready_engine()
         stream = await self.admit(build(_deadline(context)), call)
-        last: Finished | None = None
+        ending: Finished | None = None
         try:
             async for event in stream:
-                if isinstance(event, Finished):
-                    last = event
+                if isinstance(event, Finished) and (ending is None or ending.finish_reason not in _FAILURES):
+                    ending = event
                 written = take(event)
                 if written is not None:
                     call.write_began = time.monotonic()
@@ -70,9 +74,8 @@ class CallRunner:
             # A write to a client that has gone, seen before its cancellation is: the same thing, said the same way.
             raise asyncio.CancelledError from error
         finally:
-            if last is None:
-                stream.cancel()
-        self.raise_for(last, call)
+            stream.cancel()  # no-op where every sequence has ended
+        self.raise_for(ending, call)
 
     async def admit(self, request: Request, call: OpenCall) -> EventStream:
         """Validates and queues, before anything is written. Raises what `errors.failure_of` knows."""

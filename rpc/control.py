@@ -132,6 +132,7 @@ def _limits(engine: ServedEngine, max_request_bytes: int) -> pb.Limits:
         max_stop_string_length=limits.MAX_STOP_STRING_LENGTH,
         max_stop_token_ids=limits.MAX_STOP_TOKEN_IDS,
         max_request_id_length=limits.MAX_REQUEST_ID_LENGTH,
+        max_n=min(engine.config.max_n, engine.config.slots + engine.config.max_waiting),
     )
 
 

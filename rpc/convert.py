@@ -14,6 +14,7 @@ from jaxserve.request import (
     Finished,
     FinishReason,
     InvalidRequest,
+    Output,
     OutputParams,
     Request,
     SamplingParams,
@@ -164,7 +165,13 @@ def usage_to_proto(usage: Usage) -> pb.Usage:
 
 def timings_to_proto(timings: Timings) -> pb.Timings:
     """Seconds as a message."""
-    return pb.Timings(queue=timings.queue, prefill=timings.prefill, decode=timings.decode, total=timings.total)
+    return pb.Timings(
+        queue=timings.queue,
+        prefill=timings.prefill,
+        decode=timings.decode,
+        total=timings.total,
+        first_token=timings.first_token,
+    )
 
 
 def event_to_proto(event: Event) -> pb.GenerateResponse:
@@ -213,7 +220,7 @@ def usage_from_proto(usage: pb.Usage) -> Usage:
 
 def timings_from_proto(timings: pb.Timings) -> Timings:
     """Inverse of `timings_to_proto`."""
-    return Timings(timings.queue, timings.prefill, timings.decode, timings.total)
+    return Timings(timings.queue, timings.prefill, timings.decode, timings.total, timings.first_token)
 
 
 def event_from_proto(response: pb.GenerateResponse) -> Event | None:
@@ -245,57 +252,39 @@ def event_from_proto(response: pb.GenerateResponse) -> Event | None:
     return None
 
 
-class OutputCollector:
-    """Gathers the events of one request into a GenerateOnceResponse."""
-
-    def __init__(self, request_id: str):
-        self._response = pb.GenerateOnceResponse(request_id=request_id)
-        self._outputs: dict[int, pb.GenerateOutput] = {}
-        self._texts: dict[int, list[str]] = {}
-
-    def add(self, event: Event) -> None:
-        """Takes the next event of the stream."""
-        if isinstance(event, Started):
-            self._response.seed = event.seed
-            return
-        output = self._outputs.setdefault(event.index, pb.GenerateOutput(index=event.index))
-        texts = self._texts.setdefault(event.index, [])
-        if isinstance(event, Delta):
-            output.token_ids.extend(event.token_ids)
-            texts.append(event.text)
-            if event.logprobs:
-                output.logprobs.extend(_logprobs_to_proto(event.logprobs))
-            return
-        output.text = "".join(texts)
-        output.finish_reason = event.finish_reason
-        _set_matched_stop(output, event.matched_stop)
-        usage = self._response.usage
-        # The prompt is shared by all sequences and counts once.
-        usage.prompt_tokens = event.usage.prompt_tokens
-        usage.cached_tokens = event.usage.cached_tokens
-        usage.completion_tokens += event.usage.completion_tokens
-        if event.timings.total >= self._response.timings.total:
-            self._response.timings.CopyFrom(timings_to_proto(event.timings))
-
-    def response(self) -> pb.GenerateOnceResponse:
-        """The answer, once every sequence has finished."""
-        self._response.outputs.extend(self._outputs[index] for index in sorted(self._outputs))
-        return self._response
-
-
-def completions_from_proto(response: pb.GenerateOnceResponse) -> list[Completion]:
-    """The sequences of an answer. Usage and timings are those of the whole request."""
-    return [
-        Completion(
-            request_id=response.request_id,
-            index=output.index,
-            token_ids=tuple(output.token_ids),
-            text=output.text,
-            logprobs=_logprobs_from_proto(output.logprobs),
-            finish_reason=FinishReason(output.finish_reason),
-            usage=usage_from_proto(response.usage),
-            timings=timings_from_proto(response.timings),
-            matched_stop=_matched_stop(output),
+def completion_to_proto(completion: Completion) -> pb.GenerateOnceResponse:
+    """The answer that has all sequences."""
+    response = pb.GenerateOnceResponse(
+        request_id=completion.request_id,
+        usage=usage_to_proto(completion.usage),
+        timings=timings_to_proto(completion.timings),
+        seed=completion.seed,
+    )
+    for output in completion.outputs:
+        message = response.outputs.add(
+            index=output.index, token_ids=output.token_ids, text=output.text, finish_reason=output.finish_reason
         )
-        for output in response.outputs
-    ]
+        message.logprobs.extend(_logprobs_to_proto(output.logprobs or ()))
+        _set_matched_stop(message, output.matched_stop)
+    return response
+
+
+def completion_from_proto(response: pb.GenerateOnceResponse) -> Completion:
+    """Inverse of `completion_to_proto`."""
+    return Completion(
+        request_id=response.request_id,
+        outputs=tuple(
+            Output(
+                index=output.index,
+                token_ids=tuple(output.token_ids),
+                text=output.text,
+                logprobs=_logprobs_from_proto(output.logprobs),
+                finish_reason=FinishReason(output.finish_reason),
+                matched_stop=_matched_stop(output),
+            )
+            for output in response.outputs
+        ),
+        usage=usage_from_proto(response.usage),
+        timings=timings_from_proto(response.timings),
+        seed=response.seed,
+    )

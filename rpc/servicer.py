@@ -5,9 +5,10 @@ from functools import partial
 
 import grpc.aio
 
+from jaxserve.completion import CompletionBuilder
 from rpc import errors
 from rpc.call_runner import CallRunner
-from rpc.convert import OutputCollector, event_to_proto, request_from_proto
+from rpc.convert import completion_to_proto, event_to_proto, request_from_proto
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
@@ -29,9 +30,9 @@ class InferenceServicer(jaxserve_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateOnceResponse:
         _name(request)
-        collector = OutputCollector(request.request_id)
-        await self._runner.run(request.request_id, partial(request_from_proto, request), context, collector.add)
-        return collector.response()
+        builder = CompletionBuilder(request.request_id)
+        await self._runner.run(request.request_id, partial(request_from_proto, request), context, builder.add)
+        return completion_to_proto(builder.build())
 
 
 def _name(request: pb.GenerateRequest) -> None:

@@ -1,6 +1,6 @@
 """`jaxserve generate`: requests as JSON lines in, results as JSON lines out, each as soon as it is known.
 
-a thread reads lines -> at most `engine.capacity` requests in flight, a task each -> a line of output
+a thread reads lines -> at most `engine.capacity` sequences in flight, a task a request -> a line of output
 """
 
 import asyncio
@@ -10,18 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from jaxserve.commands.start import CommandError, ExitStatus
+from jaxserve.completion import CompletionBuilder
 from jaxserve.request import (
-    Delta,
-    Finished,
+    Completion,
     FinishReason,
     InvalidRequest,
+    Output,
     Request,
     RequestError,
-    Started,
     TokenLogprob,
 )
 
@@ -89,6 +89,26 @@ class Summary:
         return ExitStatus.REQUESTS_FAILED if self.failed else ExitStatus.SUCCESS
 
 
+class _Room:
+    """Sequences that may still come into the engine. One task takes."""
+
+    def __init__(self, capacity: int):
+        self._free = capacity
+        self._changed = asyncio.Event()
+
+    async def take(self, count: int) -> None:
+        """Waits until there is room for as many, and takes it."""
+        while self._free < count:
+            self._changed.clear()
+            await self._changed.wait()
+        self._free -= count
+
+    def give_back(self, count: int) -> None:
+        """As many have ended."""
+        self._free += count
+        self._changed.set()
+
+
 class BatchRun:
     """One run of the command. The first SIGINT reads no further and aborts what is in flight: each request still has
     its line, with what it had generated. A second one raises KeyboardInterrupt."""
@@ -97,7 +117,7 @@ class BatchRun:
         self.summary = Summary()
         self._engine = engine
         self._write = write
-        self._room = asyncio.Semaphore(engine.capacity)
+        self._room = _Room(engine.capacity)
         self._streams: set[RequestStream] = set()
         self._lines_by_id: dict[str, int] = {}
         self._reading: asyncio.Task[None] | None = None
@@ -134,12 +154,24 @@ class BatchRun:
                 raise CommandError(f"the input cannot be read: {item}")
             number += 1
             if item.strip():
-                await self._room.acquire()
-                group.create_task(self._serve(Line(number, item)))
+                line = Line(number, item)
+                try:
+                    request = line.parse()
+                except RequestError as error:
+                    self._refuse(line, error)
+                    continue
+                sequences = self._sequences(request)
+                await self._room.take(sequences)
+                group.create_task(self._serve(line, request, sequences))
 
-    async def _serve(self, line: Line) -> None:
+    def _sequences(self, request: Request) -> int:
+        """How many sequences the request has, if the engine will take it."""
+        n = request.sampling.n
+        return n if isinstance(n, int) and 1 <= n <= self._engine.max_n else 1
+
+    async def _serve(self, line: Line, request: Request, sequences: int) -> None:
         try:
-            stream, request = self._submit(line)
+            stream = self._submit(line, request)
         except RequestError as error:
             self._refuse(line, error)
         else:
@@ -150,16 +182,15 @@ class BatchRun:
                 stream.cancel()
                 self._streams.discard(stream)
         finally:
-            self._room.release()
+            self._room.give_back(sequences)
 
-    def _submit(self, line: Line) -> "tuple[RequestStream, Request]":
-        request = line.parse()
+    def _submit(self, line: Line, request: Request) -> "RequestStream":
         before = self._lines_by_id.get(request.request_id)
         if before is not None:
             raise InvalidRequest("id", f"{request.request_id!r} is that of line {before}; ids must differ")
         stream = self._engine.submit(request)
         self._lines_by_id[request.request_id] = line.number
-        return stream, request
+        return stream
 
     def _refuse(self, line: Line, error: RequestError) -> None:
         self.summary.failed += 1
@@ -167,56 +198,46 @@ class BatchRun:
         self._write({"id": line.id, "line": line.number, "error": {"field": field, "message": str(error)}})
 
     async def _collect(self, stream: "RequestStream", request: Request) -> None:
-        result = _Result(request)
+        builder = CompletionBuilder(request.request_id)
         async for event in stream:
-            match event:
-                case Started(seed=seed):
-                    result.seed = seed
-                case Delta():
-                    result.add(event)
-                case Finished():
-                    failed = event.finish_reason is FinishReason.ERROR
-                    self.summary.failed += failed
-                    self.summary.done += not failed
-                    self.summary.tokens += event.usage.completion_tokens
-                    self._write(result.to_json(event))
+            builder.add(event)
+        completion = builder.build()
+        failed = any(output.finish_reason is FinishReason.ERROR for output in completion.outputs)
+        self.summary.failed += failed
+        self.summary.done += not failed
+        self.summary.tokens += completion.usage.completion_tokens
+        self._write(result_line(request, completion))
 
 
-@dataclass
-class _Result:
-    """One request's output so far."""
+def result_line(request: Request, completion: Completion) -> dict[str, object]:
+    """The line of a request: what it wanted sent back, and how it ended, for its one sequence or, under `outputs`, for
+    each. Times are in seconds."""
+    outputs = [_output(request, output) for output in completion.outputs]
+    line: dict[str, object] = {"id": request.request_id}
+    if request.sampling.n == 1:
+        line |= outputs[0]
+    else:
+        line["outputs"] = [{"index": index, **output} for index, output in enumerate(outputs)]
+    return line | {
+        "seed": completion.seed,
+        "usage": asdict(completion.usage),
+        "timings": {name: round(seconds, 6) for name, seconds in asdict(completion.timings).items()},
+    }
 
-    request: Request
-    seed: int | None = None
-    token_ids: list[int] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
 
-    def add(self, delta: Delta) -> None:
-        self.token_ids += delta.token_ids
-        self.text.append(delta.text)
-        self.logprobs += delta.logprobs or ()
-
-    def to_json(self, finished: Finished) -> dict[str, object]:
-        """The line: what the request wanted sent back, and how it ended. Times are in seconds."""
-        wanted = self.request.output
-        line: dict[str, object] = {"id": self.request.request_id}
-        if wanted.return_token_ids:
-            line["token_ids"] = self.token_ids
-        if wanted.return_text:
-            line["text"] = "".join(self.text)
-        line |= {
-            "finish_reason": finished.finish_reason,
-            "matched_stop": finished.matched_stop,
-            "seed": self.seed,
-            "usage": asdict(finished.usage),
-            "timings": {name: round(seconds, 6) for name, seconds in asdict(finished.timings).items()},
-        }
-        if wanted.logprobs is not None:
-            line["logprobs"] = [_logprob(entry) for entry in self.logprobs]
-        if finished.error is not None:
-            line["error"] = {"field": None, "message": finished.error}
-        return line
+def _output(request: Request, output: Output) -> dict[str, object]:
+    wanted = request.output
+    fields: dict[str, object] = {}
+    if wanted.return_token_ids:
+        fields["token_ids"] = output.token_ids
+    if wanted.return_text:
+        fields["text"] = output.text
+    fields |= {"finish_reason": output.finish_reason, "matched_stop": output.matched_stop}
+    if wanted.logprobs is not None:
+        fields["logprobs"] = [_logprob(entry) for entry in output.logprobs or ()]
+    if output.error is not None:
+        fields["error"] = {"field": None, "message": output.error}
+    return fields
 
 
 def _logprob(entry: TokenLogprob) -> dict[str, object]:

@@ -21,7 +21,7 @@ from rpc.client.calls import (
     prepare,
     tokenize_request,
 )
-from rpc.convert import completions_from_proto, event_from_proto
+from rpc.convert import completion_from_proto, event_from_proto
 from rpc.errors import RpcFailed
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
@@ -124,11 +124,11 @@ class Client:
         return self.generate({"messages": messages}, timeout=timeout, **fields)
 
     def generate_once(self, prompt: Prompt, *, timeout: float | None = None, **fields: object) -> Completion:
-        """As `generate`, with the whole sequence in one answer."""
+        """As `generate`, with all of its sequences whole in one answer."""
         message, limit = prepare(prompt, fields, timeout)
         with mapped_errors():
             response = self._inference.GenerateOnce(message, timeout=limit, metadata=self._metadata)
-        return completions_from_proto(response)[0]
+        return completion_from_proto(response)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request with finish reason abort; False where none with this id is active."""

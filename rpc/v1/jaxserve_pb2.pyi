@@ -212,16 +212,18 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue", "prefill", "decode", "total")
+    __slots__ = ("queue", "prefill", "decode", "total", "first_token")
     QUEUE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     queue: float
     prefill: float
     decode: float
     total: float
-    def __init__(self, queue: _Optional[float] = ..., prefill: _Optional[float] = ..., decode: _Optional[float] = ..., total: _Optional[float] = ...) -> None: ...
+    first_token: float
+    def __init__(self, queue: _Optional[float] = ..., prefill: _Optional[float] = ..., decode: _Optional[float] = ..., total: _Optional[float] = ..., first_token: _Optional[float] = ...) -> None: ...
 
 class GenerateOnceResponse(_message.Message):
     __slots__ = ("request_id", "outputs", "usage", "timings", "seed")
@@ -332,7 +334,7 @@ class Device(_message.Message):
     def __init__(self, platform: _Optional[str] = ..., kind: _Optional[str] = ..., jax_version: _Optional[str] = ..., attention: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_context", "slots", "max_waiting", "max_request_bytes", "stream_buffer_tokens", "max_logprobs", "max_logit_bias", "max_stop_strings", "max_stop_string_length", "max_stop_token_ids", "max_request_id_length")
+    __slots__ = ("max_context", "slots", "max_waiting", "max_request_bytes", "stream_buffer_tokens", "max_logprobs", "max_logit_bias", "max_stop_strings", "max_stop_string_length", "max_stop_token_ids", "max_request_id_length", "max_n")
     MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -344,6 +346,7 @@ class Limits(_message.Message):
     MAX_STOP_STRING_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_ID_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    MAX_N_FIELD_NUMBER: _ClassVar[int]
     max_context: int
     slots: int
     max_waiting: int
@@ -355,7 +358,8 @@ class Limits(_message.Message):
     max_stop_string_length: int
     max_stop_token_ids: int
     max_request_id_length: int
-    def __init__(self, max_context: _Optional[int] = ..., slots: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., stream_buffer_tokens: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_length: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ..., max_request_id_length: _Optional[int] = ...) -> None: ...
+    max_n: int
+    def __init__(self, max_context: _Optional[int] = ..., slots: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., stream_buffer_tokens: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_length: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ..., max_request_id_length: _Optional[int] = ..., max_n: _Optional[int] = ...) -> None: ...
 
 class GetLoadsRequest(_message.Message):
     __slots__ = ()

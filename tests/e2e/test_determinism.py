@@ -3,12 +3,13 @@ cut, after a prefix hit, after preemption, synchronous or not."""
 
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jaxserve.engine import Engine, RequestStream, collect
-from jaxserve.request import Completion, OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request import Completion, OutputParams, Request, SamplingParams, StoppingParams, output_seed
 
 FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
 REQUESTS = 48
@@ -29,6 +30,7 @@ def make_request(number: int, **fields: str) -> Request:
             temperature=0.7, seed=number, frequency_penalty=0.5, repetition_penalty=1.3, logit_bias={5: 3.0}
         ),
     )[number % 4]
+    sampling = replace(sampling, n=random_.choice((1, 1, 3)))
     output = random_.randint(1, 40)
     return Request(
         token_ids=(*prefix, *own),
@@ -39,8 +41,18 @@ def make_request(number: int, **fields: str) -> Request:
     )
 
 
-def outcome(completion: Completion) -> tuple:
-    return completion.token_ids, completion.logprobs, completion.finish_reason
+def outcome(completion: Completion) -> list[tuple]:
+    return [(output.token_ids, output.logprobs, output.finish_reason) for output in completion.outputs]
+
+
+def alone(engine: Engine, number: int) -> list[tuple]:
+    """What each sequence of a request gives when it is asked for by itself."""
+    request = make_request(number)
+    sequences = [
+        replace(request, request_id=f"alone-{index}", sampling=replace(request.sampling, n=1, seed=seed))
+        for index, seed in enumerate(output_seed(number, index) for index in range(request.sampling.n))
+    ]
+    return [outcome(completion)[0] for completion in engine.generate(sequences)]
 
 
 @pytest.mark.parametrize(("dtype", "host_cache_bytes"), [("float32", 0), ("bfloat16", 1 << 20)])
@@ -48,7 +60,7 @@ def outcome(completion: Completion) -> tuple:
 def test_thousands_of_requests_in_random_schedules_give_their_solo_bits(family: str, dtype: str, host_cache_bytes: int):
     shape = {"model": str(FAMILIES / family), "dtype": dtype, "max_context": 160}
     with Engine(**shape, slots=1, prefill_chunks=(160,), prefix_cache=False, pipeline_depth=0) as solo:
-        alone = [outcome(solo.generate([make_request(number)])[0]) for number in range(REQUESTS)]
+        expected = [alone(solo, number) for number in range(REQUESTS)]
     mismatches, cached, cancelled = 0, 0, 0
     random_ = random.Random(5)
     crowded = {"slots": 7, "small_slots": 3, "prefill_chunks": (16, 48), "num_pages": 18, "page_size": 16}
@@ -60,8 +72,8 @@ def test_thousands_of_requests_in_random_schedules_give_their_solo_bits(family: 
             number, stream = waiting.pop(0)
             completion = collect(stream)
             cached += completion.usage.cached_tokens
-            if completion.finish_reason != "abort":
-                mismatches += outcome(completion) != alone[number]
+            if all(output.finish_reason != "abort" for output in completion.outputs):
+                mismatches += outcome(completion) != expected[number]
 
         for _ in range(SUBMISSIONS):
             number = random_.randrange(REQUESTS)

@@ -186,7 +186,7 @@ class ScriptedEngine:
 
     def _validated(self, request: Request) -> list[int]:
         request.validate()
-        request.sampling.validate(VOCAB_SIZE)
+        request.sampling.validate(VOCAB_SIZE, max_n=1)
         request.stopping.validate(VOCAB_SIZE, self.model_config.eos_ids)
         request.output.validate()
         if request.model not in (None, self.model_name):
@@ -304,7 +304,7 @@ class ScriptedEngine:
         if wanted.logprobs is not None:
             logprobs = [TokenLogprob(token, -0.5, tuple((rank, -0.5 - rank) for rank in range(wanted.logprobs)))]
         ids = [token] if wanted.return_token_ids else []
-        unread = active.stream.push(ids, chr(token) if wanted.return_text else "", logprobs)
+        unread = active.stream.push(0, ids, chr(token) if wanted.return_text else "", logprobs)
         if unread > self.config.stream_buffer_tokens:
             active.cancelled = True
 
@@ -315,7 +315,7 @@ class ScriptedEngine:
             0,
             reason,
             Usage(len(active.prompt), 0, active.made),
-            Timings(0.001, 0.002, 0.003, time.monotonic() - active.arrival),
+            Timings(0.001, 0.002, 0.003, time.monotonic() - active.arrival, 0.003),
             error="a scripted failure" if reason is FinishReason.ERROR else None,
         )
         self.statistics.on_finish(id(active), finished)

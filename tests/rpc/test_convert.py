@@ -73,7 +73,7 @@ def test_a_zero_that_is_set_is_not_unset() -> None:
     assert request_from_proto(pb.GenerateRequest(text="a", stopping=pb.Stopping(max_tokens=0))).stopping.max_tokens == 0
 
 
-USAGE, TIMINGS = Usage(10, 4, 3), Timings(0.25, 0.5, 1.0, 1.75)
+USAGE, TIMINGS = Usage(10, 4, 3), Timings(0.25, 0.5, 1.0, 1.75, 0.75)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 import pytest
 from serving import ROOT, back_to_the_start, lent, serving
 
-from jaxserve.request import Delta, FinishReason, InvalidRequest, OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.completion import CompletionBuilder
+from jaxserve.request import (
+    Delta,
+    Finished,
+    FinishReason,
+    InvalidRequest,
+    OutputParams,
+    Request,
+    SamplingParams,
+    StoppingParams,
+)
 from rpc.client import AsyncClient
 
 if TYPE_CHECKING:
@@ -68,6 +78,30 @@ async def test_streams_at_once_give_the_tokens_the_engine_gives(engine: "Engine"
     assert expected[0].logprobs is not None
     for got, want in zip(once.logprobs, expected[0].logprobs, strict=True):
         assert got.logprob == pytest.approx(want.logprob, abs=1e-4)  # float32 on the wire
+
+
+async def test_every_sequence_of_a_request_arrives_and_ends_once(engine: "Engine") -> None:
+    fields = {"n": 4, "seed": 11, "max_tokens": 10, "ignore_eos": True}
+    (expected,) = await asyncio.to_thread(lambda: engine.generate(["The tide"], **fields))
+    async with served(engine) as client:
+        generation = client.generate("The tide", **fields)
+        builder = CompletionBuilder(generation.request_id)
+        ended = []
+        async for event in generation.events():
+            builder.add(event)
+            if isinstance(event, Finished):
+                ended.append(event.index)
+        once = await client.generate_once("The tide", **fields)
+        assert sorted(ended) == [0, 1, 2, 3]
+        assert builder.build().outputs == expected.outputs == once.outputs
+        assert once.usage.completion_tokens == expected.usage.completion_tokens == 40
+        assert once.usage.prompt_tokens == expected.usage.prompt_tokens
+        assert (once.seed, generation.started and generation.started.seed) == (11, 11)
+        with pytest.raises(InvalidRequest, match=r"sampling\.n|\[1, 96\]") as caught:
+            await client.generate_once("The tide", n=10**9)
+        assert caught.value.field == "n"
+        async for _ in client.generate("The tide", n=4, ignore_eos=True):
+            break  # leaves all four
 
 
 async def test_a_short_request_is_done_long_before_its_long_neighbours(engine: "Engine") -> None:
