@@ -97,9 +97,9 @@ def test_the_loaded_steps_are_those_between_the_first_and_the_last_full_one():
 
 
 def test_latencies_of_a_stream():
-    times = StreamTimes(sent=10.0, arrivals=[10.5, 10.75, 11.5], token_ids=[1, 2, 3, 4, 5])
+    times = StreamTimes(sent=10.0, arrivals=[10.5, 10.75, 11.5], token_ids=[1, 2, 3, 4, 5], tokens=5)
     assert (times.first_token, times.total, times.per_token, times.gaps) == (0.5, 1.5, 0.25, [0.25, 0.75])
-    assert StreamTimes(sent=0.0, arrivals=[1.0], token_ids=[1]).per_token is None
+    assert StreamTimes(sent=0.0, arrivals=[1.0], token_ids=[1], tokens=1).per_token is None
 
 
 @pytest.mark.parametrize("config", [EngineConfig(), EngineConfig(slots=4, prefix_cache=False, max_context=64)])
@@ -119,15 +119,26 @@ def test_overlap_hides_the_host_behind_a_simulated_device():
     assert result["delivery_lag_ms_p50"] > 0 and result["short_p99_ratio"] > 0
 
 
-def test_a_served_engine_delivers_every_token():
+@pytest.mark.parametrize("protocol", ["grpc", "vllm", "http"])
+def test_a_served_engine_delivers_every_token(protocol: str):
     result = run_script(
         "bench_serving.py", "--simulated-step-ms", "2", "--slots", "8", "--concurrency", "4", "--rate", "200",
         "--rounds", "1", "--requests", "8", "--output-len", "8", "--prompt-len", "8", "--ttft-limit-ms", "60000",
+        "--protocol", protocol,
     )  # fmt: skip
     closed, poisson = result["loads"]
     assert (closed["concurrency"], poisson["rate"]) == (4, 200.0)
     assert closed["good_share"] == poisson["good_share"] == 1
     assert closed["output_tokens_per_s"] > 0 and closed["ttft_ms_p99"] >= closed["ttft_ms_p50"] > 0
+
+
+def test_every_token_comes_through_the_gateway_whose_time_is_told_apart():
+    result = run_script(
+        "bench_serving.py", "--simulated-step-ms", "2", "--slots", "8", "--concurrency", "4", "--rounds", "1",
+        "--requests", "8", "--output-len", "8", "--prompt-len", "8", "--through-smg",
+    )  # fmt: skip
+    assert result["output_tokens_per_s"] > 0 and result["ttft_ms_p50"] > 0
+    assert min(result["gateway_cpu_s"], result["server_cpu_s"], result["client_cpu_s"]) >= 0
 
 
 def test_absent_peers_are_named():

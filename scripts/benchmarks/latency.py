@@ -20,6 +20,8 @@ class StreamTimes:
     arrivals: list[float] = field(default_factory=list)
     """Of each message with tokens."""
     token_ids: list[int] = field(default_factory=list)
+    tokens: int = 0
+    """Generated, as the usage says: not every protocol sends token ids."""
     ended: float = 0.0
     """When the terminal message came."""
     finished: Finished | None = None
@@ -28,7 +30,8 @@ class StreamTimes:
 
     def to_json(self) -> dict[str, float | list[float] | list[int]]:
         """What of it passes between processes, which share the clock."""
-        return {"sent": self.sent, "arrivals": self.arrivals, "token_ids": self.token_ids, "ended": self.ended}
+        shared = ("sent", "arrivals", "token_ids", "tokens", "ended")
+        return {name: getattr(self, name) for name in shared}
 
     @property
     def first_token(self) -> float:
@@ -43,7 +46,7 @@ class StreamTimes:
     @property
     def per_token(self) -> float | None:
         """Mean seconds of a token after the first: TPOT; None for a single token."""
-        count = len(self.token_ids)
+        count = self.tokens
         return (self.arrivals[-1] - self.arrivals[0]) / (count - 1) if count > 1 else None
 
     @property
@@ -75,11 +78,12 @@ async def follow(
     times = StreamTimes(sent) if times is None else times
     async for event in events:
         now = time.monotonic()
-        if isinstance(event, Delta) and event.token_ids:
+        # Text alone counts where a protocol sends no ids; else it is what was held back of tokens that have come.
+        if isinstance(event, Delta) and (event.token_ids or (event.text and not times.token_ids)):
             times.arrivals.append(now)
             times.token_ids += event.token_ids
         elif isinstance(event, Finished):
-            times.ended, times.finished = now, event
+            times.ended, times.finished, times.tokens = now, event, event.usage.completion_tokens
             times.terminals += 1
             if event.error is not None:
                 raise RuntimeError(f"request {event.request_id} failed: {event.error}")

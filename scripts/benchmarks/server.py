@@ -56,7 +56,10 @@ class ServerProcess:
         )
         self.address = str(self._await("listening")["address"])
         self.http_address = str(self._await("listening")["address"])
-        self.ready_seconds = float(str(self._await("ready")["seconds"]))
+        ready = self._await("ready")
+        self.model = str(ready["model"])
+        """The name that requests use."""
+        self.ready_seconds = float(str(ready["seconds"]))
         """From the start of the server to its readiness, as it says."""
         self._processes = process_tree(self._process.pid)
 

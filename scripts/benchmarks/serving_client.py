@@ -1,8 +1,9 @@
 """The client of a served engine, a process of its own: loads in, the times of their streams out, a JSON line each.
 
-    python -m benchmarks.serving_client ADDRESS
+    python -m benchmarks.serving_client URL
 
-A load is {"prompts": [[token id]], "output_len", "return_text"} with "concurrency" (a closed loop: so many streams are
+The URL is grpc://HOST:PORT, vllm://HOST:PORT or http://HOST:PORT. A load is {"model", "prompts": [[token id], or text],
+"output_len", "return_text"} with "concurrency" (a closed loop: so many streams are
 open, and where one ends the next begins) or "rate" (an open loop: requests a second, at the times of a Poisson process
 drawn from "seed", however slow the server is). The answer has the `streams`, how `late` the open loop sent, and this
 process's `cpu_seconds`.
@@ -13,20 +14,26 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterable
+from dataclasses import replace
 
 from benchmarks.latency import at_times, closed_loop, follow, poisson_times
+from benchmarks.load.targets import Address, Target, connect
 from benchmarks.workload import greedy_request
 from jaxserve.request import Event, Request
-from rpc.client import AsyncClient
 
 
-async def run_load(client: AsyncClient, load: dict) -> dict:
+def request_of(load: dict, prompt: str | list[int]) -> Request:
+    """A request of a load."""
+    given = prompt if isinstance(prompt, str) else tuple(prompt)
+    return replace(greedy_request(given, load["output_len"], return_text=load["return_text"]), model=load.get("model"))
+
+
+async def run_load(target: Target, load: dict) -> dict:
     """One load."""
-    text = load["return_text"]
-    requests = [greedy_request(tuple(prompt), load["output_len"], return_text=text) for prompt in load["prompts"]]
+    requests = [request_of(load, prompt) for prompt in load["prompts"]]
 
     def send(request: Request) -> AsyncIterable[Event]:
-        return client.generate(request).events()
+        return target.send(request, timeout=None)
 
     cpu = time.process_time()
     if "rate" in load:
@@ -42,13 +49,12 @@ async def run_load(client: AsyncClient, load: dict) -> dict:
     }
 
 
-async def answer_loads(address: str) -> None:
+async def answer_loads(url: str) -> None:
     """Answers loads until the input ends."""
-    async with AsyncClient(address) as client:
-        await client.wait_until_ready()
+    async with connect(Address(url)) as target:
         print(json.dumps({"ready": True}), flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
-            print(json.dumps(await run_load(client, json.loads(line))), flush=True)
+            print(json.dumps(await run_load(target, json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import random
 
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.tokenizer import Tokenizer
 
 FIRST_TEXT_ID = 17
 """Token ids below this are special in SmolLM2."""
@@ -12,6 +13,14 @@ def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[
     """Prompts of random token ids: they share no prefix with each other or with those of another seed."""
     random_ = random.Random(seed)
     return [tuple(random_.randrange(FIRST_TEXT_ID, vocab_size) for _ in range(length)) for _ in range(count)]
+
+
+def random_texts(count: int, length: int, tokenizer: Tokenizer, seed: int) -> list[str]:
+    """Prompts of random words, each one token with the space before it: `length` tokens, where no ids can be sent."""
+    random_ = random.Random(seed)
+    texts = [data.decode("ascii", "ignore") for data in tokenizer.text_bytes]
+    words = [text for text in texts if text.startswith(" ") and text[1:].isalpha()]
+    return ["".join(random_.choices(words, k=length)) for _ in range(count)]
 
 
 def greedy_request(

@@ -81,7 +81,7 @@ class Gauges:
 async def open_gauges(address: Address) -> AsyncGenerator[Gauges | None]:
     """The gauges of a server that is ready; None where it has none that can be read. Raises TimeoutError where none is
     ready in time."""
-    if address.scheme.startswith("grpc"):
+    if address.is_grpc:
         async with address.grpc_client() as client:
             await client.wait_until_ready(READY_TIMEOUT)
 

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
+import grpc.aio
+from smg_grpc_proto.generated import vllm_engine_pb2, vllm_engine_pb2_grpc
+
 from jaxserve.request import Delta, EngineUnavailable, Event, Finished, FinishReason, QueueFull, Request, Timings, Usage
 from rpc.client import AsyncClient, Credentials
+from rpc.client.calls import CHANNEL_OPTIONS, mapped_errors
 
 if TYPE_CHECKING:
     import aiohttp
@@ -21,7 +25,7 @@ class Address:
     """Where a server is, and what opens it."""
 
     url: str
-    """grpc://HOST:PORT, grpcs://, http:// or https://"""
+    """grpc://HOST:PORT, grpcs://, vllm:// (the protocol of smg's workers), http:// or https://"""
     api_key: str | None = None
     root_certificates: str | None = None
 
@@ -33,8 +37,14 @@ class Address:
     def check(self) -> None:
         """Raises ValueError for what is no such URL."""
         parts = urlsplit(self.url)
-        if self.scheme not in ("grpc", "grpcs", "http", "https") or parts.hostname is None or parts.port is None:
-            raise ValueError(f"{self.url!r}: must be grpc://HOST:PORT, grpcs://, http:// or https://")
+        known = ("grpc", "grpcs", "vllm", "http", "https")
+        if self.scheme not in known or parts.hostname is None or parts.port is None:
+            raise ValueError(f"{self.url!r}: must be SCHEME://HOST:PORT, the scheme one of {', '.join(known)}")
+
+    @property
+    def is_grpc(self) -> bool:
+        """Whether it is the gRPC side of a server, in whichever protocol."""
+        return self.scheme in ("grpc", "grpcs", "vllm")
 
     def grpc_client(self) -> AsyncClient:
         """A client of its gRPC side."""
@@ -61,6 +71,45 @@ class GrpcTarget:
     def send(self, request: Request, timeout: float | None) -> AsyncGenerator[Event]:
         """As `Target.send`; the deadline travels with the call."""
         return self._client.generate(request, timeout=timeout).events()
+
+
+class VllmTarget:
+    """`vllm.grpc.engine.VllmEngine.Generate`, streamed."""
+
+    def __init__(self, channel: grpc.aio.Channel):
+        self._generate = vllm_engine_pb2_grpc.VllmEngineStub(channel).Generate
+
+    async def send(self, request: Request, timeout: float | None) -> AsyncGenerator[Event]:
+        """As `Target.send`; the deadline travels with the call."""
+        call = self._generate(_vllm_request(request), timeout=timeout)
+        try:
+            with mapped_errors():
+                async for response in call:
+                    if response.HasField("chunk"):
+                        yield Delta(request.request_id, 0, tuple(response.chunk.token_ids))
+                        continue
+                    done = response.complete
+                    usage = Usage(done.prompt_tokens, done.cached_tokens, done.completion_tokens)
+                    reason = FinishReason(done.finish_reason)
+                    yield Finished(request.request_id, 0, reason, usage, Timings(0.0, 0.0, 0.0, 0.0))
+        finally:
+            call.cancel()
+
+
+def _vllm_request(request: Request) -> vllm_engine_pb2.GenerateRequest:
+    message = vllm_engine_pb2.GenerateRequest(request_id=request.request_id, stream=True)
+    if request.token_ids is None:
+        message.text = request.prompt or ""
+    else:
+        message.tokenized.input_ids.extend(request.token_ids)
+    params = message.sampling_params
+    params.temperature = request.sampling.temperature
+    params.ignore_eos = request.stopping.ignore_eos
+    if request.stopping.max_tokens is not None:
+        params.max_tokens = request.stopping.max_tokens
+    if request.sampling.seed is not None:
+        params.seed = request.sampling.seed
+    return message
 
 
 class HttpTarget:
@@ -98,6 +147,7 @@ class HttpTarget:
 
 def _body(request: Request) -> dict[str, object]:
     return {
+        "model": request.model,
         "prompt": request.prompt if request.token_ids is None else list(request.token_ids),
         "max_tokens": request.stopping.max_tokens,
         "ignore_eos": request.stopping.ignore_eos,
@@ -147,6 +197,14 @@ async def _grpc_target(address: Address) -> AsyncGenerator[Target]:
         yield GrpcTarget(client)
 
 
+@asynccontextmanager
+async def _vllm_target(address: Address) -> AsyncGenerator[Target]:
+    async with grpc.aio.insecure_channel(urlsplit(address.url).netloc, options=CHANNEL_OPTIONS) as channel:
+        yield VllmTarget(channel)
+
+
 def connect(address: Address) -> AbstractAsyncContextManager[Target]:
     """The target at an address, while the context lasts."""
-    return _grpc_target(address) if address.scheme.startswith("grpc") else _http_target(address)
+    if address.scheme == "vllm":
+        return _vllm_target(address)
+    return _grpc_target(address) if address.is_grpc else _http_target(address)
