@@ -205,6 +205,8 @@ class StepLoop:
             given_slots=[slot for slot, _ in plan.new_owners],
             taken_slots=plan.taken_slots,
             freed_slots=_freed_slots(plan, retired.outputs),
+            slots=plan.slots,
+            prompt_slots=[plan.slots[piece.row] for piece in plan.pieces],
         )
         self._unpublished = (retired, record)
 

@@ -152,6 +152,10 @@ class StepRecord:
     """Slots whose owner takes part for the first time."""
     freed_slots: list[int]
     """Slots whose owner got its last token from it."""
+    slots: list[int] = field(default_factory=list)
+    """Slots that took part."""
+    prompt_slots: list[int] = field(default_factory=list)
+    """Of these, the ones whose owner had tokens of its prompt computed."""
 
 
 @dataclass(frozen=True, slots=True)

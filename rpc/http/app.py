@@ -3,12 +3,14 @@
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -21,6 +23,7 @@ from rpc.http.chat import ChatAnswer, parse_chat
 from rpc.http.errors import HttpError, error_of
 from rpc.http.generation import Generation
 from rpc.http.guard import HttpGuard
+from rpc.http.live import LiveFeed
 from rpc.http.openapi import description
 from rpc.http.schema import Asked, parse_completion
 from rpc.lifecycle import Lifecycle, State
@@ -30,6 +33,15 @@ from rpc.security.access import Access
 from rpc.served_engine import ServedEngine
 
 Parse = Callable[[Mapping[str, object], ServedEngine], Asked]
+
+_PAGE = Path(__file__).with_name("page.html")
+_PAGE_HEADERS = {
+    # The page is one file and fetches nothing but the feed.
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "cache-control": "no-cache",
+    "x-content-type-options": "nosniff",
+}
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,100}")
 """An `x-request-id` that is taken over: visible ASCII, short enough for the engine's ids."""
@@ -78,10 +90,13 @@ class HttpFront:
         self.runner = runner
         self.max_body_bytes = max_body_bytes
         self._began = int(time.time())
+        self._feed = LiveFeed(lifecycle)
         self._description = description(installed_version("jaxserve"), needs_key=access.keys is not None)
         routes = Starlette(
             routes=[
                 *probes(lifecycle, metrics),
+                Route("/", _page, methods=["GET"]),
+                Route("/live", self._live, methods=["GET"]),
                 Route("/openapi.json", self._openapi, methods=["GET"]),
                 Route("/v1/models", self._models, methods=["GET"]),
                 Route("/v1/models/{model:path}", self._model, methods=["GET"]),
@@ -98,6 +113,12 @@ class HttpFront:
         self.app = HttpGuard(routes, access)
 
     # Beside generating
+
+    async def _live(self, request: Request) -> Response:
+        frames = self._feed.frames()
+        first = await anext(frames)  # what refuses a viewer must do so before the status is sent
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        return StreamingResponse(_chain(first, frames), headers=headers, media_type="text/event-stream")
 
     async def _openapi(self, request: Request) -> Response:
         return JSONResponse(self._description)
@@ -121,6 +142,17 @@ class HttpFront:
             "owned_by": "jaxserve",
             "max_model_len": engine.max_context,
         }
+
+
+async def _chain(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for one in rest:
+            yield one
+
+
+async def _page(request: Request) -> Response:
+    return FileResponse(_PAGE, media_type="text/html", headers=_PAGE_HEADERS)
 
 
 class GenerateEndpoint:

@@ -11,6 +11,7 @@ OPEN_PATHS = frozenset(
         "/vllm.grpc.engine.VllmEngine/HealthCheck",
         "/jetstream_proto.Orchestrator/HealthCheck",
         "/health",
+        "/",
     }
 )
 """What probes ask, and what needs no key: gRPC methods and HTTP paths. They say whether the server serves, no more."""
