@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from pallas_kernels.cpu_native import NativePagedAttention
 from pallas_kernels.interface import AttentionNeeds, PagedAttention
+from pallas_kernels.mosaic_tpu import MosaicTpuPagedAttention
 from pallas_kernels.native_build import NativeUnavailable
 from pallas_kernels.reference import ReferencePagedAttention
 from pallas_kernels.xla import XlaPagedAttention
@@ -20,7 +21,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[], PagedAttention]]] = {
         "cpu_xla": lambda: XlaPagedAttention("cpu_xla"),
         "reference": ReferencePagedAttention,
     },
-    "tpu": {"xla": XlaPagedAttention, "reference": ReferencePagedAttention},
+    "tpu": {"mosaic_tpu": MosaicTpuPagedAttention, "xla": XlaPagedAttention, "reference": ReferencePagedAttention},
     "cuda": {"xla": XlaPagedAttention, "reference": ReferencePagedAttention},
 }
 """Of each platform, its implementations by name, the preferred first."""

@@ -1,0 +1,218 @@
+"""One kernel writes pages in place, one attends; here a call's operands are brought into their forms, and back.
+
+Decode rows and the prompt chunk are two calls of each kernel: for decode a tile is a token, for a chunk it is as many
+as fill the matrix unit's rows.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.interface import (
+    Attended,
+    AttentionNeeds,
+    LayerCache,
+    check_cache,
+    check_operands,
+    stored_form,
+)
+from pallas_kernels.mosaic_tpu.attend import Kernel, Scoring, attend
+from pallas_kernels.mosaic_tpu.layout import LANES, PageLayout, page_layout
+from pallas_kernels.mosaic_tpu.work import AttendUnits, chunk_units, chunk_writes, decode_units, decode_writes
+from pallas_kernels.mosaic_tpu.write import write_pages
+
+TILE_QUERIES = 256
+"""Queries of a kv head that a chunk's tile has about: twice the rows of the matrix unit."""
+SUBLANES = 16
+"""Queries are padded to a multiple of this: the rows of a bfloat16 tile in registers."""
+TABLE_ENTRIES = 1 << 17
+"""Page numbers that a call of the kernel reads from scalar memory, which has 1 MiB: half of it."""
+
+
+@dataclass(frozen=True)
+class MosaicTpuPagedAttention:
+    """Keys and values [num_pages, kv_heads, page_size, lanes], as `layout.PageLayout` tells.
+
+    A token whose value is not finite gets a key of NaN and a value of zero: it poisons those that see it, as it should,
+    and nobody else, since zero times it is zero.
+    """
+
+    name: str = "mosaic_tpu"
+    kv_head_axis: int | None = 1
+    block_tokens: int = 512
+    """Keys that one step of the softmax takes, at most."""
+    interpret: object = False
+    """As of `pl.pallas_call`."""
+
+    def missing(self, needs: AttentionNeeds) -> str | None:
+        """See `PagedAttention.missing`: nothing is."""
+        return None
+
+    def cache_layout(
+        self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> LayerCache:
+        """See `layout.PageLayout`."""
+        return page_layout(num_pages, page_size, kv_heads, head_dim, dtype, self.block_tokens).cache(num_pages)
+
+    def write_and_attend(
+        self,
+        q: Float[Array, "token q_head head_dim"],
+        k: Float[Array, "token kv_head head_dim"],
+        v: Float[Array, "token kv_head head_dim"],
+        cache: LayerCache,
+        page_table: Int32[Array, "row max_pages"],
+        token_row: Int32[Array, " token"],
+        position: Int32[Array, " token"],
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Float32[Array, " q_head"] | None = None,
+    ) -> Attended:
+        """See `PagedAttention.write_and_attend`."""
+        check_operands(q, k, v, page_table, token_row, position, sinks)
+        num_pages, _, page_size, _ = cache.k_pages.shape
+        layout = page_layout(num_pages, page_size, k.shape[1], k.shape[2], cache.k_pages.dtype, self.block_tokens)
+        check_cache(cache, layout.cache(num_pages))
+        rows, max_pages = page_table.shape
+        scoring = Scoring(scale, sliding_window, softcap)
+        new = _new_tokens(k, v, layout)
+        of_rows, of_chunk = slice(0, rows), slice(rows, None)
+        has_chunk = q.shape[0] > rows
+
+        units = decode_writes(token_row[of_rows], position[of_rows], page_table, page_size)
+        cache = write_pages(cache, _row_forms(new, rows), units, interpret=self.interpret)
+        if has_chunk:
+            units, source = chunk_writes(token_row[of_chunk], position[of_chunk], page_table, page_size)
+            cache = write_pages(cache, _page_forms(new, rows + source, layout), units, interpret=self.interpret)
+
+        compute_dtype = jnp.promote_types(q.dtype, jnp.bfloat16) if layout.quantized else layout.dtype
+        attending = _Attending(layout, scoring, compute_dtype, sinks, self.interpret)
+        outs = [
+            attending.rows(q[group], cache, page_table[group], token_row[group], position[group])
+            for group in _row_groups(rows, max_pages)
+        ]
+        if has_chunk:
+            part = (q[of_chunk], cache, page_table, token_row[of_chunk], position[of_chunk])
+            outs.append(attending.chunk(*part))
+        return Attended(jnp.concatenate(outs), cache)
+
+
+def _row_groups(rows: int, max_pages: int) -> list[slice]:
+    """The rows that a call of the kernel serves: those whose page tables fit scalar memory together."""
+    if max_pages > TABLE_ENTRIES:
+        raise ValueError(f"max_pages must be at most {TABLE_ENTRIES} on a TPU, got {max_pages}")
+    size = TABLE_ENTRIES // max_pages
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+@dataclass(frozen=True)
+class _Attending:
+    """What the calls of the attention kernel have in common."""
+
+    layout: PageLayout
+    scoring: Scoring
+    compute_dtype: np.dtype
+    sinks: Array | None
+    interpret: object
+
+    def rows(self, q: Array, cache: LayerCache, page_table: Array, token_row: Array, position: Array) -> Array:
+        """The output of decode rows, one token each."""
+        units = decode_units(token_row, position, self.scoring.sliding_window)
+        return self._attend(q, cache, page_table, units, tile=1)
+
+    def chunk(self, q: Array, cache: LayerCache, page_table: Array, token_row: Array, position: Array) -> Array:
+        """The output of a chunk's tokens."""
+        tokens, q_heads, _ = q.shape
+        tile = _chunk_tile(tokens, q_heads // self.layout.kv_heads)
+        padding = -tokens % tile
+        q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
+        token_row = jnp.pad(token_row, (0, padding), constant_values=-1)
+        position = jnp.pad(position, (0, padding))
+        out = jnp.zeros_like(q)
+        for group in _row_groups(*page_table.shape):
+            own = (token_row >= group.start) & (token_row < group.stop)
+            group_row = jnp.where(own, token_row - group.start, -1)
+            units = chunk_units(group_row, position, tile, page_table.shape[0], self.scoring.sliding_window)
+            out = jnp.where(own[:, None, None], self._attend(q, cache, page_table[group], units, tile), out)
+        return out[:tokens]
+
+    def _attend(self, q: Array, cache: LayerCache, page_table: Array, units: AttendUnits, tile: int) -> Array:
+        tiles = _tiles(q, tile, self.layout)
+        sinks = None if self.sinks is None else _spread_sinks(self.sinks, tile, tiles)
+        kernel = Kernel(
+            self.layout, self.scoring, tile, page_table.shape[1], sinks is not None, jnp.dtype(self.compute_dtype)
+        )
+        out = attend(tiles, cache, page_table, units, kernel, sinks, interpret=self.interpret)
+        return _tokens(out, tile, q.shape[1], self.layout)
+
+
+def _chunk_tile(tokens: int, group: int) -> int:
+    """Tokens of a tile: the power of two, 8 or more, that makes about TILE_QUERIES queries with a group of heads."""
+    tile = 8
+    while tile < tokens and 2 * tile * group <= TILE_QUERIES:
+        tile *= 2
+    return tile
+
+
+def _tiles(
+    q: Float[Array, "token q_head head_dim"], tile: int, layout: PageLayout
+) -> Float[Array, "tile kv_head query lanes"]:
+    """The queries of each tile by kv head, a query head's side by side, padded to the hardware's tiles."""
+    kv_heads, group = layout.kv_heads, q.shape[1] // layout.kv_heads
+    tiles = q.reshape(-1, tile, kv_heads, group, q.shape[2]).transpose(0, 2, 3, 1, 4)
+    tiles = tiles.reshape(tiles.shape[0], kv_heads, group * tile, q.shape[2])
+    return jnp.pad(tiles, ((0, 0), (0, 0), (0, -tiles.shape[2] % SUBLANES), (0, layout.lanes - q.shape[2])))
+
+
+def _tokens(
+    out: Float[Array, "tile kv_head query lanes"], tile: int, q_heads: int, layout: PageLayout
+) -> Float[Array, "token q_head head_dim"]:
+    """The inverse of `_tiles`, of the lanes that hold values."""
+    kv_heads, head_dim, lane = layout.kv_heads, layout.head_dim, layout.value_lane
+    group = q_heads // kv_heads
+    out = out[:, :, : group * tile, lane : lane + head_dim].reshape(-1, kv_heads, group, tile, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(-1, q_heads, head_dim)
+
+
+def _spread_sinks(
+    sinks: Float32[Array, " q_head"], tile: int, tiles: Float[Array, "tile kv_head query lanes"]
+) -> Float32[Array, "kv_head query lanes"]:
+    """Each query's sink in all lanes."""
+    _, kv_heads, queries, _ = tiles.shape
+    spread = jnp.repeat(sinks.reshape(kv_heads, -1), tile, axis=1)
+    spread = jnp.pad(spread, ((0, 0), (0, queries - spread.shape[1])))
+    return jnp.broadcast_to(spread[..., None], (kv_heads, queries, LANES))
+
+
+def _row_forms(new: LayerCache, rows: int) -> LayerCache:
+    """The rows' tokens for `write_pages`, one a unit."""
+    return jax.tree.map(lambda array: jnp.expand_dims(array[:rows], 2), new)
+
+
+def _page_forms(new: LayerCache, source: Int32[Array, "unit page_size"], layout: PageLayout) -> LayerCache:
+    """The chunk's tokens for `write_pages`, a page a unit."""
+    pages = jax.tree.map(lambda array: jnp.moveaxis(array[source], 1, 2), new)
+    pad = layout.scale_lanes - layout.page_size
+    scales = [None if array is None else jnp.pad(array, ((0, 0), (0, 0), (0, pad))) for array in pages[2:]]
+    return LayerCache(*pages[:2], *scales)
+
+
+def _new_tokens(k: Array, v: Array, layout: PageLayout) -> LayerCache:
+    """Keys and values as the pages hold them, [token, kv_head, lanes]; scales [token, kv_head]."""
+    finite = jnp.isfinite(v).all(axis=-1, keepdims=True)
+    k, v = jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
+    new = stored_form(k, v, layout.dtype)
+    assert new.v_pages is not None
+    if layout.shared:
+        both = jnp.concatenate([new.k_pages, new.v_pages], axis=-1)
+        return new._replace(k_pages=_pad_lanes(both, layout.lanes), v_pages=None)
+    return new._replace(k_pages=_pad_lanes(new.k_pages, layout.lanes), v_pages=_pad_lanes(new.v_pages, layout.lanes))
+
+
+def _pad_lanes(array: Array, lanes: int) -> Array:
+    return jnp.pad(array, (*[(0, 0)] * (array.ndim - 1), (0, lanes - array.shape[-1])))
