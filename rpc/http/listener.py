@@ -43,6 +43,11 @@ class HttpListener:
         )
         self._ticking: asyncio.Task[None] | None = None
 
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._server.server_state.connections)
+
     async def start(self) -> None:
         """Binds the port and answers. Raises RuntimeError where the port cannot be had."""
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET

@@ -41,6 +41,6 @@ class RunningTime:
             looked, worked = now, work
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def resident_bytes(process: int | str = "self") -> int:
+    """Resident memory of a process, this one if none is named."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * 4096

@@ -1,0 +1,268 @@
+"""Overload, bad input, hostile bytes, slow readers and signals over HTTP, with the figures that are promised."""
+
+import asyncio
+import gzip
+import json
+import signal
+import socket
+from pathlib import Path
+
+import openai
+import pytest
+from http_serving import RawAnswer, exchange, http_serving, openai_client, post, request_bytes
+from running_time import RunningTime, resident_bytes
+from scripted_engine import ScriptedEngine, expected_ids
+from serving import ServerProcess, back_to_the_start, eventually, server_process
+
+from rpc.security.config import SecurityConfig
+from rpc.security.keys import add_key
+from rpc.server import ServerConfig
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+BODIES = {COMPLETIONS: {"prompt": "hi"}, CHAT: {"messages": [{"role": "user", "content": "hi"}]}}
+
+GET_HEALTH = b"GET /health HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
+
+
+@pytest.mark.asyncio
+async def test_100_requests_past_the_queues_limit_get_429_at_once_and_health_answers_all_the_while() -> None:
+    engine = ScriptedEngine(slots=8, max_waiting=16)
+    engine.paused.set()
+    async with http_serving(engine) as (server, address):
+        accepted = [asyncio.ensure_future(post(address, COMPLETIONS, {"prompt": "hi", "max_tokens": 3}))]
+        accepted += [
+            asyncio.ensure_future(post(address, COMPLETIONS, {"prompt": "x", "max_tokens": 3})) for _ in range(23)
+        ]
+        await eventually(lambda: engine.submitted == 24)
+        with RunningTime() as clock:
+
+            async def refused() -> tuple[RawAnswer, float]:
+                began = clock.seconds
+                return await post(address, COMPLETIONS, BODIES[COMPLETIONS]), clock.seconds - began
+
+            answers: list[tuple[RawAnswer, float]] = []
+            for _ in range(10):
+                answers += await asyncio.gather(*(refused() for _ in range(10)))
+                assert (await exchange(address, GET_HEALTH)).status == 200
+        engine.paused.clear()
+        assert {answer.status for answer, _ in answers} == {429}
+        assert {answer.headers["retry-after"] for answer, _ in answers} == {"1"}
+        assert {answer.error()["code"] for answer, _ in answers} == {"queue_full"}
+        assert max(seconds for _, seconds in answers) <= 0.1
+        assert {answer.status for answer in await asyncio.gather(*accepted)} == {200}
+        assert engine.submitted == 24
+        await back_to_the_start(engine, server)
+
+
+OUT_OF_RANGE = [
+    *[("max_tokens", value) for value in (-1, 0, 2**31, 1.5, "4", True)],
+    *[("temperature", value) for value in (-0.1, 101, "hot", [1])],
+    *[("top_p", value) for value in (0, -1, 1.5, {})],
+    *[("top_k", value) for value in (-2, 2**31)],
+    *[("n", value) for value in (0, -1, 10**9)],
+    *[("min_p", value) for value in (-1, 2)],
+    *[("seed", value) for value in (-1, 2**32, 10**400)],
+    *[
+        ("logit_bias", value)
+        for value in ({"256": 1}, {"x": 1}, {"1": 101}, [1], dict.fromkeys(map(str, range(300)), 0))
+    ],
+    *[("stop", value) for value in ([""], ["x" * 257], ["x"] * 17, 5, [None])],
+    *[("stop_token_ids", value) for value in ([-1], [256], ["a"], 3)],
+    *[("presence_penalty", value) for value in (-3, "x")],
+    ("min_tokens", -1),
+    ("repetition_penalty", 0),
+    ("priority", 2**40),
+    ("cache_salt", 7),
+    ("stream", "yes"),
+    ("ignore_eos", 1),
+    ("return_token_ids", 3),
+    ("user", 3),
+    ("response_format", {"type": "xml"}),
+]
+OF_COMPLETIONS = [
+    *[
+        ("prompt", value)
+        for value in ("", [], None, 5, [1, "a"], [[]], [[1], "a"], [300], [-1], [[300], [1]], ["x"] * 200)
+    ],
+    *[("logprobs", value) for value in (-1, 21, True, "2")],
+    ("best_of", 4),
+    ("echo", True),
+    ("suffix", "end"),
+]
+
+
+@pytest.mark.asyncio
+async def test_values_out_of_range_are_refused_by_name_at_once_and_nothing_is_queued() -> None:
+    engine = ScriptedEngine()
+    async with http_serving(engine) as (server, address):
+        with RunningTime() as clock:
+            for path, cases in ((COMPLETIONS, OUT_OF_RANGE + OF_COMPLETIONS), (CHAT, OUT_OF_RANGE)):
+                for name, value in cases:
+                    began = clock.seconds
+                    answer = await post(address, path, {**BODIES[path], name: value})
+                    assert answer.status == 400, (path, name, value, answer.body)
+                    param = answer.error()["param"]
+                    # A prompt of ids is one field here and another to the engine.
+                    assert param == name or (name, param) == ("prompt", "token_ids"), (name, value, answer.body)
+                    assert clock.seconds - began <= 0.05
+        assert engine.submitted == 0
+        # Of several prompts those before the one that is refused are cancelled.
+        assert (await post(address, COMPLETIONS, {"prompt": [[1], [300]]})).status == 400
+        await back_to_the_start(engine, server)
+
+
+@pytest.mark.asyncio
+async def test_not_a_number_and_infinities_are_no_json() -> None:
+    async with http_serving(ScriptedEngine()) as (_, address):
+        for word in (b"NaN", b"Infinity", b"-Infinity"):
+            answer = await exchange(address, request_bytes(COMPLETIONS, b'{"prompt": "a", "temperature": %s}' % word))
+            assert (answer.status, answer.error()["code"]) == (400, "invalid_json")
+        answer = await exchange(address, request_bytes(COMPLETIONS, b'{"prompt": "a", "temperature": 1e999}'))
+        assert (answer.status, answer.error()["param"]) == (400, "temperature")
+
+
+@pytest.mark.asyncio
+async def test_text_that_is_not_unicode_is_refused_and_nul_and_any_script_are_taken() -> None:
+    async with http_serving(ScriptedEngine()) as (_, address):
+        assert (await exchange(address, request_bytes(COMPLETIONS, b'{"prompt": "\xff\xfe"}'))).status == 400
+        for field in ("prompt", "stop", "cache_salt", "user"):
+            body = b'{"prompt": "a", "max_tokens": 1, "%s": "\\ud83d"}' % field.encode()
+            answer = await exchange(address, request_bytes(COMPLETIONS, body))
+            assert (answer.status, answer.error()["param"]) == (400, field)
+        for prompt in ("a\0b", "Grüße, 世界", "😀", "\u202e"):
+            answer = await post(address, COMPLETIONS, {"prompt": prompt, "max_tokens": 2})
+            assert answer.status == 200
+            assert json.loads(answer.body)["usage"]["prompt_tokens"] == len(prompt.encode())
+
+
+def test_hostile_bodies_and_heads_are_refused_and_cost_no_memory() -> None:
+    nested = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    bomb = gzip.compress(b"0" * (64 << 20))
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n".encode()
+    no_json = head.replace(b"application/json", b"text/plain") + b"connection: close\r\ncontent-length: 2\r\n\r\n{}"
+    cases = [
+        (400, request_bytes(COMPLETIONS, nested)),
+        (415, request_bytes(COMPLETIONS, bomb, "content-encoding: gzip")),
+        (413, head + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n0\r\n" * (3 << 20) + b"0\r\n\r\n"),
+        (413, head + b"content-length: 100000000\r\n\r\n"),
+        (415, no_json),
+        (431, head + b"a: " + b"x" * (1 << 20) + b"\r\n\r\n"),
+        (431, head + b"".join(b"h%d: " % n + b"y" * 1000 + b"\r\n" for n in range(100)) + b"\r\n"),
+        (431, b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nhost: test\r\n\r\n"),
+        (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 this is TLS\r\n\r\n"),
+        (400, request_bytes(COMPLETIONS, b"[1]")),
+        (400, request_bytes(COMPLETIONS, b'{"prompt": ' + b"9" * 5000 + b"}")),
+        (400, request_bytes(COMPLETIONS, b"")),
+    ]
+
+    async def scenario(server: ServerProcess) -> None:
+        address = server.http_address
+        for _ in range(3):
+            assert (await post(address, COMPLETIONS, {"prompt": "a" * 4000, "max_tokens": 1})).status == 200
+        before = resident_bytes(server.process.pid)
+        for status, data in cases:
+            answer = await exchange(address, data)
+            assert answer.status == status, (status, data[:80], answer)
+        assert resident_bytes(server.process.pid) - before <= 16 << 20
+        assert (await post(address, COMPLETIONS, {"prompt": "still", "max_tokens": 3})).status == 200
+
+    with server_process("def engine_factory(): return ScriptedEngine(max_context=8192)", http=True) as server:
+        server.report("ready")
+        asyncio.run(scenario(server))
+
+
+@pytest.mark.asyncio
+async def test_a_reader_that_reads_nothing_is_cut_off_and_its_pages_are_free() -> None:
+    engine = ScriptedEngine(step_time=0.0, max_context=1 << 22, stream_buffer_tokens=1 << 20)
+    async with http_serving(engine, ServerConfig(stall_limit=0.5)) as (server, address):
+        host, port = address.split(":")
+        stuck = socket.create_connection((host, int(port)))
+        stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stuck.sendall(request_bytes(COMPLETIONS, json.dumps({"prompt": "x", "stream": True}).encode()))
+        await eventually(lambda: engine.submitted == 1)
+        await back_to_the_start(engine, server)
+        assert (await post(address, COMPLETIONS, {"prompt": "y", "max_tokens": 3})).status == 200
+        assert server.http is not None
+        await eventually(lambda: server.http is not None and not server.http.connections)
+        stuck.close()
+
+
+@pytest.mark.asyncio
+async def test_every_route_but_the_probe_and_the_page_needs_a_key(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    key = add_key(keys, "acme")
+    async with http_serving(ScriptedEngine(), ServerConfig(security=SecurityConfig(api_keys=str(keys)))) as (
+        _,
+        address,
+    ):
+        closed = (
+            "/v1/models",
+            "/v1/models/scripted",
+            "/metrics",
+            "/live",
+            "/openapi.json",
+            "/nothing",
+            COMPLETIONS,
+            CHAT,
+        )
+        for path in closed:
+            for authorization in ("", "authorization: Bearer wrong\r\n", f"authorization: Basic {key}\r\n"):
+                get = f"GET {path} HTTP/1.1\r\nhost: test\r\n{authorization}\r\n".encode()
+                answer = await exchange(address, get)
+                assert (answer.status, answer.error()["code"]) == (401, "invalid_api_key")
+        for path in ("/health", "/"):
+            assert (await exchange(address, f"GET {path} HTTP/1.1\r\nconnection: close\r\n\r\n".encode())).status == 200
+        async with openai_client(address) as client:
+            with pytest.raises(openai.AuthenticationError):
+                await client.completions.create(model="scripted", prompt="x")
+            known = client.with_options(api_key=key)
+            assert (await known.completions.create(model="scripted", prompt="x", max_tokens=2)).choices[0].text == "ab"
+
+
+def test_sigterm_under_load_flips_health_first_refuses_new_requests_and_lets_streams_finish() -> None:
+    async def run(client: openai.AsyncOpenAI, count: int) -> int:
+        text = ""
+        stream = await client.completions.create(model="scripted", prompt="x", max_tokens=count, stream=True)
+        async for chunk in stream:
+            text += chunk.choices[0].text
+        assert text == bytes(expected_ids(count)).decode()
+        return count
+
+    async def scenario(server: ServerProcess) -> None:
+        async with openai_client(server.http_address) as client:
+            runs = [asyncio.ensure_future(run(client, 150 + number)) for number in range(8)]
+            metrics = b"GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
+            while (
+                b'num_requests_running{model_name="scripted"} 8.0'
+                not in (await exchange(server.http_address, metrics)).body
+            ):
+                await asyncio.sleep(0.01)
+            server.signal(signal.SIGTERM)
+            while (health := await exchange(server.http_address, GET_HEALTH)).status == 200:
+                await asyncio.sleep(0.005)
+            assert (health.status, json.loads(health.body)) == (503, {"status": "draining"})
+            assert not any(run.done() for run in runs)
+            with pytest.raises(openai.InternalServerError, match="draining") as late:
+                await client.completions.create(model="scripted", prompt="late")
+            assert late.value.status_code == 503
+            assert int(late.value.response.headers["retry-after"]) > 0
+            assert await asyncio.gather(*runs) == [150 + number for number in range(8)]
+
+    with server_process("def engine_factory(): return ScriptedEngine(step_time=0.02)", grace=60.0, http=True) as server:
+        server.report("ready")
+        asyncio.run(scenario(server))
+        assert server.exit_code() == 0
+
+
+def test_past_the_grace_a_stream_ends_with_an_error_and_the_exit_code_says_so() -> None:
+    with server_process("def engine_factory(): return ScriptedEngine(step_time=0.02)", grace=0.3, http=True) as server:
+        server.report("ready")
+        client = openai.OpenAI(base_url=f"http://{server.http_address}/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(model="scripted", prompt="x", stream=True)
+        next(stream)
+        server.signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="stopped before"):
+            for _ in stream:
+                pass
+        client.close()
+        assert server.exit_code() == 3
