@@ -1,13 +1,15 @@
 """`/metrics`, read by Prometheus' own parser."""
 
 import asyncio
+import json
+import re
 from dataclasses import replace
 
 import pytest
 from http_serving import exchange, http_serving, openai_client
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import ScriptedEngine
-from serving import eventually
+from serving import ROOT, eventually
 
 from rpc.client import AsyncClient
 from rpc.server import Server, ServerConfig
@@ -81,3 +83,12 @@ async def test_a_server_of_grpc_alone_has_them_on_a_port_of_their_own() -> None:
     assert (await read_metrics(address))["generation_tokens_total", ""] == 7
     assert (await exchange(address, GET_METRICS.replace(b"/metrics", b"/v1/models"))).status == 404
     await server.stop(grace=0.0)
+
+
+async def test_the_dashboard_asks_only_for_metrics_that_exist_and_for_each_of_them() -> None:
+    dashboard = json.loads((ROOT / "rpc/http/grafana.json").read_text())
+    asked = {name for panel in dashboard["panels"] for name in re.findall(r"jaxserve:(\w+)", json.dumps(panel))}
+    async with http_serving(ScriptedEngine()) as (_, address):
+        served = {name for name, _ in await read_metrics(address)}
+    assert asked <= served
+    assert NAMES - {"cache_config_info"} == {name.removesuffix("_bucket") for name in asked}

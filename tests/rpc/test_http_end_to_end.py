@@ -1,0 +1,97 @@
+"""SmolLM2 asked over HTTP: what arrives is what the engine gives."""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+from http_serving import openai_serving
+from serving import back_to_the_start, lent
+
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
+
+pytestmark = pytest.mark.asyncio
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name three colours."}]
+
+
+async def test_streams_and_whole_answers_have_the_tokens_and_logprobs_of_the_engine(engine: "Engine") -> None:
+    prompt, fields = "The lighthouse keeper wrote down", {"temperature": 0.0, "max_tokens": 12}
+    (expected,) = await asyncio.to_thread(engine.generate, [prompt], logprobs=2, **fields)
+    asked = {"model": engine.model_name, "prompt": prompt, "logprobs": 2, **fields}
+    body = {"return_token_ids": True}
+    async with openai_serving(lent(engine)) as (server, client):
+        whole, stream = await asyncio.gather(
+            client.completions.create(**asked, extra_body=body),
+            client.completions.create(**asked, extra_body=body, stream=True),
+        )
+        chunks = [chunk.choices[0] async for chunk in stream]
+        await back_to_the_start(engine, server)
+    choice = whole.choices[0]
+    assert expected.logprobs is not None
+    logprobs = [entry.logprob for entry in expected.logprobs]
+    for ids, text, values in (
+        (choice.model_extra["token_ids"], choice.text, choice.logprobs.token_logprobs),
+        (
+            [token for chunk in chunks for token in chunk.model_extra.get("token_ids", ())],
+            "".join(chunk.text for chunk in chunks),
+            [value for chunk in chunks if chunk.logprobs for value in chunk.logprobs.token_logprobs],
+        ),
+    ):
+        assert (tuple(ids), text) == (expected.token_ids, expected.text)
+        assert values == pytest.approx(logprobs, abs=1e-5)
+    assert "".join(choice.logprobs.tokens) == expected.text
+    assert choice.logprobs.text_offset == [
+        len("".join(choice.logprobs.tokens[:index])) for index in range(len(choice.logprobs.tokens))
+    ]
+    assert whole.usage.completion_tokens == expected.usage.completion_tokens
+
+
+async def test_a_chat_stops_where_the_engine_stops_and_counts_the_same(engine: "Engine") -> None:
+    fields = {"temperature": 0.0, "max_tokens": 40, "stop": [","]}
+    (expected,) = await asyncio.to_thread(engine.generate, [{"messages": CHAT}], **fields)
+    async with openai_serving(lent(engine)) as (_, client):
+        answer = await client.chat.completions.create(model=engine.model_name, messages=CHAT, **fields)
+    choice = answer.choices[0]
+    assert (choice.message.content, choice.finish_reason) == (expected.text, expected.finish_reason)
+    assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
+    assert answer.usage.completion_tokens == expected.usage.completion_tokens
+
+
+async def test_several_choices_of_one_prompt_are_those_of_the_seed_in_a_stream_too(engine: "Engine") -> None:
+    asked = {"model": engine.model_name, "messages": CHAT, "n": 3, "seed": 5, "max_tokens": 8, "temperature": 1.0}
+    async with openai_serving(lent(engine)) as (_, client):
+        whole = await client.chat.completions.create(**asked)
+        texts, prompt_tokens = ["", "", ""], 0
+        stream = await client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        async for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+            prompt_tokens = chunk.usage.prompt_tokens if chunk.usage else prompt_tokens
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) > 1
+    assert prompt_tokens == whole.usage.prompt_tokens  # counted once
+
+
+async def test_a_closed_connection_frees_the_pages_within_two_steps(engine: "Engine") -> None:
+    async with openai_serving(lent(engine)) as (server, client):
+        stream = await client.completions.create(
+            model=engine.model_name, prompt="The sea was", stream=True, extra_body={"ignore_eos": True}
+        )
+        async for _ in stream:
+            break
+        seen_at = asyncio.get_running_loop().create_future()
+        (call,) = server.calls._calls
+        assert call.stream is not None
+        cancel = call.stream.cancel
+
+        def cancelled() -> None:
+            if not seen_at.done():
+                seen_at.set_result(engine.loads().steps)
+            cancel()
+
+        call.stream.cancel = cancelled  # pyright: ignore[reportAttributeAccessIssue]
+        await stream.close()
+        steps = await seen_at
+        await back_to_the_start(engine, server)
+        assert engine.loads().steps - steps <= 2
