@@ -13,6 +13,7 @@ from jaxserve.checkpoints.parameters import Progress, load_params
 from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Quantization
+from jaxserve.sharding import Placement
 from jaxserve.tokenizer_source import TokenizerSource
 
 
@@ -22,13 +23,18 @@ class LoadedModel:
 
     graphdef: nnx.GraphDef
     params: nnx.State
-    """On the default device."""
+    """On the devices of `placement`."""
     config: ModelConfig
     tokenizer_source: TokenizerSource
+    placement: Placement
 
 
 def load_model(
-    path_or_name: str, dtype: str, quantization: Quantization = "none", progress: Progress | None = None
+    path_or_name: str,
+    dtype: str,
+    quantization: Quantization = "none",
+    progress: Progress | None = None,
+    placement: Placement | None = None,
 ) -> LoadedModel:
     """Loads a model by its name in `registry`, a `.gguf` file, a Hugging Face folder or a folder made by `convert`.
 
@@ -37,9 +43,12 @@ def load_model(
         dtype: of weights and activations, `bfloat16` or `float32`.
         quantization: `int8` quantizes the linear maps while they are loaded.
         progress: told what is being done, and the fraction of it.
+        placement: the devices that share the model; None takes the first.
 
-    Raises CheckpointError, before anything large is allocated.
+    Raises CheckpointError, or PlacementError where the devices cannot share the model, before anything large is
+    allocated.
     """
+    placement = placement or Placement.of_replica(0, 1)
     path = _resolve(path_or_name)
     progress = progress or (lambda what, fraction: None)
     if (path / DESCRIPTION).exists():
@@ -47,10 +56,11 @@ def load_model(
         from jaxserve.checkpoints.orbax import load_orbax
 
         progress("restoring weights", None)
-        return LoadedModel(*load_orbax(path, dtype, quantization))
+        return LoadedModel(*load_orbax(path, dtype, quantization, placement), placement)
     checkpoint = _open(path)
-    graphdef, params = load_params(checkpoint, dtype, quantization, progress)
-    return LoadedModel(graphdef, params, checkpoint.config, checkpoint.tokenizer_source)
+    placement.check(checkpoint.config)
+    graphdef, params = load_params(checkpoint, dtype, quantization, progress, placement)
+    return LoadedModel(graphdef, params, checkpoint.config, checkpoint.tokenizer_source, placement)
 
 
 def describe_model(path_or_name: str) -> tuple[ModelConfig, TokenizerSource]:

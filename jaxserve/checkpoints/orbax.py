@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxserve.models.layers import Quantization
 from jaxserve.models.llama import abstract_llama
 from jaxserve.models.parameters import named_parameters, with_values
 from jaxserve.models.quantize import quantize_params
+from jaxserve.sharding import Placement, in_shard_order
 from jaxserve.tokenizer_source import GGUFTokenizer, HuggingFaceTokenizer, TokenizerSource
 
 _VERSION = 1
@@ -85,25 +87,25 @@ def describe_orbax(folder: Path) -> tuple[ModelConfig, TokenizerSource, str, Qua
 
 
 def load_orbax(
-    folder: Path, dtype: str, quantization: Quantization
+    folder: Path, dtype: str, quantization: Quantization, placement: Placement
 ) -> tuple[nnx.GraphDef, nnx.State, ModelConfig, TokenizerSource]:
-    """Restores a folder straight into the parameters' types on the default device.
+    """Restores a folder straight into the parameters' types and shards.
 
     A folder in another floating-point type is cast; one in floating point is quantized where int8 is asked for. Raises
     CheckpointError naming the file or the parameter.
     """
     config, source, stored_dtype, stored_quantization = describe_orbax(folder)
+    placement.check(config)
     if stored_quantization not in ("none", quantization):
         raise CheckpointError(
             f"{folder}: holds {stored_quantization} weights; quantization {quantization!r} was asked for"
         )
     with ocp.Checkpointer(_handler()) as checkpointer:
-        graphdef, abstract = _checked_structure(folder, checkpointer, config, stored_dtype, stored_quantization)
-        if dtype != stored_dtype:
-            graphdef, abstract = abstract_llama(config, dtype, stored_quantization)
-        params = _restore(folder, checkpointer, abstract)
+        _check_structure(folder, checkpointer, config, stored_dtype, stored_quantization)
+        _, abstract = abstract_llama(config, dtype, stored_quantization)
+        params = _restore(folder, checkpointer, abstract, config, placement)
+    graphdef, _ = abstract_llama(config, dtype, quantization, shards=placement.shards)
     if quantization != stored_quantization:
-        graphdef, _ = abstract_llama(config, dtype, quantization)
         params = quantize_params(config, params)
     return graphdef, params, config, source
 
@@ -113,10 +115,10 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
 
 
-def _checked_structure(
+def _check_structure(
     folder: Path, checkpointer: ocp.Checkpointer, config: ModelConfig, dtype: str, quantization: Quantization
-) -> tuple[nnx.GraphDef, nnx.State]:
-    """The described model's structure and abstract parameters, compared with what is stored.
+) -> None:
+    """Compares the described model's parameters with what is stored.
 
     Orbax itself casts and pads without a word. Raises CheckpointError naming the parameter.
     """
@@ -126,8 +128,7 @@ def _checked_structure(
     stored = dict(metadata.tree)
     if config.num_layers > len(stored):
         raise CheckpointError(f"{folder}: has {len(stored)} parameters for {config.num_layers} layers")
-    graphdef, abstract = abstract_llama(config, dtype, quantization)
-    expected = named_parameters(abstract)
+    expected = named_parameters(abstract_llama(config, dtype, quantization)[1])
     for name in sorted(expected.keys() ^ stored.keys()):
         problem = "is missing" if name in expected else "has no place in the model"
         raise CheckpointError(f"{folder / _PARAMS}: parameter {name} {problem}")
@@ -138,13 +139,13 @@ def _checked_structure(
                 f"{folder / _PARAMS}: parameter {name} is {found[1]} of shape {found[0]}; "
                 f"{DESCRIPTION} asks for {wanted.dtype} of shape {wanted.shape}"
             )
-    return graphdef, abstract
 
 
-def _restore(folder: Path, checkpointer: ocp.Checkpointer, abstract: nnx.State) -> nnx.State:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _restore(
+    folder: Path, checkpointer: ocp.Checkpointer, abstract: nnx.State, config: ModelConfig, placement: Placement
+) -> nnx.State:
     targets = {
-        name: jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=sharding)
+        name: jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=placement.parameter(name))
         for name, target in named_parameters(abstract).items()
     }
     arguments = ocp.args.PyTreeRestore(item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets))
@@ -152,6 +153,11 @@ def _restore(folder: Path, checkpointer: ocp.Checkpointer, abstract: nnx.State) 
         restored = checkpointer.restore((folder / _PARAMS).absolute(), args=arguments)
     except Exception as error:  # Orbax wraps what TensorStore raises for damaged data in a bare Exception.
         raise CheckpointError(f"{folder / _PARAMS}: cannot be read: {error}") from error
+    if placement.tensor_parallel > 1:
+        # Stored in the order of one device, each device has read a share of that: fused rows change devices here.
+        for name, target in targets.items():
+            reorder = partial(in_shard_order, name=name, model=config, shards=placement.shards)
+            restored[name] = jax.jit(reorder, out_shardings=target.sharding)(restored[name])
     return with_values(abstract, restored)
 
 

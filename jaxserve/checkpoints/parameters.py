@@ -14,6 +14,7 @@ from jaxserve.models.layers import Quantization
 from jaxserve.models.llama import abstract_llama
 from jaxserve.models.parameters import named_parameters, with_values
 from jaxserve.models.quantize import quantize_weight, scale_name
+from jaxserve.sharding import Placement, in_shard_order
 
 Progress = Callable[[str, float | None], None]
 Source = tuple[str, tuple[int, ...]]
@@ -60,24 +61,29 @@ def parameter_sources(config: ModelConfig) -> dict[str, tuple[Source, ...]]:
 
 
 def load_params(
-    checkpoint: Checkpoint, dtype: str, quantization: Quantization, progress: Progress
+    checkpoint: Checkpoint, dtype: str, quantization: Quantization, progress: Progress, placement: Placement
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """A model's structure, and its parameters on the default device.
+    """A model's structure, and its parameters, each put straight into its shards.
 
     All names and shapes are checked before anything is allocated. On the host, one parameter a thread is held at a
     time. Raises CheckpointError naming the tensor.
     """
     check_tensors(checkpoint)
-    graphdef, abstract = abstract_llama(checkpoint.config, dtype, quantization)
+    config = checkpoint.config
+    graphdef, abstract = abstract_llama(config, dtype, quantization, shards=placement.shards)
     targets = named_parameters(abstract)
-    sources = parameter_sources(checkpoint.config)
+    sources = parameter_sources(config)
+
+    def put(name: str, dtype: np.dtype) -> jax.Array:
+        fused = read_fused(checkpoint, sources[name], dtype)
+        return jax.device_put(in_shard_order(fused, name, config, placement.shards), placement.parameter(name))
 
     def fill(name: str) -> dict[str, jax.Array]:
         scale = scale_name(name)
         if scale in targets:
-            weight, scales = quantize_weight(jax.device_put(read_fused(checkpoint, sources[name], np.dtype(dtype))))
+            weight, scales = quantize_weight(put(name, np.dtype(dtype)))
             return {name: weight, scale: scales}
-        return {name: jax.device_put(read_fused(checkpoint, sources[name], targets[name].dtype))}
+        return {name: put(name, targets[name].dtype)}
 
     # The scale of an int8 weight is made with the weight.
     names = [name for name in targets if not name.endswith(".scale")]

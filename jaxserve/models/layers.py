@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from jaxserve.models.config import FrequencyFactors, LinearScaling, Llama3Scaling, RopeConfig
+from jaxserve.models.shards import UNSHARDED, Shards
 from pallas_kernels import linear as packed
 from pallas_kernels import rotary
 from pallas_kernels.linear import LiveRows
@@ -88,6 +89,8 @@ class LinearForm:
     quantization: Quantization = "none"
     matmul: Matmul = "xla"
     """native: weights packed for the C++ kernel of `pallas_kernels.linear`, on CPU only."""
+    shards: Shards = UNSHARDED
+    """Each device has an equal share of every map's outputs. With more than one, matmul is xla."""
 
 
 class Linear(nnx.Module):
@@ -95,7 +98,8 @@ class Linear(nnx.Module):
 
     weight [out, in] in the form's dtype, or in int8 with scale [out] in float32; packed where native. bias [out] in
     float32 where there is one. A gated map is two of `size_out` outputs, the gate's first: silu(gate) * up, the SwiGLU
-    of Shazeer, arXiv 2002.05202.
+    of Shazeer, arXiv 2002.05202. Where devices share the map, `gathers` says whether each gets all of its outputs or
+    keeps its own share.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
         gated: bool = False,
+        gathers: bool = True,
     ):
         outputs = 2 * size_out if gated else size_out
         weight, scale = initial(rngs, (outputs, size_in), form.dtype), None
@@ -119,6 +124,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(initial(rngs, (outputs,), jnp.float32)) if bias else None
         self.size_out, self.gated = size_out, gated
         self.matmul: Matmul = form.matmul
+        self.shards = form.shards if gathers else UNSHARDED
 
     def __call__(
         self,
@@ -148,6 +154,7 @@ class Linear(nnx.Module):
         if self.gated:
             gate, up = jnp.split(out, 2, axis=-1)
             out = jax.nn.silu(gate) * up
+        out = self.shards.gather(out)
         return out if residual is None else residual + out
 
 

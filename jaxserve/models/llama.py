@@ -26,6 +26,7 @@ from jaxserve.models.layers import (
     rotation,
     split_heads,
 )
+from jaxserve.models.shards import UNSHARDED, Shards
 from pallas_kernels import linear as packed
 from pallas_kernels.linear import LiveRows
 
@@ -43,7 +44,8 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, form: LinearForm, rngs: nnx.Rngs | None):
         self.config = config
         rows = config.q_size + 2 * config.kv_size
-        self.qkv = Linear(config.hidden_size, rows, form, rngs, bias=config.qkv_bias)
+        self.shards = form.shards
+        self.qkv = Linear(config.hidden_size, rows, form, rngs, bias=config.qkv_bias, gathers=False)
         self.out = Linear(config.q_size, config.hidden_size, form, rngs)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
@@ -60,10 +62,12 @@ class Attention(nnx.Module):
         """x plus what attention adds to it, and the layer's cache with the tokens in it."""
         qkv = self.qkv(x, norm=norm, live=live)
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
-        q_heads, kv_heads = self.config.num_q_heads, self.config.num_kv_heads
+        shards = self.shards.count
+        q_heads, kv_heads = self.config.num_q_heads // shards, self.config.num_kv_heads // shards
         q, k, v = split_heads(qkv, by, q_heads, kv_heads, norms, matmul=self.qkv.matmul, live=live)
         attended, cache = attend(q, k, v, cache)
-        return self.out(attended.reshape(x.shape[0], self.config.q_size), residual=x, live=live), cache
+        attended = self.shards.gather(attended.reshape(x.shape[0], self.config.q_size // shards))
+        return self.out(attended, residual=x, live=live), cache
 
 
 class FeedForward(nnx.Module):
@@ -110,6 +114,7 @@ class Llama(nnx.Module):
         dtype: of the embedding, the activations and, where not quantized, the weights.
         quantization: int8 makes each linear map int8, the lm head too (of a tied one, an int8 copy).
         matmul: native packs the linear maps, and the embedding where it is also the lm head, for CPU.
+        shards: devices that share the model. Parameters are made whole; a call is given each device's share of them.
         rngs: of random initial weights; None makes them zero.
     """
 
@@ -120,10 +125,11 @@ class Llama(nnx.Module):
         quantization: Quantization = "none",
         matmul: Matmul = "xla",
         *,
+        shards: Shards = UNSHARDED,
         rngs: nnx.Rngs | None = None,
     ):
-        form = LinearForm(jnp.dtype(dtype), quantization, matmul)
-        self.config = config
+        form = LinearForm(jnp.dtype(dtype), quantization, matmul, shards)
+        self.config, self.shards = config, shards
         embedding = initial(rngs, (config.vocab_size, config.hidden_size), form.dtype)
         own_head = not config.tie_embeddings or quantization != "none"
         self.packs_embedding = matmul == "native" and not own_head
@@ -153,7 +159,7 @@ class Llama(nnx.Module):
         if self.packs_embedding:
             x = packed.rows(self.embedding[...], token_ids, self.config.hidden_size)
         else:
-            x = self.embedding[...][token_ids]
+            x = self.shards.rows(self.embedding[...], token_ids)
         by = rotation(positions, self.config.rope, self.config.head_dim)
         updated = []
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -172,13 +178,17 @@ class Llama(nnx.Module):
         if self.packs_embedding:
             norm = {"norm": self.norm.weight[...], "epsilon": self.norm.epsilon}
             return packed.linear(hidden, embedding, vocab_size, live=live, dtype=float32, **norm)
-        return project(self.norm(hidden), embedding, None, float32)
+        return self.shards.gather(project(self.norm(hidden), embedding, None, float32))
 
 
 def abstract_llama(
-    config: ModelConfig, dtype: DTypeLike, quantization: Quantization = "none", matmul: Matmul = "xla"
+    config: ModelConfig,
+    dtype: DTypeLike,
+    quantization: Quantization = "none",
+    matmul: Matmul = "xla",
+    shards: Shards = UNSHARDED,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure, and its parameters as shapes and dtypes: nothing is allocated."""
-    model = nnx.eval_shape(lambda: Llama(config, dtype, quantization, matmul))
+    model = nnx.eval_shape(lambda: Llama(config, dtype, quantization, matmul, shards=shards))
     graphdef, params = nnx.split(model)
     return graphdef, params

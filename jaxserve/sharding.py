@@ -1,0 +1,151 @@
+"""How one replica of a model lies over its devices: one table from logical axes to the axis of the mesh.
+
+Every linear map is sharded by its outputs, and the shards' outputs are gathered before the next map contracts over
+them. The usual alternative shards every second map by its inputs and adds partial sums up: two all-reduces a layer
+where this takes four all-gathers, which is the same number of hops (an all-reduce is a scatter and a gather), and more
+bytes, as partial sums travel in float32 and activations in their own type. What decided: here no sum is cut in parts,
+so a token's bits do not depend on the number of devices as long as a product's do not depend on its number of outputs.
+
+The embedding and the lm head are sharded by vocabulary, since replicated they would be an eighth of what each of four
+devices holds of an 8B model, and the head the largest product of a decode step; logits are gathered. Sampling is
+replicated: every device chooses the same tokens from the same logits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.shards import TENSOR, Shards
+
+RULES: dict[str, str | None] = {
+    "vocab": TENSOR,
+    "qkv": TENSOR,
+    "gate_up": TENSOR,
+    "hidden_out": TENSOR,
+    "kv_head": TENSOR,
+    "hidden": None,
+    "q_head": None,
+    "intermediate": None,
+    "head_dim": None,
+}
+"""Logical axis -> axis of the mesh, None where it is whole on every device. `hidden_out` is the hidden axis as the
+outputs of a map; activations are gathered along it. Of activations only q, k, v and the cache are sharded, by head."""
+
+PARAMETER_AXES: dict[str, tuple[str, ...]] = {
+    "embedding": ("vocab", "hidden"),
+    "lm_head.weight": ("vocab", "hidden"),
+    "norm.weight": ("hidden",),
+    "attention_norm.weight": ("hidden",),
+    "feed_forward_norm.weight": ("hidden",),
+    "q_norm.weight": ("head_dim",),
+    "k_norm.weight": ("head_dim",),
+    "qkv.weight": ("qkv", "hidden"),
+    "out.weight": ("hidden_out", "q_head"),
+    "gate_up.weight": ("gate_up", "hidden"),
+    "down.weight": ("hidden_out", "intermediate"),
+}
+"""Axes of a parameter by the last parts of its name. A bias or scale has the first axis of its weight."""
+
+
+class PlacementError(ValueError):
+    """A model or configuration that the devices cannot hold in the way asked for; names the field and the limit."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The devices that one replica of a model lies on, and where on them each of its arrays lies."""
+
+    devices: tuple[jax.Device, ...]
+    """As many as the model is cut into (`tensor_parallel`), of this process or of a topology to compile for."""
+
+    @staticmethod
+    def of_replica(replica: int, tensor_parallel: int, devices: Sequence[jax.Device] | None = None) -> "Placement":
+        """The devices of one of several replicas, each on devices of its own.
+
+        Args:
+            replica: its number, from 0.
+            tensor_parallel: devices of a replica.
+            devices: those to choose from; None takes all of the process.
+
+        Raises PlacementError where there are too few.
+        """
+        devices = jax.devices() if devices is None else devices
+        needed = (replica + 1) * tensor_parallel
+        if needed > len(devices):
+            raise PlacementError(
+                f"tensor_parallel, replicas: replica {replica} with tensor_parallel {tensor_parallel} needs at least "
+                f"{needed} devices, and there are {len(devices)} ({devices[0].device_kind})"
+            )
+        return Placement(tuple(devices[needed - tensor_parallel : needed]))
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Devices that share each weight."""
+        return len(self.devices)
+
+    @property
+    def shards(self) -> Shards:
+        """What the model is told."""
+        return Shards(self.tensor_parallel)
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """Of one axis."""
+        return Mesh(np.array(self.devices), (TENSOR,))
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises PlacementError where a sharded axis of the model cannot be cut evenly."""
+        for name in ("num_kv_heads", "intermediate_size", "hidden_size", "vocab_size"):
+            size = getattr(model, name)
+            if size % self.tensor_parallel:
+                raise PlacementError(
+                    f"tensor_parallel: must divide the model's {name} of {size}, got {self.tensor_parallel}"
+                )
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """The mesh axes of an array whose axes have these logical names; None for an axis that is never sharded."""
+        return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """`spec` on this replica's devices; no axes at all for what is whole on each."""
+        return NamedSharding(self.mesh, self.spec(*axes))
+
+    def parameter(self, name: str) -> NamedSharding:
+        """Of a parameter by its name in `models.parameters`."""
+        return self.sharding(*parameter_axes(name))
+
+
+def parameter_axes(name: str) -> tuple[str, ...]:
+    """Logical axes of a parameter: `layers.3.attention.qkv.scale` has those of `qkv.weight`, the first alone."""
+    owner, _, kind = name.rpartition(".")
+    parts = [part for part in owner.split(".") if part]
+    if kind in ("scale", "bias"):
+        return PARAMETER_AXES[f"{parts[-1]}.weight"][:1]
+    return PARAMETER_AXES[".".join([*parts[-1:], kind])]
+
+
+def in_shard_order[A: (np.ndarray, jax.Array)](array: A, name: str, model: ModelConfig, shards: Shards) -> A:
+    """A parameter whose rows are those of several maps, one after the other, with them in the order of the shards.
+
+    q, k and v of four heads over two devices become q0 q1 k0 k1 v0 v1 | q2 q3 k2 k3 v2 v3, so that cutting the rows in
+    two gives each device whole heads of all three. Other parameters, and those of one device, are given back.
+    """
+    sizes = {
+        "qkv": (model.q_size, model.kv_size, model.kv_size),
+        "gate_up": (model.intermediate_size, model.intermediate_size),
+    }.get(parameter_axes(name)[0])
+    if sizes is None or shards.count == 1:
+        return array
+    cut, start = [], 0
+    for size in sizes:
+        part = array[start : start + size]
+        cut.append(part.reshape(shards.count, size // shards.count, *array.shape[1:]))
+        start += size
+    concatenate = np.concatenate if isinstance(array, np.ndarray) else jnp.concatenate
+    return concatenate(cut, axis=1).reshape(array.shape)
