@@ -25,6 +25,10 @@ class EngineConfig:
     """Of the KV cache; None takes `dtype`. The 8-bit ones keep a float32 scale for each token and head."""
     quantization: Quantization = "none"
     """int8: weights per output channel, activations per row."""
+    tensor_parallel: int = 1
+    """Devices that share each weight and the KV cache; divides the model's kv heads."""
+    replicas: int = 1
+    """Copies of the model, each with devices, slots and a cache of its own; a request goes to the least loaded."""
     slots: int = 32
     """Requests that decode together, in rows of a step."""
     small_slots: int = 8
@@ -38,8 +42,9 @@ class EngineConfig:
     """Tokens in a page of the KV cache."""
     num_pages: int | None = None
     """Pages of the KV cache; None takes enough for every slot at full context, within `cache_bytes`."""
-    cache_bytes: int = 2 << 30
-    """Upper bound of the KV cache where `num_pages` is None, in bytes."""
+    cache_bytes: int | None = None
+    """Upper bound of the KV cache of a device where `num_pages` is None, in bytes; None takes what an accelerator's
+    memory has left, and 2 GiB on a CPU."""
     host_cache_bytes: int = 1 << 30
     """Bound of host memory for the pages of preempted requests, in bytes; what finds no room there is recomputed."""
     attention: str | None = None
@@ -72,18 +77,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field and the limit."""
-        for name in (
-            "slots",
-            "small_slots",
-            "page_size",
-            "cache_bytes",
-            "publish_ahead",
-            "max_n",
-            "stream_buffer_tokens",
-        ):
+        counts = ("slots", "small_slots", "page_size", "publish_ahead", "max_n", "stream_buffer_tokens")
+        for name in (*counts, "tensor_parallel", "replicas"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         watched = self.watchdog_seconds
         _require("watchdog_seconds", watched, watched is None or watched > 0, "above 0")
+        _require("cache_bytes", self.cache_bytes, self.cache_bytes is None or self.cache_bytes >= 1, "at least 1")
         _require("pipeline_depth", self.pipeline_depth, 0 <= self.pipeline_depth <= 4, "in [0, 4]")
         for name in ("max_waiting", "host_cache_bytes"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
@@ -99,6 +98,8 @@ class EngineConfig:
         _require("kv_dtype", self.kv_dtype, self.kv_dtype in kv_dtypes, "bfloat16, float32, int8 or float8_e4m3fn")
         _require("quantization", self.quantization, self.quantization in ("none", "int8"), "none or int8")
         _require("matmul", self.matmul, self.matmul in (None, "xla", "native"), "xla or native")
+        packs = self.matmul == "native" and self.tensor_parallel > 1
+        _require("matmul", self.matmul, not packs, f"xla with tensor_parallel of {self.tensor_parallel}")
         _require("core", self.core, self.core in ("thread", "process"), "thread or process")
 
     @staticmethod

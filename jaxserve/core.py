@@ -235,6 +235,7 @@ def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:
     runs the core. Raises what loading raises."""
     from jaxserve.checkpoints import describe_model, load_model
     from jaxserve.model_runner import ModelRunner, enable_compilation_cache
+    from jaxserve.sharding import Placement
     from jaxserve.simulated_runner import SimulatedRunner
 
     def progress(what: str, fraction: float | None) -> None:
@@ -244,7 +245,8 @@ def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:
         runner = SimulatedRunner(config, describe_model(config.model)[0])
     else:
         enable_compilation_cache(config.compilation_cache)
-        model = load_model(config.model, config.dtype, config.quantization, progress)
+        placement = Placement.of_replica(0, config.tensor_parallel)
+        model = load_model(config.model, config.dtype, config.quantization, progress, placement)
         runner = ModelRunner(model, config, progress)
     scheduler = Scheduler(
         slots=config.slots,

@@ -14,21 +14,23 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import monitoring
 
-from jaxserve.batch import BIASES, PENALIZES, Packer, Upload, features
+from jaxserve import lowering
+from jaxserve.allocation import Allocation, allocate, device_in_use, device_limit, full_context
+from jaxserve.batch import BIASES, PENALIZES, Packer, features
 from jaxserve.checkpoints import LoadedModel
 from jaxserve.config import EngineConfig
 from jaxserve.decode_state import DecodeState, take_slot
-from jaxserve.kv_cache import KVCache, cache_dtype, page_bytes
+from jaxserve.kv_cache import KVCache, cache_dtype
+from jaxserve.lowering import StepInputs, abstract_state, flatten_model, temporary_bytes
 from jaxserve.models.layers import Matmul
 from jaxserve.models.packing import pack_params
 from jaxserve.page_copies import PageCopies
 from jaxserve.request import MAX_LOGIT_BIAS
 from jaxserve.sequence import Sequence, StepPlan, StepResults
-from jaxserve.step import StepOutput, choose, make_forward
-from pallas_kernels import AttentionNeeds, PagedAttention, select
+from jaxserve.step import StepOutput
+from pallas_kernels import AttentionNeeds, select
 from pallas_kernels.linear import available as native_linear_available
 
 log = logging.getLogger(__name__)
@@ -64,16 +66,17 @@ class PendingStep:
 
 
 class ModelRunner:
-    """Compiles the steps of one model on one device and runs them.
+    """Compiles the steps of one model on the devices that share it and runs them.
 
     Args:
-        model: loaded parameters, on the device.
+        model: loaded parameters, on the devices.
         config: the engine's configuration.
         progress: called with what is being compiled and the fraction done.
     """
 
     def __init__(self, model: LoadedModel, config: EngineConfig, progress=lambda what, fraction: None):
-        device = jax.devices()[0]
+        self._placement = model.placement
+        device = model.placement.devices[0]
         self.platform: str = device.platform
         self.device_kind: str = device.device_kind
         self.model_config = model.config
@@ -81,31 +84,47 @@ class ModelRunner:
         platform = "cuda" if device.platform == "gpu" else device.platform
         self.attention = select(platform, config.attention, AttentionNeeds(cache_dtype(config)))
         self.attention_name = self.attention.name
-        self.num_pages = _num_pages(model, self.attention, config)
-        self.host_pages = config.host_cache_bytes // page_bytes(model.config, self.attention, config)
-        capacity = (self.num_pages - 1) * config.page_size
-        self.max_context = min(config.max_context or 8192, model.config.max_context, capacity)
-        self._max_pages = -(-self.max_context // config.page_size)
         self.matmul = _choose_matmul(device.platform, config)
         graphdef, params = model.graphdef, model.params
         if self.matmul == "native":
             progress("packing weights", None)
             graphdef, params = pack_params(model.config, params)
-        leaves, structure = jax.tree.flatten(params)
-        self._weights = tuple(leaves)
-        self._build_model = lambda weights: nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
-        self._packer = Packer(config.slots, self._max_pages)
+        self._weights, self._build_model = flatten_model(graphdef, params)
         self.row_counts = tuple(sorted({min(config.small_slots, config.slots), config.slots}))
         self.chunk_sizes = config.prefill_chunks
         words = -(-model.config.vocab_size // 32)
-        self._no_masks = {rows: jnp.zeros((rows, words), jnp.int32) for rows in self.row_counts}
-        self.reset()
+        self._no_masks = {rows: self._put(np.zeros((rows, words), np.int32)) for rows in self.row_counts}
+        self._take_pages(self._allocate())
         self._forwards, self._chooses = self._compile_steps(progress)
+        self._packer = Packer(config.slots, self._max_pages)
+        self.reset()
         self._take_slot = self._compile_take_slot()
-        self._copies = PageCopies(self._cache)
+        self._copies = PageCopies(self._cache, self._placement.sharding())
         self._warm_up(progress)
         self._thread = threading.get_ident()
         self._compiles_at_warmup = _compiles[self._thread]
+
+    def _allocate(self, temporaries: int | None = None) -> Allocation:
+        return allocate(
+            self.model_config,
+            self.attention,
+            self.config,
+            limit=device_limit(self._placement),
+            weights=device_in_use(self._placement),
+            temporaries=temporaries,
+        )
+
+    def _take_pages(self, allocation: Allocation) -> None:
+        """Sizes that follow from the pages. A table as wide as the pages there are is as wide as any request needs."""
+        self.allocation = allocation
+        self.num_pages = allocation.num_pages
+        self.host_pages = self.config.host_cache_bytes // (allocation.page * self._placement.tensor_parallel)
+        capacity = (self.num_pages - 1) * self.config.page_size
+        self.max_context = min(full_context(self.model_config, self.config), capacity)
+        self._max_pages = -(-self.max_context // self.config.page_size)
+        self._cache_layout = KVCache.layout(
+            self.model_config, self.attention, self.num_pages, self.config, self._placement
+        )
 
     @property
     def compiles_after_warmup(self) -> int:
@@ -114,23 +133,35 @@ class ModelRunner:
 
     def reset(self) -> None:
         """An empty cache and state, at the start or after a step failed."""
-        config = self.config
-        self._cache = KVCache.zeros(self.model_config, self.attention, self.num_pages, config)
-        self._state = DecodeState.zeros(config.slots, self.model_config.vocab_size)
+        self._cache = KVCache.zeros(self._cache_layout)
+        self._state = self._put(DecodeState.zeros(self.config.slots, self.model_config.vocab_size))
+
+    def _put[Tree](self, tree: Tree) -> Tree:
+        """Arrays of the host, or of one device, whole on each of the devices that share the model."""
+        return jax.device_put(tree, self._placement.sharding())
 
     def _compile_steps(self, progress):
+        """Every step, for as many pages as memory has room for beside what the compiled steps themselves need."""
+        forwards, chooses = self._compile_for_pages(progress)
+        temporaries = max(temporary_bytes(step) for step in (*forwards.values(), *chooses.values()))
+        if self.allocation.limit is None or temporaries <= self.allocation.temporaries:
+            return forwards, chooses
+        log.warning("the steps need %d bytes beside the cache, more than was expected", temporaries)
+        self._take_pages(self._allocate(temporaries))
+        return self._compile_for_pages(progress)
+
+    def _compile_for_pages(self, progress):
         shapes = [(rows, 0) for rows in self.row_counts] + [(self.config.slots, chunk) for chunk in self.chunk_sizes]
         done = 0
+        state = abstract_state(self.config.slots, self.model_config.vocab_size, self._placement)
+        inputs = StepInputs(self._build_model, self._weights, self._cache_layout, state)
 
         def lower_forward(rows: int, chunk: int):
-            forward = make_forward(self._build_model, self.model_config, self.attention, rows, chunk)
-            packed = jax.ShapeDtypeStruct((Upload.size(rows, chunk, self._max_pages),), jnp.int32)
-            return jax.jit(forward, donate_argnums=1).lower(self._weights, self._cache, self._state, packed)
+            step = (rows, chunk, self._max_pages)
+            return lowering.lower_forward(inputs, self.model_config, self.attention, self._placement, *step)
 
         def lower_choose(rows: int):
-            logits = jax.ShapeDtypeStruct((rows, self.model_config.vocab_size), jnp.float32)
-            packed = jax.ShapeDtypeStruct((Upload.size(rows, 0, self._max_pages),), jnp.int32)
-            return jax.jit(choose, donate_argnums=0).lower(self._state, logits, packed, self._no_masks[rows])
+            return lowering.lower_choose(state, self.model_config, self._placement, rows, self._max_pages)
 
         def compile_step(lowered):
             nonlocal done
@@ -150,9 +181,10 @@ class ModelRunner:
             )
 
     def _compile_take_slot(self):
-        ids = jax.ShapeDtypeStruct((self.max_context,), jnp.int32)
-        bias = [jax.ShapeDtypeStruct((MAX_LOGIT_BIAS,), dtype) for dtype in (jnp.int32, jnp.float32)]
-        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        whole = self._placement.sharding()
+        ids = jax.ShapeDtypeStruct((self.max_context,), jnp.int32, sharding=whole)
+        bias = [jax.ShapeDtypeStruct((MAX_LOGIT_BIAS,), dtype, sharding=whole) for dtype in (jnp.int32, jnp.float32)]
+        scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         return jax.jit(take_slot, donate_argnums=0).lower(self._state, scalar, ids, ids, *bias).compile()
 
     def _warm_up(self, progress) -> None:
@@ -181,7 +213,7 @@ class ModelRunner:
         return self._forward(plan, rows, chunk)
 
     def _forward(self, plan: StepPlan, rows: int, chunk: int) -> Forward:
-        packed = jax.device_put(self._packer.pack(plan, rows, chunk))
+        packed = self._put(self._packer.pack(plan, rows, chunk))
         self._cache, logits, packed_rows = self._forwards[rows, chunk](self._weights, self._cache, self._state, packed)
         return Forward(plan, logits, packed_rows)
 
@@ -191,7 +223,7 @@ class ModelRunner:
         plan, rows = forward.plan, forward.logits.shape[0]
         allowed = self._no_masks[rows]
         if masks is not None:
-            allowed = jax.device_put(np.pad(masks, ((0, rows - len(masks)), (0, 0))))
+            allowed = self._put(np.pad(masks, ((0, rows - len(masks)), (0, 0))))
         self._state, output = self._chooses[rows](self._state, forward.logits, forward.packed_rows, allowed)
         output.tokens_and_flags.copy_to_host_async()
         reports = any(sequence.submit.logprobs >= 0 for sequence in plan.sequences)
@@ -229,24 +261,16 @@ class ModelRunner:
         bias_values = np.zeros(MAX_LOGIT_BIAS, np.float32)
         bias_ids[: len(bias)] = list(bias.keys())
         bias_values[: len(bias)] = list(bias.values())
-        arguments = jax.device_put((np.int32(slot), ids[0], ids[1], bias_ids, bias_values))
+        arguments = self._put((np.int32(slot), ids[0], ids[1], bias_ids, bias_values))
         self._state = self._take_slot(self._state, *arguments)
 
 
 def _choose_matmul(platform: str, config: EngineConfig) -> Matmul:
-    """As configured, or the native kernel on a CPU where it can be built."""
+    """As configured, or the native kernel on a CPU where it can be built and the weights are not shared."""
     if config.matmul is not None:
         return config.matmul
-    return "native" if platform == "cpu" and native_linear_available() else "xla"
-
-
-def _num_pages(model: LoadedModel, attention: PagedAttention, config: EngineConfig) -> int:
-    """Pages to allocate: as configured, or enough for all slots at full context within `cache_bytes`."""
-    if config.num_pages is not None:
-        return config.num_pages
-    context = min(config.max_context or 8192, model.config.max_context)
-    wanted = config.slots * -(-context // config.page_size) + 1
-    return max(2, min(wanted, config.cache_bytes // page_bytes(model.config, attention, config)))
+    shared = config.tensor_parallel > 1
+    return "native" if platform == "cpu" and not shared and native_linear_available() else "xla"
 
 
 def enable_compilation_cache(folder: str | None) -> None:

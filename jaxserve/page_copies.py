@@ -22,10 +22,16 @@ Block = tuple[Array | np.ndarray, ...]
 
 
 class PageCopies:
-    """Copies pages out of and into caches shaped and placed as the given one. Compiles when made."""
+    """Copies pages out of and into caches shaped and placed as the given one. Compiles when made.
 
-    def __init__(self, cache: KVCache):
-        ids = jax.ShapeDtypeStruct((BLOCK,), jnp.int32)
+    Args:
+        cache: such a cache.
+        whole: the sharding of what is whole on each of its devices.
+    """
+
+    def __init__(self, cache: KVCache, whole: jax.sharding.Sharding):
+        self._whole = whole
+        ids = jax.ShapeDtypeStruct((BLOCK,), jnp.int32, sharding=whole)
         self._gather = jax.jit(_gather).lower(cache, ids).compile()
         self._placement = self._gather.output_shardings
         block = jax.tree.map(
@@ -37,7 +43,7 @@ class PageCopies:
 
     def save(self, cache: KVCache, pages: Sequence[int]) -> list[Block]:
         """Starts copying pages to the host. `to_host` finishes it, once a later program has been waited for."""
-        blocks = [self._gather(cache, jax.device_put(_padded(some, 0))) for some in batched(pages, BLOCK)]
+        blocks = [self._gather(cache, jax.device_put(_padded(some, 0), self._whole)) for some in batched(pages, BLOCK)]
         for array in jax.tree.leaves(blocks):
             array.copy_to_host_async()
         return blocks
@@ -60,7 +66,8 @@ class PageCopies:
         targets = [nowhere] * first + list(pages)
         for block, some in zip(blocks, batched(targets, BLOCK), strict=False):
             if some[-1] != nowhere:
-                cache = self._scatter(cache, *jax.device_put((_padded(some, nowhere), block), (None, self._placement)))
+                placements = (self._whole, self._placement)
+                cache = self._scatter(cache, *jax.device_put((_padded(some, nowhere), block), placements))
         return cache
 
 

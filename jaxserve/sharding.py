@@ -23,6 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.shards import TENSOR, Shards
 
+type JaxDevice = jax.Device  # pyright: ignore[reportInvalidTypeForm]
+
 RULES: dict[str, str | None] = {
     "vocab": TENSOR,
     "qkv": TENSOR,
@@ -61,11 +63,11 @@ class PlacementError(ValueError):
 class Placement:
     """The devices that one replica of a model lies on, and where on them each of its arrays lies."""
 
-    devices: tuple[jax.Device, ...]
+    devices: tuple[JaxDevice, ...]
     """As many as the model is cut into (`tensor_parallel`), of this process or of a topology to compile for."""
 
     @staticmethod
-    def of_replica(replica: int, tensor_parallel: int, devices: Sequence[jax.Device] | None = None) -> "Placement":
+    def of_replica(replica: int, tensor_parallel: int, devices: Sequence[JaxDevice] | None = None) -> "Placement":
         """The devices of one of several replicas, each on devices of its own.
 
         Args:
@@ -148,4 +150,4 @@ def in_shard_order[A: (np.ndarray, jax.Array)](array: A, name: str, model: Model
         cut.append(part.reshape(shards.count, size // shards.count, *array.shape[1:]))
         start += size
     concatenate = np.concatenate if isinstance(array, np.ndarray) else jnp.concatenate
-    return concatenate(cut, axis=1).reshape(array.shape)
+    return concatenate(cut, axis=1).reshape(array.shape)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,106 @@
+"""The engine's steps lowered for a placement, whether its devices are there or only described.
+
+The engine compiles these with its weights and cache; a plan or a test with shapes alone, for devices it does not have.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from jaxserve.batch import Upload
+from jaxserve.config import EngineConfig
+from jaxserve.decode_state import DecodeState
+from jaxserve.kv_cache import KVCache
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.llama import Llama, abstract_llama
+from jaxserve.models.parameters import named_parameters, with_values
+from jaxserve.sharding import Placement
+from jaxserve.step import Weights, make_step
+from pallas_kernels import PagedAttention
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step works on: arrays, or shapes with their dtypes and shardings."""
+
+    build_model: Callable[[Weights], Llama]
+    """The model of each device's share of `weights`."""
+    weights: Weights
+    cache: KVCache
+    state: DecodeState
+
+    @staticmethod
+    def abstract(
+        model: ModelConfig, config: EngineConfig, attention: PagedAttention, num_pages: int, placement: Placement
+    ) -> "StepInputs":
+        """Those of an engine that multiplies by XLA, as shapes. Raises PlacementError, or ValueError for sizes that the
+        attention does not support."""
+        placement.check(model)
+        graphdef, params = abstract_llama(model, config.dtype, config.quantization, shards=placement.shards)
+        shapes = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placement.parameter(name))
+            for name, array in named_parameters(params).items()
+        }
+        weights, build_model = flatten_model(graphdef, with_values(params, shapes))
+        cache = KVCache.layout(model, attention, num_pages, config, placement)
+        return StepInputs(build_model, weights, cache, abstract_state(config.slots, model.vocab_size, placement))
+
+
+def abstract_state(slots: int, vocab_size: int, placement: Placement) -> DecodeState:
+    """Shapes, dtypes and shardings of the state, which is whole on every device."""
+    state = jax.eval_shape(lambda: DecodeState.zeros(slots, vocab_size))
+    whole = placement.sharding()
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), state)
+
+
+def flatten_model(graphdef: nnx.GraphDef, params: nnx.State) -> tuple[Weights, Callable[[Weights], Llama]]:
+    """The parameters as a flat tuple, and what makes the model of such a tuple."""
+    leaves, structure = jax.tree.flatten(params)
+    return tuple(leaves), lambda weights: nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
+
+
+def lower_step(
+    inputs: StepInputs,
+    model: ModelConfig,
+    attention: PagedAttention,
+    placement: Placement,
+    rows: int,
+    chunk: int,
+    max_pages: int,
+) -> jax.stages.Lowered:
+    """The step of `rows` rows and `chunk` chunk tokens, with page tables of `max_pages`, as `make_step` makes it.
+
+    Compiled, it takes (weights, cache, state, packed upload) and DONATES cache and state. Over several devices each
+    runs the step on its own share of weights and cache; the state, the upload and the output are whole on each.
+    """
+    step = make_step(inputs.build_model, model, attention, rows, chunk)
+    if placement.tensor_parallel > 1:
+        weights, cache = jax.tree.map(_spec, (inputs.weights, inputs.cache))
+        whole = PartitionSpec()
+        # What is gathered is equal on all devices, which shard_map cannot know.
+        step = jax.shard_map(
+            step,
+            mesh=placement.mesh,
+            in_specs=(weights, cache, whole, whole),
+            out_specs=(cache, whole, whole),
+            check_vma=False,
+        )
+    upload = jax.ShapeDtypeStruct((Upload.size(rows, chunk, max_pages),), jnp.int32, sharding=placement.sharding())
+    return jax.jit(step, donate_argnums=(1, 2)).lower(inputs.weights, inputs.cache, inputs.state, upload)
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a compiled step needs on each device while it runs, beside its arguments."""
+    analysis = compiled.memory_analysis()
+    return 0 if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def _spec(leaf: Array | jax.ShapeDtypeStruct) -> PartitionSpec:
+    sharding = leaf.sharding
+    assert isinstance(sharding, jax.sharding.NamedSharding)
+    return sharding.spec
