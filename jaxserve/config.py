@@ -102,6 +102,11 @@ class EngineConfig:
         _require("matmul", self.matmul, not packs, f"xla with tensor_parallel of {self.tensor_parallel}")
         _require("core", self.core, self.core in ("thread", "process"), "thread or process")
 
+    @property
+    def total_slots(self) -> int:
+        """Slots of all replicas."""
+        return self.slots * self.replicas
+
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "EngineConfig":
         """The configuration that `dataclasses.asdict` and JSON made of one."""

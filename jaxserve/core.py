@@ -230,9 +230,11 @@ def _freed_slots(plan: StepPlan, outputs: list[SequenceOutput]) -> list[int]:
     return [slot for slot, owner in zip(plan.slots, plan.sequences, strict=True) if owner.submit.handle in ended]
 
 
-def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:
-    """Loads the model, compiles and warms up, telling of progress. Imports JAX only here, in the thread or process that
-    runs the core. Raises what loading raises."""
+def build_step_loop(config: EngineConfig, publish: Publish, replica: int = 0) -> StepLoop:
+    """Loads the model, compiles and warms up, on the devices of one of the replicas, telling of progress.
+
+    Imports JAX only here, in the thread or process that runs the core. Raises what loading raises.
+    """
     from jaxserve.checkpoints import describe_model, load_model
     from jaxserve.model_runner import ModelRunner, enable_compilation_cache
     from jaxserve.sharding import Placement
@@ -245,7 +247,7 @@ def build_step_loop(config: EngineConfig, publish: Publish) -> StepLoop:
         runner = SimulatedRunner(config, describe_model(config.model)[0])
     else:
         enable_compilation_cache(config.compilation_cache)
-        placement = Placement.of_replica(0, config.tensor_parallel)
+        placement = Placement.of_replica(replica, config.replicas, config.tensor_parallel)
         model = load_model(config.model, config.dtype, config.quantization, progress, placement)
         runner = ModelRunner(model, config, progress)
     scheduler = Scheduler(

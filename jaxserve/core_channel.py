@@ -1,15 +1,33 @@
-"""What carries messages between the front and the core: a bounded outbox, and a socket between processes."""
+"""What the front sees of a core, and what carries their messages: a bounded outbox, and a socket between processes."""
 
 import queue
 import socket
 import struct
 import threading
 import time
+from typing import Protocol, runtime_checkable
 
 from jaxserve.core_messages import Message
 
 _LENGTH = struct.Struct("!I")
 _READ_BYTES = 1 << 18
+
+
+@runtime_checkable
+class Core(Protocol):
+    """A running core, seen from the front."""
+
+    def send(self, command: Message) -> None:
+        """Gives the core a command. Thread-safe."""
+        ...
+
+    def receive(self) -> Message | None:
+        """The core's next message; None once it has ended."""
+        ...
+
+    def join(self) -> None:
+        """Waits for the core to end after Shutdown."""
+        ...
 
 
 class Outbox:

@@ -7,38 +7,23 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict
-from typing import Protocol, runtime_checkable
 
 from jaxserve.config import EngineConfig
 from jaxserve.core import StepLoop, build_step_loop
-from jaxserve.core_channel import MessageSocket, Outbox
+from jaxserve.core_channel import Core, MessageSocket, Outbox
 from jaxserve.core_messages import Failed, Message, Shutdown, decode, encode
+from jaxserve.replicas import ReplicatedCore
 
 SEND_BUFFER_BYTES = 1 << 14
 
 
-@runtime_checkable
-class Core(Protocol):
-    """A running core, seen from the front."""
-
-    def send(self, command: Message) -> None:
-        """Gives the core a command. Thread-safe."""
-        ...
-
-    def receive(self) -> Message | None:
-        """The core's next message; None once it has ended."""
-        ...
-
-    def join(self) -> None:
-        """Waits for the core to end after Shutdown."""
-        ...
-
-
 class CoreThread:
-    """A core on a thread of this process."""
+    """A core on a thread of this process; one of `config.replicas`."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, replica: int = 0):
         self._config = config
+        self._replica = replica
+        self._stopping = False
         self._outbox = Outbox(config.publish_ahead)
         self._loop: StepLoop | None = None
         self._thread = threading.Thread(target=self._run, name="jaxserve-core", daemon=True)
@@ -46,16 +31,18 @@ class CoreThread:
 
     def _run(self) -> None:
         try:
-            self._loop = build_step_loop(self._config, self._outbox.put)
+            self._loop = build_step_loop(self._config, self._outbox.put, self._replica)
         except Exception as error:
             self._outbox.put(Failed(str(error) or type(error).__name__))
         else:
-            self._outbox.put(self._loop.ready)
-            self._loop.run()
+            if not self._stopping:
+                self._outbox.put(self._loop.ready)
+                self._loop.run()
         self._outbox.close()
 
     def send(self, command: Message) -> None:
-        """Gives the core a command. Thread-safe."""
+        """Gives the core a command. Thread-safe. While it starts, Shutdown alone is heard."""
+        self._stopping = self._stopping or isinstance(command, Shutdown)
         if self._loop is not None:
             self._loop.commands.put(command)
 
@@ -130,4 +117,11 @@ class CoreProcess:
 
 def start_core(config: EngineConfig) -> Core:
     """Starts the core that a configuration asks for; it then tells of Progress, and of Ready or Failed."""
-    return CoreProcess(config) if config.core == "process" else CoreThread(config)
+    return CoreProcess(config) if config.core == "process" else start_threads(config)
+
+
+def start_threads(config: EngineConfig) -> Core:
+    """Starts a core on a thread of this process, or as many as there are replicas, which look like one."""
+    if config.replicas == 1:
+        return CoreThread(config)
+    return ReplicatedCore(config, [CoreThread(config, number) for number in range(config.replicas)])

@@ -128,7 +128,7 @@ class Engine:
     @property
     def capacity(self) -> int:
         """Sequences that may be in flight: those in slots and those waiting. A request has `n` of them."""
-        return self.config.slots + self.config.max_waiting
+        return self.config.total_slots + self.config.max_waiting
 
     def submit(self, request: Request) -> RequestStream:
         """Accepts a request; exactly one Finished will end its stream. Thread-safe.
@@ -230,7 +230,7 @@ class Engine:
         return EngineLoads(
             running=min(gauges.running, active),
             waiting=max(active - gauges.running, 0),
-            slots=self.config.slots,
+            slots=self.config.total_slots,
             available_pages=gauges.available_pages,
             cached_pages=gauges.cached_pages,
             total_pages=self.device.num_pages,

@@ -11,7 +11,6 @@ devices holds of an 8B model, and the head the largest product of a decode step;
 replicated: every device chooses the same tokens from the same logits.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,24 +66,18 @@ class Placement:
     """As many as the model is cut into (`tensor_parallel`), of this process or of a topology to compile for."""
 
     @staticmethod
-    def of_replica(replica: int, tensor_parallel: int, devices: Sequence[JaxDevice] | None = None) -> "Placement":
-        """The devices of one of several replicas, each on devices of its own.
-
-        Args:
-            replica: its number, from 0.
-            tensor_parallel: devices of a replica.
-            devices: those to choose from; None takes all of the process.
+    def of_replica(replica: int = 0, replicas: int = 1, tensor_parallel: int = 1) -> "Placement":
+        """The devices of one of several replicas, each of which has `tensor_parallel` of this process's own.
 
         Raises PlacementError where there are too few.
         """
-        devices = jax.devices() if devices is None else devices
-        needed = (replica + 1) * tensor_parallel
-        if needed > len(devices):
+        devices = jax.devices()
+        if replicas * tensor_parallel > len(devices):
             raise PlacementError(
-                f"tensor_parallel, replicas: replica {replica} with tensor_parallel {tensor_parallel} needs at least "
-                f"{needed} devices, and there are {len(devices)} ({devices[0].device_kind})"
+                f"tensor_parallel, replicas: {replicas} replicas of {tensor_parallel} devices each were asked for, and "
+                f"there are {len(devices)} devices ({devices[0].device_kind})"
             )
-        return Placement(tuple(devices[needed - tensor_parallel : needed]))
+        return Placement(tuple(devices[replica * tensor_parallel : (replica + 1) * tensor_parallel]))
 
     @property
     def tensor_parallel(self) -> int:

@@ -85,7 +85,7 @@ class CallRunner:
         return call.stream
 
     async def _submit_from_thread(self, engine: ServedEngine, request: Request) -> EventStream:
-        limit = engine.config.slots + engine.config.max_waiting
+        limit = engine.config.total_slots + engine.config.max_waiting
         if self._submitting >= limit:
             raise QueueFull(limit, RETRY_AFTER)
         self._submitting += 1

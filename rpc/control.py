@@ -122,7 +122,7 @@ def _model_info(engine: ServedEngine) -> pb.GetModelInfoResponse:
 def _limits(engine: ServedEngine, max_request_bytes: int) -> pb.Limits:
     return pb.Limits(
         max_context=engine.max_context,
-        slots=engine.config.slots,
+        slots=engine.config.total_slots,
         max_waiting=engine.config.max_waiting,
         max_request_bytes=max_request_bytes,
         stream_buffer_tokens=engine.config.stream_buffer_tokens,
@@ -132,7 +132,7 @@ def _limits(engine: ServedEngine, max_request_bytes: int) -> pb.Limits:
         max_stop_string_length=limits.MAX_STOP_STRING_LENGTH,
         max_stop_token_ids=limits.MAX_STOP_TOKEN_IDS,
         max_request_id_length=limits.MAX_REQUEST_ID_LENGTH,
-        max_n=min(engine.config.max_n, engine.config.slots + engine.config.max_waiting),
+        max_n=min(engine.config.max_n, engine.config.total_slots + engine.config.max_waiting),
     )
 
 

@@ -103,7 +103,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
             model_dtype=engine.config.dtype,
             block_size=engine.config.page_size,
             attention_backend=engine.device.attention,
-            max_num_seqs=engine.config.slots,
+            max_num_seqs=engine.config.total_slots,
         )
 
     @errors.answered

@@ -48,7 +48,7 @@ def load_model(
     Raises CheckpointError, or PlacementError where the devices cannot share the model, before anything large is
     allocated.
     """
-    placement = placement or Placement.of_replica(0, 1)
+    placement = placement or Placement.of_replica()
     path = _resolve(path_or_name)
     progress = progress or (lambda what, fraction: None)
     if (path / DESCRIPTION).exists():

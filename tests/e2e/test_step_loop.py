@@ -110,7 +110,7 @@ def test_pages_come_back_as_they_went(recorder: Recorder):
     cache = jax.tree.map(lambda array: jnp.asarray(random.normal(size=array.shape), array.dtype), runner._cache)
     original = jax.device_get(cache)
     pages = [5, 2, 17, 9, 1, 3, 4, 6, 7, 8, 10, 11, 12, 13, 14, 15, 16]
-    copies = PageCopies(cache)
+    copies = PageCopies(cache, runner._placement.sharding())
     blocks = copies.to_host(copies.save(cache, pages))
     targets = list(reversed(pages[3:]))
     restored = jax.device_get(copies.restore(cache, blocks, 3, targets))

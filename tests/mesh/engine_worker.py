@@ -59,13 +59,15 @@ def run(fields: dict) -> dict:
     except (EngineStartError, ValueError) as error:
         return {"error": str(error)}
     with engine:
+        found = runners(engine)
         completions = [collect(stream) for stream in [engine.submit(make_request(n)) for n in range(REQUESTS)]]
         return {
             "tokens": [completion.token_ids for completion in completions],
             "logprobs": [[entry.logprob for entry in completion.logprobs] for completion in completions],
-            "weights": [device_bytes(runner._weights) for runner in runners(engine)],
-            "cache": [device_bytes(runner._cache) for runner in runners(engine)],
+            "weights": [device_bytes(runner._weights) for runner in found],
+            "cache": [device_bytes(runner._cache) for runner in found],
             "loads": vars(engine.loads()),
+            "taken_slots": [slot for record in engine.step_records for slot in record.taken_slots],
         }
 
 
