@@ -25,6 +25,12 @@ SERVED = {"core": "process"}
 """What a served engine has other than EngineConfig says: its loop shares no GIL with the protocol."""
 SAMPLING_OPTIONS = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in ("logit_bias", "n"))
 STOPPING_OPTIONS = tuple(StoppingParams.__dataclass_fields__)
+SIZED = ("dtype", "kv_dtype", "quantization", "tensor_parallel", "slots", "page_size", "attention")
+"""Fields of EngineConfig that sizes follow from."""
+INFORMED = ("model", *SIZED, "replicas", "max_context", "num_pages", "cache_bytes")
+"""Those that `info` takes."""
+PLANNED = (*SIZED, "prefill_chunks")
+"""Those that `plan` takes."""
 BROKEN_PIPE = 141
 """Exit status where the reader of standard output has gone, as shells report SIGPIPE."""
 
@@ -70,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(command("convert", "write a checkpoint in the native format, which loads fastest"))
     _add_add_key(command("add-key", "make an API key of a tenant, add it to a key file, and print it once"))
     _add_info(command("info", "describe a checkpoint: configuration, tokenizer, sizes"))
+    _add_plan(command("plan", "say whether a model fits a device that is not there, and the speed it allows"))
     return parser
 
 
@@ -274,7 +281,7 @@ def _add_key(arguments: argparse.Namespace) -> int:
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object (default: off)")
-    add_field_options(parser, EngineConfig, ("model", "dtype", "quantization", "max_context", "page_size"))
+    add_field_options(parser, EngineConfig, INFORMED)
     parser.set_defaults(run=_info)
 
 
@@ -284,3 +291,47 @@ def _info(arguments: argparse.Namespace) -> int:
     description = describe(_config(arguments))
     print(json.dumps(description) if arguments.json else as_text(description))
     return ExitStatus.SUCCESS
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    from jaxserve.devices import DEVICES
+
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="CONFIG",
+        help="a config.json, a model's folder, a .gguf file, or a name as llama-3.1-8b; no weights are read",
+    )
+    parser.add_argument(
+        "--device",
+        required=True,
+        metavar="KIND-COUNT",
+        help=f"kind and number of devices, as v6e-4: {', '.join(DEVICES)}",
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="INT", help="tokens of each request (default: the model's, at most 8192)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object (default: off)")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the steps for the device, with the packages of the extra aot, and tell what they need "
+        "(default: off)",
+    )
+    add_field_options(parser, EngineConfig, PLANNED)
+    parser.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from jaxserve.commands.plan import plan, plan_text
+    from jaxserve.devices import parse_device
+
+    arguments.max_context = arguments.context
+    config = _config(arguments)
+    try:
+        device, count = parse_device(arguments.device)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    found = plan(config, device, count, compiles=arguments.compile)
+    print(json.dumps(found) if arguments.json else plan_text(found))
+    return ExitStatus.SUCCESS if found["fits"] else ExitStatus.DOES_NOT_FIT

@@ -1,4 +1,4 @@
-"""The engine's steps lowered for a placement, whether its devices are there or only described.
+"""The halves of the engine's steps, lowered for a placement, whether its devices are there or only described.
 
 The engine compiles these with its weights and cache; a plan or a test with shapes alone, for devices it does not have.
 """
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxserve.batch import Upload
@@ -20,7 +21,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama, abstract_llama
 from jaxserve.models.parameters import named_parameters, with_values
 from jaxserve.sharding import Placement
-from jaxserve.step import Weights, make_step
+from jaxserve.step import Weights, choose, make_forward
 from pallas_kernels import PagedAttention
 
 
@@ -64,7 +65,7 @@ def flatten_model(graphdef: nnx.GraphDef, params: nnx.State) -> tuple[Weights, C
     return tuple(leaves), lambda weights: nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
 
 
-def lower_step(
+def lower_forward(
     inputs: StepInputs,
     model: ModelConfig,
     attention: PagedAttention,
@@ -73,25 +74,43 @@ def lower_step(
     chunk: int,
     max_pages: int,
 ) -> jax.stages.Lowered:
-    """The step of `rows` rows and `chunk` chunk tokens, with page tables of `max_pages`, as `make_step` makes it.
+    """The first half of a step of `rows` rows and `chunk` chunk tokens, with page tables of `max_pages`.
 
-    Compiled, it takes (weights, cache, state, packed upload) and DONATES cache and state. Over several devices each
-    runs the step on its own share of weights and cache; the state, the upload and the output are whole on each.
+    Compiled, it takes what `make_forward` says and DONATES the cache. Over several devices each runs it on its own
+    share of weights and cache; all else is whole on each.
     """
-    step = make_step(inputs.build_model, model, attention, rows, chunk)
+    forward = make_forward(inputs.build_model, model, attention, rows, chunk)
     if placement.tensor_parallel > 1:
         weights, cache = jax.tree.map(_spec, (inputs.weights, inputs.cache))
         whole = PartitionSpec()
         # What is gathered is equal on all devices, which shard_map cannot know.
-        step = jax.shard_map(
-            step,
+        forward = jax.shard_map(
+            forward,
             mesh=placement.mesh,
             in_specs=(weights, cache, whole, whole),
             out_specs=(cache, whole, whole),
             check_vma=False,
         )
-    upload = jax.ShapeDtypeStruct((Upload.size(rows, chunk, max_pages),), jnp.int32, sharding=placement.sharding())
-    return jax.jit(step, donate_argnums=(1, 2)).lower(inputs.weights, inputs.cache, inputs.state, upload)
+    upload = _whole((Upload.size(rows, chunk, max_pages),), jnp.int32, placement)
+    return jax.jit(forward, donate_argnums=1).lower(inputs.weights, inputs.cache, inputs.state, upload)
+
+
+def lower_choose(
+    state: DecodeState, model: ModelConfig, placement: Placement, rows: int, max_pages: int
+) -> jax.stages.Lowered:
+    """The second half of a step of `rows` rows. Compiled, it takes what `choose` says and DONATES the state.
+
+    Every device does the same with the same logits, and so agrees on the tokens.
+    """
+    logits = _whole((rows, model.vocab_size), jnp.float32, placement)
+    upload = _whole((Upload.size(rows, 0, max_pages),), jnp.int32, placement)
+    allowed = _whole((rows, -(-model.vocab_size // 32)), jnp.int32, placement)
+    step = jax.jit(choose, donate_argnums=0, out_shardings=placement.sharding())
+    return step.lower(state, logits, upload, allowed)
+
+
+def _whole(shape: tuple[int, ...], dtype: DTypeLike, placement: Placement) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding())
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:

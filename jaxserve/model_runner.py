@@ -81,8 +81,7 @@ class ModelRunner:
         self.device_kind: str = device.device_kind
         self.model_config = model.config
         self.config = config
-        platform = "cuda" if device.platform == "gpu" else device.platform
-        self.attention = select(platform, config.attention, AttentionNeeds(cache_dtype(config)))
+        self.attention = select(model.placement.platform, config.attention, AttentionNeeds(cache_dtype(config)))
         self.attention_name = self.attention.name
         self.matmul = _choose_matmul(device.platform, config)
         graphdef, params = model.graphdef, model.params

@@ -115,7 +115,7 @@ class ReplicatedCore:
             first = number * self._slots
             slots = {name: [first + slot for slot in getattr(record, name)] for name in _SLOT_LISTS}
             record = replace(record, **slots)
-        return StepOutput(output.outputs, _sum(known), record)
+        return replace(output, gauges=_sum(known), record=record)
 
 
 _SLOT_LISTS = ("given_slots", "taken_slots", "freed_slots")

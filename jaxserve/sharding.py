@@ -85,6 +85,12 @@ class Placement:
         return len(self.devices)
 
     @property
+    def platform(self) -> str:
+        """As `pallas_kernels.select` calls it: `cpu`, `cuda` or `tpu`."""
+        platform = self.devices[0].platform
+        return "cuda" if platform == "gpu" else platform
+
+    @property
     def shards(self) -> Shards:
         """What the model is told."""
         return Shards(self.tensor_parallel)
@@ -95,13 +101,8 @@ class Placement:
         return Mesh(np.array(self.devices), (TENSOR,))
 
     def check(self, model: ModelConfig) -> None:
-        """Raises PlacementError where a sharded axis of the model cannot be cut evenly."""
-        for name in ("num_kv_heads", "intermediate_size", "hidden_size", "vocab_size"):
-            size = getattr(model, name)
-            if size % self.tensor_parallel:
-                raise PlacementError(
-                    f"tensor_parallel: must divide the model's {name} of {size}, got {self.tensor_parallel}"
-                )
+        """See `check_shares`."""
+        check_shares(model, self.tensor_parallel)
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The mesh axes of an array whose axes have these logical names; None for an axis that is never sharded."""
@@ -114,6 +115,14 @@ class Placement:
     def parameter(self, name: str) -> NamedSharding:
         """Of a parameter by its name in `models.parameters`."""
         return self.sharding(*parameter_axes(name))
+
+
+def check_shares(model: ModelConfig, tensor_parallel: int) -> None:
+    """Raises PlacementError where `tensor_parallel` devices cannot share the model evenly."""
+    for name in ("num_kv_heads", "intermediate_size", "hidden_size", "vocab_size"):
+        size = getattr(model, name)
+        if size % tensor_parallel:
+            raise PlacementError(f"tensor_parallel: must divide the model's {name} of {size}, got {tensor_parallel}")
 
 
 def parameter_axes(name: str) -> tuple[str, ...]:

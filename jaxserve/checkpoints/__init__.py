@@ -7,12 +7,15 @@ from flax import nnx
 
 from jaxserve.checkpoints import registry
 from jaxserve.checkpoints.folder import NATIVE_DESCRIPTION as DESCRIPTION
+from jaxserve.checkpoints.folder import parse_json, read_json
 from jaxserve.checkpoints.gguf import open_gguf
 from jaxserve.checkpoints.huggingface import open_huggingface
 from jaxserve.checkpoints.parameters import Progress, load_params
 from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.config import ModelConfig, UnsupportedModel
+from jaxserve.models.huggingface_config import from_hf_config
 from jaxserve.models.layers import Quantization
+from jaxserve.models.published import PUBLISHED
 from jaxserve.sharding import Placement
 from jaxserve.tokenizer_source import TokenizerSource
 
@@ -74,6 +77,22 @@ def describe_model(path_or_name: str) -> tuple[ModelConfig, TokenizerSource]:
     return checkpoint.config, checkpoint.tokenizer_source
 
 
+def describe_config(path_or_name: str) -> ModelConfig:
+    """A model's configuration alone: of what `describe_model` takes, of a config.json without weights or tokenizer
+    beside it, or of a shape in `models.published`. Raises CheckpointError."""
+    path = Path(path_or_name).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        if file.suffix == ".json" and file.is_file():
+            raw = parse_json(file, file.read_text(encoding="utf-8"))
+            return from_hf_config(raw, read_json(file.parent, "generation_config.json"))
+        if path_or_name in PUBLISHED:
+            return PUBLISHED[path_or_name]
+        return describe_model(path_or_name)[0]
+    except (UnsupportedModel, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
 def convert(
     source: str, folder: str | Path, dtype: str, quantization: Quantization = "none", progress: Progress | None = None
 ) -> None:
@@ -104,4 +123,4 @@ def _resolve(path_or_name: str) -> Path:
     return path
 
 
-__all__ = ["CheckpointError", "LoadedModel", "convert", "describe_model", "load_model"]
+__all__ = ["CheckpointError", "LoadedModel", "convert", "describe_config", "describe_model", "load_model"]

@@ -10,20 +10,29 @@ from jaxserve.config import EngineConfig
 def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
     """The model's configuration, its tokenizer, and sizes under `config`. No weights are read. Raises CommandError."""
     with model_errors():
+        from jaxserve.allocation import allocate, device_limit
         from jaxserve.checkpoints import describe_model
         from jaxserve.kv_cache import cache_dtype, page_bytes
         from jaxserve.models.llama import abstract_llama
         from jaxserve.models.parameters import named_parameters
+        from jaxserve.roofline import model_cost
+        from jaxserve.sharding import Placement
         from jaxserve.tokenizer import Tokenizer
         from pallas_kernels import AttentionNeeds, select
 
         model, source = describe_model(config.model)
         tokenizer = Tokenizer.from_source(source)
         _, params = abstract_llama(model, config.dtype, config.quantization)
+        placement = Placement.of_replica(0, config.replicas, config.tensor_parallel)
+        placement.check(model)
+        # On a CPU the form that needs no compiler: both hold a page in as many bytes.
+        named = config.attention or ("cpu_xla" if placement.platform == "cpu" else None)
+        attention = select(placement.platform, named, AttentionNeeds(cache_dtype(config)))
+        a_page = page_bytes(model, attention, config)
+        weights = model_cost(model, config.dtype, config.quantization, a_page, config.tensor_parallel).weight_bytes
+        allocation = allocate(model, attention, config, limit=device_limit(placement), weights=weights)
     arrays = named_parameters(params).values()
     context = min(config.max_context or model.max_context, model.max_context)
-    attention = select("cpu", config.attention or "cpu_xla", AttentionNeeds(cache_dtype(config)))
-    a_page = page_bytes(model, attention, config)
     pages = math.ceil(context / config.page_size)
     return {
         "model": asdict(model),
@@ -46,6 +55,13 @@ def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
             "context_tokens": context,
             "context_pages": pages,
             "context_bytes": pages * a_page,
+        },
+        "allocation": {
+            "device_bytes": allocation.limit,
+            "slots": config.slots,
+            "pages": allocation.num_pages - 1,
+            "pages_for_all_slots": allocation.wanted_pages - 1,
+            "cache_bytes": allocation.cache,
         },
     }
 

@@ -22,6 +22,8 @@ class ExitStatus(IntEnum):
     """Some requests were refused or failed; the others were done."""
     UNUSABLE = 2
     """The command line, the configuration or the model is at fault. argparse returns the same."""
+    DOES_NOT_FIT = 4
+    """`plan`: the model does not fit the device."""
     INTERRUPTED = 130
     """SIGINT, as shells report it."""
 
@@ -33,14 +35,23 @@ class CommandError(Exception):
 @contextmanager
 def model_errors() -> Iterator[None]:
     """Turns what is wrong with a model or its configuration into a CommandError."""
+    from jaxserve.allocation import AllocationError
     from jaxserve.checkpoints import CheckpointError
     from jaxserve.engine import EngineStartError
     from jaxserve.models.config import UnsupportedModel
+    from jaxserve.sharding import PlacementError
     from jaxserve.token_bytes import TokenizerError
 
     try:
         yield
-    except (CheckpointError, UnsupportedModel, TokenizerError, EngineStartError) as error:
+    except (
+        AllocationError,
+        CheckpointError,
+        EngineStartError,
+        PlacementError,
+        TokenizerError,
+        UnsupportedModel,
+    ) as error:
         raise CommandError(str(error)) from error
 
 

@@ -1,0 +1,193 @@
+"""`jaxserve plan`: whether a model fits a device that is not there yet, and the speed that no engine can exceed."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from jaxserve.allocation import AllocationError, allocate, full_context
+from jaxserve.commands.start import CommandError, model_errors
+from jaxserve.config import EngineConfig
+from jaxserve.devices import DEVICES, Device
+from jaxserve.kv_cache import cache_dtype, page_bytes
+from jaxserve.models.config import ModelConfig
+from jaxserve.roofline import ModelCost, model_cost
+from pallas_kernels import AttentionNeeds, PagedAttention, select
+
+Plan = dict[str, Any]
+
+_SHARES = (1, 2, 4, 8, 16, 32)
+"""Numbers of devices that are tried for what would fit."""
+
+
+def make_plan(model: ModelConfig, config: EngineConfig, device: Device, count: int) -> Plan:
+    """What `config` comes to on `count` devices, `config.tensor_parallel` of which share each replica.
+
+    Sizes are in bytes, of one device where they are under `memory`; floors are least times. Raises CommandError where
+    the configuration itself cannot be: too few devices, or heads that they cannot share.
+    """
+    if count % config.tensor_parallel:
+        raise CommandError(f"tensor_parallel: must divide the {count} devices, got {config.tensor_parallel}")
+    _check_shares(model, config.tensor_parallel)
+    attention = _attention(config, device)
+    cost = _cost(model, config, attention)
+    replicas = count // config.tensor_parallel
+    plan: Plan = {
+        "device": {**asdict(device), "count": count},
+        "tensor_parallel": config.tensor_parallel,
+        "replicas": replicas,
+        "attention": attention.name,
+        "weights_bytes": model_cost(model, config.dtype, config.quantization, 0, 1).weight_bytes,
+        "cache_bytes_per_token": page_bytes(model, attention, replace(config, tensor_parallel=1)) / config.page_size,
+        "context": full_context(model, config),
+    }
+    try:
+        plan["memory"] = _memory(model, config, device, attention, cost)
+        plan["fits"] = True
+    except AllocationError as error:
+        return {**plan, "fits": False, "reason": str(error), "would_fit": would_fit(model, config, device)}
+    most_rows = plan["memory"]["requests_at_full_context"]
+    return {**plan, **_floors(config, device, cost, plan["context"], replicas, most_rows)}
+
+
+def would_fit(model: ModelConfig, config: EngineConfig, device: Device) -> list[str]:
+    """Options that make it fit, the nearest first: more devices to share it, int8 weights, another kind of device."""
+    found = []
+    tries = [(device, shares, config.quantization) for shares in _SHARES if shares > config.tensor_parallel]
+    tries += [(device, shares, "int8") for shares in _SHARES if config.quantization == "none"]
+    tries += [(other, config.tensor_parallel, config.quantization) for other in DEVICES.values() if other != device]
+    for kind, shares, quantization in tries:
+        options = f"--device {kind.kind}-{shares} --tensor-parallel {shares}"
+        options += f" --quantization {quantization}" if quantization != config.quantization else ""
+        changed = replace(config, tensor_parallel=shares, quantization=quantization)
+        same_kind = (kind.kind, quantization) in {(device_kind, how) for _, device_kind, how in found}
+        if not same_kind and _fits(model, changed, kind):
+            found.append((options, kind.kind, quantization))
+    return [options for options, _, _ in found]
+
+
+def _fits(model: ModelConfig, config: EngineConfig, device: Device) -> bool:
+    try:
+        _check_shares(model, config.tensor_parallel)
+        attention = _attention(config, device)
+        _memory(model, config, device, attention, _cost(model, config, attention))
+    except (AllocationError, CommandError):
+        return False
+    return True
+
+
+def _check_shares(model: ModelConfig, tensor_parallel: int) -> None:
+    from jaxserve.sharding import PlacementError, check_shares
+
+    try:
+        check_shares(model, tensor_parallel)
+    except PlacementError as error:
+        raise CommandError(str(error)) from error
+
+
+def _attention(config: EngineConfig, device: Device) -> PagedAttention:
+    try:
+        return select(device.platform, config.attention, AttentionNeeds(cache_dtype(config)))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _cost(model: ModelConfig, config: EngineConfig, attention: PagedAttention) -> ModelCost:
+    try:
+        per_token = page_bytes(model, attention, config) / config.page_size
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    return model_cost(model, config.dtype, config.quantization, per_token, config.tensor_parallel)
+
+
+def _memory(
+    model: ModelConfig, config: EngineConfig, device: Device, attention: PagedAttention, cost: ModelCost
+) -> dict[str, int]:
+    """Who has how much of a device. Raises AllocationError unless one request at full context has room."""
+    found = allocate(model, attention, config, limit=device.memory, weights=cost.weight_bytes)
+    context_pages = -(-full_context(model, config) // config.page_size)
+    if found.num_pages - 1 < context_pages:
+        raise AllocationError(
+            f"does not fit: {found.num_pages - 1} pages of {config.page_size} tokens have room, and one request at "
+            f"full context takes {context_pages}"
+        )
+    return {
+        **asdict(found),
+        "cache": found.cache,
+        "tokens": (found.num_pages - 1) * config.page_size,
+        "requests_at_full_context": (found.num_pages - 1) // context_pages,
+    }
+
+
+def _floors(config: EngineConfig, device: Device, cost: ModelCost, context: int, replicas: int, most_rows: int) -> Plan:
+    decode = []
+    for rows in sorted({1, 8, 32, config.slots}):
+        if rows > config.slots:
+            continue
+        seconds = cost.decode_floor(device, rows, context)
+        decode.append(
+            {
+                "rows": rows,
+                "context": context,
+                "fits": rows <= most_rows,
+                "bytes": cost.decode_bytes(rows, context),
+                "flops": cost.decode_flops(rows, context),
+                "floor_ms": seconds * 1e3,
+                "tokens_per_s": replicas * rows / seconds,
+            }
+        )
+    seconds = cost.prefill_floor(device, context)
+    prefill = {"tokens": context, "floor_ms": seconds * 1e3, "tokens_per_s": replicas * context / seconds}
+    return {"decode": decode, "prefill": prefill}
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan to be read."""
+    device = plan["device"]
+    lines = [
+        f"{plan['replicas']} x {plan['tensor_parallel']} {device['kind']}, each {_gb(device['memory'])} of memory for "
+        f"programs, {device['bandwidth'] / 1e9:,.0f} GB/s, {device['flops'] / 1e12:,.0f} TFLOP/s in bfloat16",
+        f"weights {_gb(plan['weights_bytes'])}; cache {plan['cache_bytes_per_token'] / 1024:,.1f} KiB a token; "
+        f"attention {plan['attention']}",
+    ]
+    if not plan["fits"]:
+        fitting = [f"  {options}" for options in plan["would_fit"]] or ["  nothing that was tried"]
+        return "\n".join([*lines, plan["reason"], "would fit:", *fitting])
+    memory = plan["memory"]
+    parts = ", ".join(
+        f"{name} {_gb(memory[name])}" for name in ("weights", "state", "temporaries", "headroom", "cache")
+    )
+    lines += [
+        f"fits; of each device: {parts}",
+        f"{memory['num_pages'] - 1:,} pages, {memory['tokens']:,} tokens: "
+        f"{memory['requests_at_full_context']} requests at the full context of {plan['context']:,} at once",
+        f"floor of a decode step at {plan['context']:,} tokens of context (bytes over bandwidth, or operations):",
+    ]
+    lines += [
+        f"  {row['rows']:>5} rows  {row['floor_ms']:9.2f} ms  at most {row['tokens_per_s']:>10,.0f} tokens/s"
+        + ("" if row["fits"] else "  (their cache does not fit)")
+        for row in plan["decode"]
+    ]
+    prefill = plan["prefill"]
+    lines.append(
+        f"floor of a prompt of {prefill['tokens']:,} tokens: {prefill['floor_ms']:.1f} ms, "
+        f"at most {prefill['tokens_per_s']:,.0f} tokens/s"
+    )
+    for step in plan.get("compiled", ()):
+        lines.append("compiled: " + ", ".join(f"{name} {value}" for name, value in step.items()))
+    return "\n".join(lines)
+
+
+def plan(config: EngineConfig, device: Device, count: int, *, compiles: bool = False) -> Plan:
+    """`make_plan` of the model that `config.model` names, with what its compiled steps need if `compiles`. No weights
+    are read. Raises CommandError."""
+    with model_errors():
+        from jaxserve.checkpoints import describe_config
+
+        model = describe_config(config.model)
+    found = make_plan(model, config, device, count)
+    if compiles and found["fits"]:
+        found["compiled"] = compiled_steps(model, config, device, found["memory"]["num_pages"])
+    return found
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"
