@@ -17,7 +17,7 @@ from jaxserve.core_messages import Abort, Failed, Gauges, Message, Progress, Rea
 
 
 class ReplicatedCore:
-    """Gives each request to the replica with the fewest in flight, and merges what the replicas say.
+    """Gives each request to the replica with the fewest sequences in flight, and merges what the replicas say.
 
     Args:
         config: of the engine.
@@ -30,7 +30,7 @@ class ReplicatedCore:
         self._outbox = Outbox(config.publish_ahead)
         self._lock = threading.Lock()
         self._replica_of: dict[int, int] = {}
-        """By the handle of a request in flight."""
+        """By the handle of a sequence in flight."""
         self._in_flight = [0] * len(cores)
         self._gauges: list[Gauges | None] = [None] * len(cores)
         self._ready: list[Ready] = []
@@ -45,15 +45,17 @@ class ReplicatedCore:
     def send(self, command: Message) -> None:
         """Gives a command to the replica that it concerns. Thread-safe."""
         match command:
-            case Submit(handle):
+            case Submit(handle, fork_seeds=forks):
+                handles = range(handle, handle + 1 + len(forks))
                 with self._lock:
                     number = min(range(len(self._cores)), key=lambda number: self._in_flight[number])
-                    self._in_flight[number] += 1
-                    self._replica_of[handle] = number
+                    self._in_flight[number] += len(handles)
+                    self._replica_of |= dict.fromkeys(handles, number)
                 self._cores[number].send(command)
-            case Abort(handle):
-                number = self._replica_of.get(handle)
-                if number is not None:
+            case Abort(handle, count):
+                # Sequences of one request are on one replica, but some may have ended.
+                found = [self._replica_of.get(one) for one in range(handle, handle + count)]
+                for number in {number for number in found if number is not None}:
                     self._cores[number].send(command)
             case _:
                 for core in self._cores:

@@ -2,13 +2,13 @@
 
 Every linear map is sharded by its outputs, and the shards' outputs are gathered before the next map contracts over
 them. The usual alternative shards every second map by its inputs and adds partial sums up: two all-reduces a layer
-where this takes four all-gathers, which is the same number of hops (an all-reduce is a scatter and a gather), and more
-bytes, as partial sums travel in float32 and activations in their own type. What decided: here no sum is cut in parts,
-so a token's bits do not depend on the number of devices as long as a product's do not depend on its number of outputs.
+where this takes four all-gathers. The hops are as many, an all-reduce being a scatter and a gather; the bytes are fewer
+here, since partial sums travel in float32 and activations in their own type. What decided: no sum is cut in parts, so
+the number of devices changes a result by what the compiler makes of other shapes and by nothing else: the last bits.
 
-The embedding and the lm head are sharded by vocabulary, since replicated they would be an eighth of what each of four
-devices holds of an 8B model, and the head the largest product of a decode step; logits are gathered. Sampling is
-replicated: every device chooses the same tokens from the same logits.
+The embedding and the lm head are sharded by vocabulary. Replicated, each would take a gigabyte of every device for an
+8B model of 128k tokens, and the head would be the largest product of a decode step; logits are gathered instead.
+Sampling is replicated: every device chooses the same tokens from the same logits.
 """
 
 from dataclasses import dataclass

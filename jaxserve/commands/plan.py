@@ -171,9 +171,35 @@ def plan_text(plan: Plan) -> str:
         f"floor of a prompt of {prefill['tokens']:,} tokens: {prefill['floor_ms']:.1f} ms, "
         f"at most {prefill['tokens_per_s']:,.0f} tokens/s"
     )
-    for step in plan.get("compiled", ()):
-        lines.append("compiled: " + ", ".join(f"{name} {value}" for name, value in step.items()))
-    return "\n".join(lines)
+    return "\n".join(lines + [_compiled_text(step) for step in plan.get("compiled", ())])
+
+
+def _compiled_text(step: Plan) -> str:
+    name = f"{step['half']} of {step['rows']} rows" + (f" and {step['chunk']} prompt tokens" if step["chunk"] else "")
+    talk = ", ".join(f"{count} {kind}" for kind, count in step["collectives"].items()) or "none"
+    text = f"compiled {name}: temporaries {_gb(step['temporaries'])}, collectives {talk}"
+    if step["cache"]:
+        text += ", cache in place" if step["cache_is_aliased"] and not step["cache_copies"] else ", CACHE COPIED"
+    return text
+
+
+def compiled_steps(model: ModelConfig, config: EngineConfig, device: Device, num_pages: int) -> list[dict[str, object]]:
+    """What the compiler says of the largest decode and mixed step, as `ahead_of_time.StepFigures` has it. Raises
+    CommandError where there is no compiler for the device."""
+    import jax
+
+    from jaxserve.ahead_of_time import CannotCompile, choose_figures, forward_figures, placement_on
+
+    jax.config.update("jax_platforms", "cpu")  # or the compilers' plugins look for devices
+    config = replace(config, max_context=full_context(model, config))
+    attention = _attention(config, device)
+    try:
+        placement = placement_on(device, config.tensor_parallel)
+    except CannotCompile as error:
+        raise CommandError(str(error)) from error
+    chunks = (0, max(config.prefill_chunks))
+    figures = [forward_figures(model, config, attention, placement, num_pages, chunk) for chunk in chunks]
+    return [found.to_json() for found in (*figures, choose_figures(model, config, placement))]
 
 
 def plan(config: EngineConfig, device: Device, count: int, *, compiles: bool = False) -> Plan:

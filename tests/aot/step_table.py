@@ -1,0 +1,89 @@
+"""The engine's steps over published shapes and devices, compiled: what `test_steps.py` holds the committed table to.
+
+    python tests/aot/step_table.py [CELL ...]       writes step_table.json anew, or the named cells of it
+
+A cell takes half a minute to two, for two or three programs of a whole model.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from jaxserve.ahead_of_time import choose_figures, forward_figures, placement_on
+from jaxserve.allocation import allocate
+from jaxserve.config import EngineConfig
+from jaxserve.devices import DEVICES
+from jaxserve.kv_cache import page_bytes
+from jaxserve.models.published import PUBLISHED
+from jaxserve.roofline import ModelCost, model_cost
+from pallas_kernels import AttentionNeeds, select
+
+TABLE = Path(__file__).with_name("step_table.json")
+SLOTS, CHUNK, CONTEXT = 64, 512, 8192
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model on devices."""
+
+    model: str
+    device: str
+    tensor_parallel: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.device}-{self.tensor_parallel}"
+
+    @property
+    def config(self) -> EngineConfig:
+        return EngineConfig(slots=SLOTS, max_context=CONTEXT, tensor_parallel=self.tensor_parallel)
+
+    def cost(self) -> ModelCost:
+        """What the floors are computed from."""
+        model, config = PUBLISHED[self.model], self.config
+        per_token = page_bytes(model, self.attention(), config) / config.page_size
+        return model_cost(model, config.dtype, config.quantization, per_token, self.tensor_parallel)
+
+    def attention(self):
+        return select(DEVICES[self.device].platform, None, AttentionNeeds(self.config.dtype))
+
+
+CELLS = {
+    cell.name: cell
+    for cell in (
+        *(
+            Cell(model, device, shares)
+            for model in ("llama-3.1-8b", "qwen3-8b")
+            for device, shares in (("v5e", 4), ("v6e", 1), ("v6e", 4), ("tpu7x", 1), ("h100", 1))
+        ),
+        *(Cell("smollm2-135m", device, 1) for device in ("v5e", "v6e", "tpu7x", "h100")),
+    )
+}
+
+
+def figures(cell: Cell) -> dict[str, object]:
+    """Of the cell's decode step, its mixed step and its choose, with as many pages as the device has room for."""
+    jax.config.update("jax_platforms", "cpu")
+    model, config, device, attention = PUBLISHED[cell.model], cell.config, DEVICES[cell.device], cell.attention()
+    placement = placement_on(device, cell.tensor_parallel)
+    weights = cell.cost().weight_bytes
+    pages = allocate(model, attention, config, limit=device.memory, weights=weights).num_pages
+    return {
+        "attention": attention.name,
+        "pages": pages,
+        "weights": weights,
+        "decode": forward_figures(model, config, attention, placement, pages, 0).to_json(),
+        "mixed": forward_figures(model, config, attention, placement, pages, CHUNK).to_json(),
+        "choose": choose_figures(model, config, placement).to_json(),
+    }
+
+
+if __name__ == "__main__":
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    for name in sys.argv[1:] or CELLS:
+        print(name, file=sys.stderr, flush=True)
+        table[name] = figures(CELLS[name])
+        TABLE.write_text(json.dumps({name: table[name] for name in CELLS if name in table}, indent=1) + "\n")

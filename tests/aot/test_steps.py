@@ -1,0 +1,60 @@
+"""The engine's own steps, compiled from shapes for devices that are not there: the cache stays in place, temporaries are
+small, the work is what arithmetic says, and devices talk as often as the layout asks. `step_table.py` makes the table."""
+
+import json
+
+import pytest
+from step_table import CELLS, CHUNK, SLOTS, TABLE, Cell, figures
+
+from jaxserve.models.published import PUBLISHED
+
+pytestmark = pytest.mark.aot
+
+
+@pytest.fixture(scope="module", params=CELLS.values(), ids=list(CELLS))
+def compiled(request: pytest.FixtureRequest) -> tuple[Cell, dict]:
+    return request.param, figures(request.param)
+
+
+def test_the_cache_is_overwritten_in_place_and_never_copied(compiled: tuple[Cell, dict]):
+    for half in ("decode", "mixed"):
+        step = compiled[1][half]
+        assert step["cache_is_aliased"] and step["cache_copies"] == 0
+        assert step["aliased"] >= step["cache"] > 0
+
+
+def test_temporaries_are_a_twentieth_of_weights_and_cache_at_most(compiled: tuple[Cell, dict]):
+    _, found = compiled
+    held = found["weights"] + found["decode"]["cache"]
+    assert max(found[half]["temporaries"] for half in ("decode", "mixed", "choose")) <= 0.05 * held
+
+
+def test_devices_talk_four_times_a_layer_and_twice_a_step(compiled: tuple[Cell, dict]):
+    cell, found = compiled
+    shared = {"all-gather": 4 * PUBLISHED[cell.model].num_layers + 1, "all-reduce": 1}
+    for half in ("decode", "mixed"):
+        assert found[half]["collectives"] == (shared if cell.tensor_parallel > 1 else {})
+    assert found["choose"]["collectives"] == {}
+
+
+def test_the_work_is_what_arithmetic_says(compiled: tuple[Cell, dict]):
+    cell, found = compiled
+    cost = cell.cost()
+    for half, tokens in (("decode", SLOTS), ("mixed", SLOTS + CHUNK)):
+        products = tokens * cost.flops_per_token + SLOTS * cost.flops_per_logits
+        # Attention is a kernel or a loop, of which the compiler counts what it can.
+        assert 0.98 * products <= found[half]["flops"] <= 1.3 * products
+        assert found[half]["bytes_accessed"] >= 0.98 * cost.read_bytes
+
+
+def test_the_figures_are_those_of_the_committed_table(compiled: tuple[Cell, dict]):
+    cell, found = compiled
+    expected = json.loads(TABLE.read_text())[cell.name]
+    for name in ("attention", "pages", "weights"):
+        assert found[name] == expected[name]
+    for half in ("decode", "mixed", "choose"):
+        for name in ("arguments", "aliased", "cache", "collectives"):
+            assert found[half][name] == expected[half][name], (half, name)
+        for name in ("temporaries", "flops", "bytes_accessed"):
+            # Another version of the compiler may fuse a little differently.
+            assert found[half][name] == pytest.approx(expected[half][name], rel=0.1, abs=1 << 20), (half, name)
