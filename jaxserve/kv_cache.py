@@ -65,7 +65,7 @@ def page_bytes(model: ModelConfig, attention: PagedAttention, config: EngineConf
 
 def _layer_layout(
     model: ModelConfig, attention: PagedAttention, num_pages: int, config: EngineConfig, parts: int
-) -> LayerCache[jax.ShapeDtypeStruct]:
+) -> LayerCache:
     """Of each device's part of a layer's cache."""
     kv_heads = model.num_kv_heads // parts
     return attention.cache_layout(num_pages, config.page_size, kv_heads, model.head_dim, cache_dtype(config))
