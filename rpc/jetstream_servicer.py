@@ -5,7 +5,16 @@ from collections.abc import Awaitable
 
 import grpc.aio
 
-from jaxserve.request import Delta, Event, InvalidRequest, OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request import (
+    Delta,
+    Event,
+    Finished,
+    InvalidRequest,
+    OutputParams,
+    Request,
+    SamplingParams,
+    StoppingParams,
+)
 from rpc import errors
 from rpc.call_runner import CallRunner
 from rpc.jetstream import orchestrator_pb2 as pb
@@ -28,7 +37,13 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
         request_id = uuid.uuid4().hex
 
         def write(event: Event) -> Awaitable[None] | None:
-            return context.write(_response(event)) if isinstance(event, Delta) else None
+            match event:
+                case Delta():
+                    return context.write(_response(event.index, event.text, event.token_ids))
+                case Finished(matched_stop=int(token)):
+                    # As JetStream does: a client counts on one response at least, and takes it for the first token.
+                    return context.write(_response(event.index, "", (token,)))
+            return None
 
         await self._runner.run(
             request_id, lambda deadline: request_from_jetstream(request, request_id, deadline), context, write
@@ -59,9 +74,9 @@ def request_from_jetstream(message: pb.DecodeRequest, request_id: str, deadline:
     )
 
 
-def _response(delta: Delta) -> pb.DecodeResponse:
+def _response(index: int, text: str, token_ids: tuple[int, ...]) -> pb.DecodeResponse:
     response = pb.DecodeResponse()
-    for _ in range(delta.index):
+    for _ in range(index):
         response.stream_content.samples.add()
-    response.stream_content.samples.add(text=delta.text, token_ids=delta.token_ids)
+    response.stream_content.samples.add(text=text, token_ids=token_ids)
     return response

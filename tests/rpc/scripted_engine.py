@@ -178,7 +178,8 @@ class ScriptedEngine:
             if len(self._active) >= capacity:
                 raise QueueFull(capacity, 0.25)
             stream = RequestStream(request.request_id, lambda: self._cancel(request.request_id, stream))
-            limit = request.stopping.max_tokens or self.max_context - len(prompt)
+            room = self.max_context - len(prompt)
+            limit = min(request.stopping.max_tokens or room, room)
             self._active[request.request_id] = _Active(request, prompt, stream, time.monotonic(), limit)
             self.submitted += 1
             self._changed.notify_all()

@@ -3,17 +3,22 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
 from scripted_engine import ScriptedEngine, expected_ids
-from serving import eventually, serving
+from serving import eventually, lent, serving
 from test_refusals import detail
 
+from jaxserve.request import FinishReason
 from rpc.jetstream import orchestrator_pb2 as pb
 from rpc.jetstream import orchestrator_pb2_grpc
 from rpc.jetstream_servicer import request_from_jetstream
+
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
 
 pytestmark = pytest.mark.asyncio
 
@@ -55,6 +60,32 @@ async def test_text_is_answered_with_text() -> None:
         assert "".join(response.stream_content.samples[0].text for response in responses) == "abcde"
 
 
+async def test_the_end_of_sequence_id_is_part_of_the_answer(engine: "Engine") -> None:
+    """benchmark_serving waits for a first response for ever, so even an empty answer must have one."""
+    ends = engine.tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+    (alone,) = await asyncio.to_thread(engine.generate, [{"token_ids": ends}], temperature=0.0, max_tokens=200)
+    assert alone.finish_reason is FinishReason.STOP and isinstance(alone.matched_stop, int)
+    all_said = [*ends, *alone.token_ids]
+    async with serving(lent(engine)) as (_, client), grpc.aio.insecure_channel(client.address) as channel:
+        request = pb.DecodeRequest(token_content=Tokens(token_ids=all_said), max_tokens=5)
+        responses = [response async for response in orchestrator_pb2_grpc.OrchestratorStub(channel).Decode(request)]
+    (only,) = responses
+    assert list(only.stream_content.samples[0].token_ids) == [alone.matched_stop]
+
+
+async def test_the_numbers_on_the_wire_are_those_of_jetstream() -> None:
+    published = {
+        "max_tokens": 4, "text_content": 5, "token_content": 6, "metadata": 7, "num_samples": 8, "lora_adapter_id": 9,
+        "has_bos": 10,
+    }  # fmt: skip
+    assert {field.name: field.number for field in pb.DecodeRequest.DESCRIPTOR.fields} == published
+    stream = pb.DecodeResponse.StreamContent.DESCRIPTOR
+    assert pb.DecodeResponse.DESCRIPTOR.fields_by_name["stream_content"].number == 3
+    assert stream.fields_by_name["samples"].number == 1
+    sample = stream.nested_types_by_name["Sample"].fields
+    assert {field.name: field.number for field in sample} == {"text": 1, "token_ids": 2}
+
+
 async def test_it_decodes_greedily() -> None:
     request = request_from_jetstream(pb.DecodeRequest(text_content=Text(text="a"), max_tokens=5), "id", None)
     assert (request.sampling.temperature, request.sampling.n, request.stopping.max_tokens) == (0.0, 1, 5)
@@ -91,13 +122,6 @@ async def test_what_is_wrong_is_named() -> None:
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, (path, caught.value)
             (violation,) = detail(caught.value, error_details_pb2.BadRequest).field_violations
             assert violation.field == path
-
-
-async def test_every_field_of_the_proto_is_read_or_refused() -> None:
-    fields = set(pb.DecodeRequest.DESCRIPTOR.fields_by_name)
-    assert fields == {
-        *("max_tokens", "text_content", "token_content", "metadata", "num_samples", "lora_adapter_id", "has_bos")
-    }
 
 
 async def test_a_client_that_leaves_ends_its_request() -> None:
