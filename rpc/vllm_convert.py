@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxserve.request import (
+    Constraint,
     Delta,
     Event,
     Finished,
@@ -33,7 +34,7 @@ _SAMPLING_FIELDS = frozenset(
     (
         *("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"),
         *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
-        *("n", "logprobs", "seed", "logit_bias"),
+        *("n", "logprobs", "seed", "logit_bias", "json_schema", "regex", "grammar", "json_object", "choice"),
         *("skip_special_tokens", "spaces_between_special_tokens", "grammar_from_first_token"),
     )
 )
@@ -88,9 +89,25 @@ def request_from_vllm(message: pb.GenerateRequest, request_id: str, deadline: fl
             logprobs=params.logprobs if params.HasField("logprobs") else None,
             return_text=False,
         ),
+        constraint=_constraint(params),
         request_id=request_id,
         deadline=deadline,
     )
+
+
+def _constraint(params: pb.SamplingParams) -> Constraint | None:
+    match params.WhichOneof("constraint"):
+        case "json_schema":
+            return Constraint(json_schema=params.json_schema)
+        case "regex":
+            return Constraint(regex=params.regex)
+        case "grammar":
+            return Constraint(grammar=params.grammar)
+        case "json_object":
+            return Constraint(json_object=params.json_object)
+        case "choice":
+            return Constraint(choice=tuple(params.choice.choices))
+    return None
 
 
 @dataclass

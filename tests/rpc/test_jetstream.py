@@ -73,6 +73,17 @@ async def test_the_end_of_sequence_id_is_part_of_the_answer(engine: "Engine") ->
     assert list(only.stream_content.samples[0].token_ids) == [alone.matched_stop]
 
 
+async def test_samples_stand_at_their_place(engine: "Engine") -> None:
+    """As requester reads them: sample i of a response is what is new of sequence i."""
+    async with serving(lent(engine)) as (_, client), grpc.aio.insecure_channel(client.address) as channel:
+        request = pb.DecodeRequest(text_content=Text(text="The sea"), max_tokens=8, num_samples=2)
+        texts = ["", ""]
+        async for response in orchestrator_pb2_grpc.OrchestratorStub(channel).Decode(request):
+            for place, sample in enumerate(response.stream_content.samples):
+                texts[place] += sample.text
+    assert texts[0] == texts[1] != ""  # greedy both
+
+
 async def test_the_numbers_on_the_wire_are_those_of_jetstream() -> None:
     published = {
         "max_tokens": 4, "text_content": 5, "token_content": 6, "metadata": 7, "num_samples": 8, "lora_adapter_id": 9,

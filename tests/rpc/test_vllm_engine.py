@@ -7,20 +7,24 @@ import math
 import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 import tokenizers
 from google.rpc import error_details_pb2
 from scripted_engine import ScriptedEngine, expected_ids
-from serving import back_to_the_start, eventually, serving
+from serving import back_to_the_start, eventually, lent, serving
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from test_refusals import detail
 
-from jaxserve.request import Delta, Finished, FinishReason, InvalidRequest, Request, Started, Timings, Usage
+from jaxserve.request import Constraint, Delta, Finished, FinishReason, InvalidRequest, Request, Started, Timings, Usage
 from rpc.server import Server
 from rpc.vllm_convert import ResponseBuilder, request_from_vllm, zipped
+
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
 
 pytestmark = pytest.mark.asyncio
 
@@ -105,6 +109,46 @@ async def test_every_field_reaches_the_engine() -> None:
     assert (stopping.max_tokens, stopping.min_tokens, stopping.stop) == (9, 3, ("x", "yz"))
     assert (stopping.stop_token_ids, stopping.include_stop, stopping.ignore_eos) == ((4, 5), True, True)
     assert request.output.logprobs == 3
+
+
+@pytest.mark.parametrize(
+    "params, constraint",
+    [
+        ({"json_schema": "{}"}, Constraint(json_schema="{}")),
+        ({"regex": "a+"}, Constraint(regex="a+")),
+        ({"grammar": "start: 'a'"}, Constraint(grammar="start: 'a'")),
+        ({"json_object": True}, Constraint(json_object=True)),
+        ({"choice": pb.ChoiceConstraint(choices=["a", "b"])}, Constraint(choice=("a", "b"))),
+        ({}, None),
+    ],
+)
+async def test_a_constraint_reaches_the_engine(params: dict[str, object], constraint: Constraint | None) -> None:
+    assert request_from_vllm(asking(**params), "id").constraint == constraint
+
+
+async def test_several_sequences_come_each_under_its_index(engine: "Engine") -> None:
+    wanted = {"temperature": 0.75, "seed": 5, "max_tokens": 12, "ignore_eos": True}
+    (expected,) = await asyncio.to_thread(engine.generate, ["The sea"], n=3, **wanted)
+    ids = [list(output.token_ids) for output in expected.outputs]
+    async with serving(lent(engine)) as (server, client), grpc.aio.insecure_channel(client.address) as channel:
+        stub = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+        params = pb.SamplingParams(n=3, **wanted)
+        streamed = [[], [], []]
+        completes = []
+        async for one in stub.Generate(pb.GenerateRequest(text="The sea", stream=True, sampling_params=params)):
+            if one.HasField("chunk"):
+                streamed[one.chunk.index] += one.chunk.token_ids
+            else:
+                completes.append(one.complete)
+        assert streamed == [list(one.output_ids) for one in sorted(completes, key=lambda one: one.index)]
+        assert sorted(one.index for one in completes) == [0, 1, 2]
+        whole = [
+            one.complete async for one in stub.Generate(pb.GenerateRequest(text="The sea", sampling_params=params))
+        ]
+        assert [list(one.output_ids) for one in sorted(whole, key=lambda one: one.index)] == streamed
+        assert streamed == ids
+        assert len({tuple(one) for one in ids}) == 3
+        await back_to_the_start(engine, server)
 
 
 async def test_what_is_not_supported_is_refused_by_name() -> None:
