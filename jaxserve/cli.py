@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(command("chat", "talk with a model, or answer the lines of standard input"))
     _add_convert(command("convert", "write a checkpoint in the native format, which loads fastest"))
     _add_add_key(command("add-key", "make an API key of a tenant, add it to a key file, and print it once"))
+    _add_profile(command("profile", "take a trace of a live server's device, and say where it lies"))
     _add_info(command("info", "describe a checkpoint: configuration, tokenizer, sizes"))
     _add_plan(command("plan", "say whether a model fits a device that is not there, and the speed it allows"))
     return parser
@@ -276,6 +277,28 @@ def _add_key(arguments: argparse.Namespace) -> int:
         print(add_key(Path(arguments.file), arguments.tenant, arguments.admin))
     except KeyFileError as error:
         raise CommandError(str(error)) from error
+    return ExitStatus.SUCCESS
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT", help="of the server's gRPC port")
+    parser.add_argument("--seconds", type=float, default=3.0, metavar="NUMBER", help="length of the trace (default: 3)")
+    parser.add_argument("--api-key-file", metavar="FILE", help="file that holds an admin's key (default: no key)")
+    parser.add_argument("--tls-ca", metavar="FILE", help="PEM file of the server's authority (default: plain text)")
+    parser.set_defaults(run=_profile)
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from jaxserve.request import RequestError
+    from rpc.client import Client, Credentials, RpcFailed
+
+    try:
+        file = arguments.api_key_file
+        key = None if file is None else Path(file).expanduser().read_text().strip()
+        with Client(arguments.address, Credentials(api_key=key, root_certificates=arguments.tls_ca)) as client:
+            print(client.profile(arguments.seconds))
+    except (OSError, RequestError, RpcFailed) as error:
+        raise CommandError(f"{arguments.address}: {error}") from error
     return ExitStatus.SUCCESS
 
 

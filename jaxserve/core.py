@@ -18,6 +18,8 @@ from jaxserve.core_messages import (
     Abort,
     Failed,
     Message,
+    Profile,
+    Profiled,
     Progress,
     Ready,
     SequenceOutput,
@@ -26,6 +28,7 @@ from jaxserve.core_messages import (
     StepRecord,
     Submit,
 )
+from jaxserve.profiling import start_trace
 from jaxserve.scheduler import Scheduler
 from jaxserve.sequence import Retired, StepPlan, StepResults
 
@@ -181,6 +184,10 @@ class StepLoop:
                 case Shutdown():
                     scheduler.abort_all(time.monotonic())
                     go_on = False
+                case Profile():
+                    start_trace(command, self.commands.put)
+                case Profiled():
+                    self._publish(command)
                 case _:
                     raise TypeError(f"not a command: {command!r}")
         scheduler.expire(time.monotonic())

@@ -58,6 +58,21 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
+class Profile:
+    """Takes a trace of the device for so many seconds and writes it to a folder."""
+
+    folder: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """The trace is written, or what kept it from being."""
+
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """What the core is doing before it is ready; `fraction` is in 0..1, or None where unknown."""
 
@@ -179,8 +194,8 @@ class Failed:
     error: str
 
 
-Message = Submit | Abort | Shutdown | Progress | Ready | StepOutput | Failed
-_TYPES: tuple[type, ...] = (Submit, Abort, Shutdown, Progress, Ready, StepOutput, Failed)
+Message = Submit | Abort | Shutdown | Progress | Ready | StepOutput | Failed | Profile | Profiled
+_TYPES: tuple[type, ...] = (Submit, Abort, Shutdown, Progress, Ready, StepOutput, Failed, Profile, Profiled)
 _NUMBER = {kind: number for number, kind in enumerate(_TYPES)}
 
 

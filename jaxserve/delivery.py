@@ -9,10 +9,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from queue import SimpleQueue
 
 from jaxserve.active_requests import ActiveRequests, ActiveSequence
 from jaxserve.core_client import Core
-from jaxserve.core_messages import Abort, Failed, Gauges, SequenceOutput, StepOutput, StepRecord, TokenLogprobs
+from jaxserve.core_messages import (
+    Abort,
+    Failed,
+    Gauges,
+    Profiled,
+    SequenceOutput,
+    StepOutput,
+    StepRecord,
+    TokenLogprobs,
+)
 from jaxserve.request import Finished, FinishReason, Started, Timings, TokenLogprob, Usage
 from jaxserve.request_stream import RequestStream, wake
 from jaxserve.statistics import Statistics
@@ -39,6 +49,8 @@ class Delivery:
         self.step_records: deque[StepRecord] = deque(maxlen=STEP_RECORDS)
         """The latest steps, oldest first."""
         self.statistics = Statistics()
+        self.profiled: SimpleQueue[Profiled] = SimpleQueue()
+        """Traces that are done, for whoever asked."""
         self._core = core
         self._requests = requests
         self._stream_buffer_tokens = stream_buffer_tokens
@@ -73,11 +85,14 @@ class Delivery:
                             self._deliver(sequence, output)
                             touched.append(sequence.of.stream)
                     _wake(touched)
+                case Profiled():
+                    self.profiled.put(message)
                 case Failed(error):
                     self._fail(error)
                 case _:
                     raise TypeError(f"unexpected message {message!r}")
         self._fail("the engine has stopped")
+        self.profiled.put(Profiled("the engine has stopped"))
 
     def _deliver(self, sequence: ActiveSequence, output: SequenceOutput) -> None:
         active = sequence.of

@@ -5,6 +5,7 @@ the caller's thread; `delivery` turns each step's tokens into the events of the 
 """
 
 import atexit
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -18,9 +19,10 @@ from jaxserve.checkpoints import describe_model
 from jaxserve.completion import collect
 from jaxserve.config import EngineConfig
 from jaxserve.core_client import start_core
-from jaxserve.core_messages import Abort, Failed, Gauges, Progress, Ready, Shutdown, StepRecord
+from jaxserve.core_messages import Abort, Failed, Gauges, Profile, Progress, Ready, Shutdown, StepRecord
 from jaxserve.delivery import Delivery
-from jaxserve.request import Completion, Delta, Finished, InvalidRequest, Request
+from jaxserve.profiling import MAX_SECONDS
+from jaxserve.request import Completion, Delta, EngineUnavailable, Finished, InvalidRequest, Request
 from jaxserve.request_stream import RequestStream
 from jaxserve.statistics import Statistics
 from jaxserve.text_stream import TextStream
@@ -86,6 +88,7 @@ class Engine:
     def __init__(self, config: EngineConfig | None = None, *, progress: ProgressCallback | None = None, **fields: Any):
         self.config = replace(config or EngineConfig(), **fields)
         self._core = start_core(self.config)
+        self._profiling = threading.Lock()
         self.model_config, tokenizer_source = describe_model(self.config.model)
         self.model_name = self.config.served_model_name or Path(self.config.model).stem
         self.tokenizer = Tokenizer.from_source(tokenizer_source)
@@ -258,6 +261,30 @@ class Engine:
     def is_healthy(self) -> bool:
         """Whether requests are accepted and the step loop moves."""
         return self._requests.is_open and (self._watchdog is None or not self._watchdog.is_hung)
+
+    def profile(self, seconds: float) -> str:
+        """Takes a trace of the device by jax.profiler while requests go on. Blocks until it is written. Thread-safe.
+
+        Returns:
+            The folder of the trace, for TensorBoard or Perfetto; one of its own in the system's folder for such.
+
+        Raises:
+            InvalidRequest: `seconds` is out of range.
+            EngineUnavailable: a trace is being taken already, or the engine ended or could not take one.
+        """
+        if not 0 < seconds <= MAX_SECONDS:
+            raise InvalidRequest("seconds", f"must be in (0, {MAX_SECONDS:g}], got {seconds!r}")
+        if not self._profiling.acquire(blocking=False):
+            raise EngineUnavailable("a trace is being taken already")
+        try:
+            folder = tempfile.mkdtemp(prefix="jaxserve-profile-")
+            self._core.send(Profile(folder, seconds))
+            error = self._delivery.profiled.get().error
+        finally:
+            self._profiling.release()
+        if error is not None:
+            raise EngineUnavailable(f"no trace was taken: {error}")
+        return folder
 
     def drain(self) -> None:
         """Accepts no more requests; those in flight go on."""

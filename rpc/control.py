@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 
 import grpc.aio
@@ -13,6 +13,7 @@ from rpc import errors
 from rpc.convert import messages_from_proto
 from rpc.lifecycle import Lifecycle
 from rpc.open_calls import OpenCalls
+from rpc.security.principal import require_admin
 from rpc.served_engine import ServedEngine
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
@@ -26,6 +27,7 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
         self._calls = calls
         self._tokenizing = tokenizing
         self._max_request_bytes = max_request_bytes
+        self._profiling = ThreadPoolExecutor(max_workers=2, thread_name_prefix="jaxserve-profile")
         self._began = time.monotonic()
 
     @errors.answered
@@ -90,6 +92,14 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
         engine = self._lifecycle.loaded_engine()
         loop = asyncio.get_running_loop()
         return pb.DetokenizeResponse(text=await loop.run_in_executor(self._tokenizing, _detokenize, engine, request))
+
+    @errors.answered
+    async def Profile(self, request: pb.ProfileRequest, context: grpc.aio.ServicerContext) -> pb.ProfileResponse:
+        require_admin()
+        engine = self._lifecycle.loaded_engine()
+        # A thread of its own: it waits as long as the trace, and prompts must not wait for those of the pool.
+        folder = await asyncio.get_running_loop().run_in_executor(self._profiling, engine.profile, request.seconds)
+        return pb.ProfileResponse(folder=folder)
 
 
 def installed_version(package: str) -> str:

@@ -157,6 +157,10 @@ class ServedEngine(Protocol):
 
     def loads(self) -> Loads: ...
 
+    def profile(self, seconds: float) -> str:
+        """Takes a trace of the device and returns its folder. Blocks. Raises InvalidRequest and EngineUnavailable."""
+        ...
+
     def drain(self) -> None:
         """Takes no more requests; those accepted go on."""
         ...

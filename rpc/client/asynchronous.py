@@ -155,6 +155,11 @@ class AsyncClient:
             message = pb.DetokenizeRequest(token_ids=token_ids)
             return (await self._control.Detokenize(message, metadata=self._metadata)).text
 
+    async def profile(self, seconds: float) -> str:
+        """Takes a trace of the server's device; the folder there. Needs an admin's key where there are keys."""
+        with mapped_errors():
+            return (await self._control.Profile(pb.ProfileRequest(seconds=seconds), metadata=self._metadata)).folder
+
     async def model_info(self) -> pb.GetModelInfoResponse:
         """The model and its limits."""
         with mapped_errors():

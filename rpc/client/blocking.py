@@ -145,6 +145,11 @@ class Client:
         with mapped_errors():
             return self._control.Detokenize(pb.DetokenizeRequest(token_ids=token_ids), metadata=self._metadata).text
 
+    def profile(self, seconds: float) -> str:
+        """Takes a trace of the server's device; the folder there. Needs an admin's key where there are keys."""
+        with mapped_errors():
+            return self._control.Profile(pb.ProfileRequest(seconds=seconds), metadata=self._metadata).folder
+
     def model_info(self) -> pb.GetModelInfoResponse:
         """The model and its limits."""
         with mapped_errors():

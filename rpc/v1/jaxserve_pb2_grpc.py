@@ -186,6 +186,11 @@ class ControlStub(object):
                 request_serializer=rpc_dot_v1_dot_jaxserve__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=rpc_dot_v1_dot_jaxserve__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.Profile = channel.unary_unary(
+                '/jaxserve.v1.Control/Profile',
+                request_serializer=rpc_dot_v1_dot_jaxserve__pb2.ProfileRequest.SerializeToString,
+                response_deserializer=rpc_dot_v1_dot_jaxserve__pb2.ProfileResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer(object):
@@ -230,6 +235,13 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Profile(self, request, context):
+        """An admin's call: takes a trace of the device by jax.profiler while requests go on, and answers when it is written.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -262,6 +274,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=rpc_dot_v1_dot_jaxserve__pb2.DetokenizeRequest.FromString,
                     response_serializer=rpc_dot_v1_dot_jaxserve__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'Profile': grpc.unary_unary_rpc_method_handler(
+                    servicer.Profile,
+                    request_deserializer=rpc_dot_v1_dot_jaxserve__pb2.ProfileRequest.FromString,
+                    response_serializer=rpc_dot_v1_dot_jaxserve__pb2.ProfileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -427,6 +444,33 @@ class Control(object):
             '/jaxserve.v1.Control/Detokenize',
             rpc_dot_v1_dot_jaxserve__pb2.DetokenizeRequest.SerializeToString,
             rpc_dot_v1_dot_jaxserve__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Profile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/Profile',
+            rpc_dot_v1_dot_jaxserve__pb2.ProfileRequest.SerializeToString,
+            rpc_dot_v1_dot_jaxserve__pb2.ProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,
