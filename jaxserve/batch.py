@@ -144,11 +144,11 @@ class Packer:
 
     def pack(self, plan: StepPlan, rows: int, chunk: int) -> np.ndarray:
         """The int32 upload of a plan for a step of `rows` rows and `chunk` chunk tokens."""
+        for slot, sequence in plan.grown:
+            self._write_new_pages(slot, sequence)
         for slot, sequence in plan.new_owners:
             self._own(slot, sequence)
         width = self._lines.shape[1]
-        for sequence in plan.grown:
-            self._write_new_pages(sequence)
         packed = np.zeros(rows * width + 3 * chunk, np.int32)
         table = packed[: rows * width].reshape(rows, width)
         count, slots = len(plan.slots), np.array(plan.slots, np.intp)
@@ -176,12 +176,10 @@ class Packer:
         positions[start:] = 0
         return packed
 
-    def _write_new_pages(self, sequence: Sequence) -> None:
-        slot, pages = sequence.slot, sequence.pages
-        if slot >= 0:  # else it gave way again
-            written = self._pages_written[slot]
-            self._lines[slot, ROW_COLUMNS + written : ROW_COLUMNS + len(pages)] = pages[written:]
-            self._pages_written[slot] = len(pages)
+    def _write_new_pages(self, slot: int, sequence: Sequence) -> None:
+        written, pages = self._pages_written[slot], sequence.pages
+        self._lines[slot, ROW_COLUMNS + written : ROW_COLUMNS + len(pages)] = pages[written:]
+        self._pages_written[slot] = len(pages)
 
     def _own(self, slot: int, sequence: Sequence) -> None:
         """Fills a slot's line for its new owner."""
@@ -202,4 +200,4 @@ class Packer:
         reals[Column.REPETITION_PENALTY] = submit.repetition_penalty
         line[Column.STOP_IDS : ROW_COLUMNS] = -1
         line[Column.STOP_IDS : Column.STOP_IDS + len(submit.stop_ids)] = submit.stop_ids
-        self._write_new_pages(sequence)
+        self._write_new_pages(slot, sequence)

@@ -77,7 +77,7 @@ class Scheduler:
         self._free_slots = list(range(slots))
         self._fences: deque[tuple[int, list[int]]] = deque()
         self._new_owners: list[tuple[int, Sequence]] = []
-        self._grown: list[Sequence] = []
+        self._grown: list[tuple[int, Sequence]] = []
         self._saves: list[tuple[SavedPages, list[int]]] = []
         self._restores: list[tuple[SavedPages, int, list[int]]] = []
         self._ended: list[SequenceOutput] = []
@@ -206,7 +206,7 @@ class Scheduler:
             if page is not None:
                 sequence.pages += page
                 sequence.capacity += page_size
-                self._grown.append(sequence)
+                self._grown.append((sequence.slot, sequence))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1

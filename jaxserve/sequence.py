@@ -128,8 +128,9 @@ class StepPlan:
 
     saves: list[tuple[SavedPages, list[int]]] = field(default_factory=list)
     """Pages to copy to host memory before the step, and before any are restored."""
-    grown: list[Sequence] = field(default_factory=list)
-    """Sequences that were given pages since the last step, those of `new_owners` aside."""
+    grown: list[tuple[int, Sequence]] = field(default_factory=list)
+    """Slots whose owners were given pages since the last step. The owner may have changed since: then it is among
+    `new_owners`."""
     restores: list[tuple[SavedPages, int, list[int]]] = field(default_factory=list)
     """Saved pages, from the given index on, to copy to these pages before the step."""
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections import deque
 
+from jaxserve.batch import Packer
 from jaxserve.core_messages import SequenceOutput, Submit
 from jaxserve.scheduler import Scheduler
 from jaxserve.sequence import EMITTED, FAILED, STOPPED, StepPlan, StepResults
@@ -54,6 +55,7 @@ class ScriptedDevice:
         self.failures: dict[int, int] = {}
         self.written: dict[tuple[int, int], int] = {}
         """Token in each (page, offset), as the device last wrote it."""
+        self.packer = Packer(scheduler.slots, scheduler.allocator.num_pages)
         self.pending: deque[tuple[StepPlan, list[int], list[int]]] = deque()
         self.ended: dict[int, bool] = {}
         self.outputs: dict[int, list[SequenceOutput]] = {}
@@ -109,6 +111,7 @@ class ScriptedDevice:
     def _run(self, plan: StepPlan) -> tuple[StepPlan, list[int], list[int]]:
         page_size = self.scheduler.page_size
         self._copy_pages(plan)
+        self._check_upload(plan)
         for piece in plan.pieces:
             sequence = plan.sequences[piece.row]
             for offset, token in enumerate(piece.token_ids):
@@ -131,6 +134,17 @@ class ScriptedDevice:
             if samples:
                 self.ended[id(sequence)] = stopped or failed or length + 1 >= sequence.submit.max_length
         return plan, tokens, flags
+
+    def _check_upload(self, plan: StepPlan) -> None:
+        """What the real device would be told of each row: its pages, and nothing after them."""
+        chunk = self.scheduler.prefill_chunks[-1]
+        max_pages = self.scheduler.allocator.num_pages
+        packed = self.packer.pack(plan, self.scheduler.slots, chunk)
+        table = packed[: -3 * chunk].reshape(self.scheduler.slots, -1)
+        for row, sequence in enumerate(plan.sequences):
+            told = table[row, -max_pages:].tolist()
+            assert told == sequence.pages + [0] * (max_pages - len(sequence.pages)), "the device has another page table"
+        assert not table[len(plan.sequences) :, -max_pages:].any()
 
     def _copy_pages(self, plan: StepPlan) -> None:
         offsets = range(self.scheduler.page_size)
