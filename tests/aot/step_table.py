@@ -62,6 +62,8 @@ CELLS = {
         *(Cell("smollm2-135m", device, 1) for device in ("v5e", "v6e", "tpu7x", "h100")),
     )
 }
+COVERING = ("llama-3.1-8b v5e-4", "smollm2-135m h100-1")
+"""Those that every run takes: one that is shared, and one of each compiler."""
 
 
 def figures(cell: Cell) -> dict[str, object]:

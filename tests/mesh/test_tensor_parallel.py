@@ -11,6 +11,7 @@ import pytest
 from random_checkpoint import write_checkpoint
 
 from jaxserve.checkpoints import convert
+from jaxserve.config import EngineConfig
 
 DEVICES = 8
 ROUNDING = 2e-5
@@ -109,3 +110,10 @@ def test_heads_that_cannot_be_shared_evenly_are_refused(given: dict[str, dict[st
 
 def test_more_devices_than_there_are_are_refused(given: dict[str, dict[str, Any]]):
     assert "2 replicas of 8 devices each were asked for, and there are 8 devices" in given["many"]["error"]
+
+
+def test_native_products_are_for_one_device():
+    with pytest.raises(ValueError, match="matmul: must be xla with tensor_parallel of 2, got 'native'"):
+        EngineConfig(tensor_parallel=2, matmul="native")
+    with pytest.raises(ValueError, match="replicas: must be at least 1, got 0"):
+        EngineConfig(replicas=0)
