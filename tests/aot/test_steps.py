@@ -11,12 +11,16 @@ from jaxserve.models.published import PUBLISHED
 pytestmark = pytest.mark.aot
 
 
-@pytest.fixture(scope="module", params=CELLS.values(), ids=list(CELLS))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A few cells stand for the others, each of which takes minutes of compiling."""
+    full = metafunc.config.getoption("--aot-matrix", default="covering") == "full"
+    metafunc.parametrize("compiled", list(CELLS) if full else COVERING, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> tuple[Cell, dict]:
-    """A cell's figures; without `--aot-matrix full`, of the few cells that stand for the others."""
-    if request.param.name not in COVERING and request.config.getoption("--aot-matrix") != "full":
-        pytest.skip("taken with --aot-matrix full: two minutes of compiling")
-    return request.param, figures(request.param)
+    cell = CELLS[request.param]
+    return cell, figures(cell)
 
 
 def test_the_cache_is_overwritten_in_place_and_never_copied(compiled: tuple[Cell, dict]):
