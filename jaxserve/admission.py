@@ -3,9 +3,10 @@
 import secrets
 from dataclasses import dataclass
 
+from jaxserve.constraint_check import ConstraintChecker
 from jaxserve.core_messages import Submit
 from jaxserve.models.config import ModelConfig
-from jaxserve.request import InvalidRequest, ModelNotFound, Request, output_seed
+from jaxserve.request import Constraint, InvalidRequest, ModelNotFound, Request, output_seed
 from jaxserve.tokenizer import ChatTemplateError, Tokenizer
 
 
@@ -19,6 +20,7 @@ class Admission:
         tokenizer: of the model.
         max_context: tokens of prompt and output together.
         max_n: sequences of one request.
+        constraints: checks them; None where none can be held to.
     """
 
     model_name: str
@@ -26,6 +28,7 @@ class Admission:
     tokenizer: Tokenizer
     max_context: int
     max_n: int
+    constraints: ConstraintChecker | None
 
     def check(self, request: Request) -> None:
         """Checks all of a request but the length of its prompt. Raises InvalidRequest or ModelNotFound."""
@@ -34,8 +37,6 @@ class Admission:
         request.sampling.validate(vocab_size, self.max_n)
         request.stopping.validate(vocab_size, self.model_config.eos_ids)
         request.output.validate()
-        if request.constraint is not None:
-            raise InvalidRequest(request.constraint.kind, "is not supported yet")
         if request.model not in (None, "", self.model_name):
             raise ModelNotFound(f"model: {request.model!r} is not served here; {self.model_name!r} is")
 
@@ -57,6 +58,8 @@ class Admission:
                 f"{self.max_context}, got {max_tokens}",
             )
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+        # Last, as what takes longest.
+        grammar = None if request.constraint is None else self._grammar(request.constraint)
         stop_ids = [*stopping.stop_token_ids, *(() if stopping.ignore_eos else eos_ids)]
         return Submit(
             handle=handle,
@@ -79,7 +82,15 @@ class Admission:
             arrival=arrival,
             deadline=request.deadline,
             fork_seeds=[output_seed(seed, index) for index in range(1, sampling.n)],
+            grammar=grammar,
         )
+
+    def _grammar(self, constraint: Constraint) -> str:
+        if self.constraints is None:
+            raise InvalidRequest(
+                constraint.kind, "is not supported by a simulated device, or a model without an end-of-sequence id"
+            )
+        return self.constraints.grammar(constraint)
 
     def _tokenize(self, request: Request) -> tuple[str, list[int]]:
         """The prompt's field and its token ids."""

@@ -56,7 +56,7 @@ def features(submit: Submit) -> int:
         | (BIASES if submit.logit_bias else 0)
         | (REPORTS_LOGPROBS if submit.logprobs >= 0 else 0)
         | (FILTERS if samples and filters else 0)
-        | (CONSTRAINED if submit.constraint is not None else 0)
+        | (CONSTRAINED if submit.grammar is not None else 0)
     )
 
 

@@ -68,6 +68,10 @@ class EngineConfig:
     """Most sequences of one request; never more than slots and queue hold together."""
     stream_buffer_tokens: int = 8192
     """Tokens a client may leave unread before its request is aborted."""
+    max_constraint_bytes: int = 64 << 10
+    """Longest constraint (schema, regular expression, grammar, all choices together) of a request, in bytes."""
+    constraint_cpu_seconds: float = 1.0
+    """Processor time that compiling a request's constraint may take, in seconds; past it the request is refused."""
     core: CoreKind = "thread"
     """Where the step loop runs: a thread of this process, or a process of its own (a served engine)."""
     simulated_step_ms: float | None = None
@@ -83,6 +87,9 @@ class EngineConfig:
         watched = self.watchdog_seconds
         _require("watchdog_seconds", watched, watched is None or watched > 0, "above 0")
         _require("cache_bytes", self.cache_bytes, self.cache_bytes is None or self.cache_bytes >= 1, "at least 1")
+        _require("max_constraint_bytes", self.max_constraint_bytes, self.max_constraint_bytes >= 1, "at least 1")
+        seconds = self.constraint_cpu_seconds
+        _require("constraint_cpu_seconds", seconds, 0 < seconds <= 60, "above 0 and at most 60")
         _require("pipeline_depth", self.pipeline_depth, 0 <= self.pipeline_depth <= 4, "in [0, 4]")
         for name in ("max_waiting", "host_cache_bytes"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")

@@ -2,8 +2,9 @@
 
     receive commands -> plan step N+1 -> dispatch it -> publish step N-1 -> read step N -> retire it
 
-The device works on step N+1 while the host reads step N. The loop neither detokenizes nor speaks to
-clients: it takes messages in and gives one message out a step.
+The device works on step N+1 while the host reads step N. Where a row of step N+1 has a constraint, the second half of
+that step is dispatched only when step N has been read, while the device works on the first half. The loop neither
+detokenizes nor speaks to clients: it takes messages in and gives one message out a step.
 """
 
 import logging
@@ -11,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from jaxserve.config import EngineConfig
@@ -27,10 +29,14 @@ from jaxserve.core_messages import (
     StepOutput,
     StepRecord,
     Submit,
+    Vocabulary,
 )
+from jaxserve.grammar_compiler import Compiled, GrammarCompiler
 from jaxserve.profiling import start_trace
+from jaxserve.request import FinishReason
 from jaxserve.scheduler import Scheduler
 from jaxserve.sequence import Retired, StepPlan, StepResults
+from jaxserve.token_masks import Ending, TokenMasks
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +73,8 @@ class Runner(Protocol):
         ...
 
     def choose(self, forward: Any, masks: Any) -> object:
-        """Starts its second half; does not wait. `masks`: what constraints allow, where a row has one."""
+        """Starts its second half; does not wait. `masks`: what constraints allow, as `TokenMasks.fill` gives it; None
+        where no row has one."""
         ...
 
     def read(self, pending: Any) -> StepResults:
@@ -79,15 +86,15 @@ class CommandQueue:
     """Commands from other threads to the loop, which takes all that are there and sleeps when it has nothing to do."""
 
     def __init__(self) -> None:
-        self._commands: deque[Message] = deque()
+        self._commands: deque[Message | Compiled] = deque()
         self._arrived = threading.Event()
 
-    def put(self, command: Message) -> None:
+    def put(self, command: Message | Compiled) -> None:
         """Adds a command. Thread-safe; does not block."""
         self._commands.append(command)
         self._arrived.set()
 
-    def take(self, wait: bool, timeout: float | None = None) -> list[Message]:
+    def take(self, wait: bool, timeout: float | None = None) -> list[Message | Compiled]:
         """All commands so far; waits for one first if `wait`, up to `timeout` seconds."""
         if wait:
             self._arrived.wait(timeout)
@@ -98,17 +105,40 @@ class CommandQueue:
         return commands
 
 
+@dataclass(slots=True)
+class _Dispatched:
+    """A step that is on its way."""
+
+    plan: StepPlan
+    pending: object
+    """The runner's own."""
+    constrained: int
+    mask_seconds: float
+    at: float
+    """Monotonic seconds."""
+
+
 class StepLoop:
     """Runs scheduler and runner until told to shut down."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, pipeline_depth: int, publish: Publish, ready: Ready):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        masks: TokenMasks,
+        pipeline_depth: int,
+        publish: Publish,
+        ready: Ready,
+    ):
         self.commands = CommandQueue()
         self.ready = ready
         self._scheduler = scheduler
         self._runner = runner
+        self._masks = masks
+        self._grammars = GrammarCompiler(self.commands.put)
         self._depth = pipeline_depth
         self._publish = publish
-        self._pending: deque[tuple[StepPlan, object, float]] = deque()
+        self._pending: deque[_Dispatched] = deque()
         self._host_since = 0.0
         self._steps_retired = 0
         self._unpublished = NOTHING
@@ -131,17 +161,38 @@ class StepLoop:
         except Exception as error:
             log.exception("the step loop failed")
             self._publish(Failed(f"{type(error).__name__}: {error}"))
+        finally:
+            self._grammars.close()
 
     def _turn(self) -> None:
         plan = self._scheduler.plan(time.monotonic())
         if plan is not None:
-            forward = self._on_device(self._runner.forward, plan)
-            pending = self._on_device(self._runner.choose, forward, None)
-            self._pending.append((plan, pending, time.monotonic()))
+            self._dispatch(plan)
         # Only now that the device has its next step: those who take the message work while this thread waits for it.
         self._publish_retired()
         if self._pending and (plan is None or len(self._pending) > self._depth):
             self._retire()
+
+    def _dispatch(self, plan: StepPlan) -> None:
+        """Starts a step. What a constraint allows in it follows from the tokens of all steps before: they are read, and
+        the masks computed, while the device works on the first half."""
+        forward = self._on_device(self._runner.forward, plan)
+        rows = self._masks.rows(plan)
+        masks, seconds = None, 0.0
+        if rows:
+            while self._pending:
+                self._publish_retired()
+                self._retire()
+            began = time.monotonic()
+            masks, endings = self._masks.fill(plan, rows)
+            self._end(endings)
+            seconds = time.monotonic() - began
+        pending = self._on_device(self._runner.choose, forward, masks)
+        self._pending.append(_Dispatched(plan, pending, len(rows), seconds, time.monotonic()))
+
+    def _end(self, endings: list[Ending]) -> None:
+        for handle, reason, error in endings:
+            self._scheduler.abort(handle, time.monotonic(), reason, error)
 
     def _on_device(self, call: Callable[..., Any], *arguments: object) -> Any:
         """Calls the runner; any error in it is the step's."""
@@ -167,17 +218,27 @@ class StepLoop:
     def _receive(self) -> bool:
         """Handles the commands that have arrived; waits for one when there is nothing to do. False at Shutdown."""
         scheduler = self._scheduler
-        idle = not scheduler.active and not self._pending
+        idle = scheduler.is_idle and not self._pending
+        timeout = None
         if idle:
             self._publish_retired()
+            deadline = scheduler.next_deadline()
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         go_on = True
-        commands = self.commands.take(wait=idle)
+        commands = self.commands.take(idle, timeout)
         if idle:
             self._host_since = time.monotonic()
         for command in commands:
             match command:
-                case Submit():
+                case Submit(grammar=None):
                     scheduler.submit(command)
+                case Submit(handle=handle, grammar=str(grammar)):
+                    scheduler.submit(command, held=True)
+                    self._grammars.compile(handle, grammar)
+                case Compiled():
+                    self._take_grammar(command)
+                case Vocabulary():
+                    self._grammars.learn(command)
                 case Abort(handle, count):
                     for each in range(handle, handle + count):
                         scheduler.abort(each, time.monotonic())
@@ -193,19 +254,30 @@ class StepLoop:
         scheduler.expire(time.monotonic())
         return go_on
 
+    def _take_grammar(self, compiled: Compiled) -> None:
+        error = compiled.matcher.exception()
+        for submit in self._scheduler.release(compiled.handle):
+            if error is None:
+                self._masks.start(submit, compiled.matcher.result().deep_copy())
+            else:
+                reason = f"the constraint cannot be compiled: {error}"
+                self._scheduler.abort(submit.handle, time.monotonic(), FinishReason.ERROR, reason)
+
     def _retire(self) -> None:
-        plan, pending, dispatched = self._pending.popleft()
+        step = self._pending.popleft()
+        plan = step.plan
         waited = time.monotonic()
-        results = self._on_device(self._runner.read, pending)
+        results = self._on_device(self._runner.read, step.pending)
         now = time.monotonic()
         self._steps_retired += 1
         host_seconds, self._host_since = waited - self._host_since, now
+        self._end(self._masks.advance(plan, results))
         retired = self._scheduler.retire(plan, results, now)
         record = StepRecord(
             step=plan.step,
             sequences=len(plan.sequences),
             chunk_tokens=plan.chunk_tokens,
-            dispatched=dispatched,
+            dispatched=step.at,
             retired=now,
             host_seconds=host_seconds,
             wait_seconds=now - waited,
@@ -214,6 +286,8 @@ class StepLoop:
             freed_slots=_freed_slots(plan, retired.outputs),
             slots=plan.slots,
             prompt_slots=[plan.slots[piece.row] for piece in plan.pieces],
+            constrained=step.constrained,
+            mask_seconds=step.mask_seconds,
         )
         self._unpublished = (retired, record)
 
@@ -226,6 +300,9 @@ class StepLoop:
         self._unpublished = NOTHING
         gauges = self._scheduler.gauges(self._runner.compiles_after_warmup)
         outputs = retired.outputs + ended
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._masks.forget(output.handle)
         self._host_since += self._publish(StepOutput(retired.handles, retired.tokens, outputs, gauges, record))
 
 
@@ -251,11 +328,13 @@ def build_step_loop(config: EngineConfig, publish: Publish, replica: int = 0) ->
         publish(Progress(what, fraction))
 
     if config.simulated_step_ms is not None:
-        runner = SimulatedRunner(config, describe_model(config.model)[0])
+        model_config = describe_model(config.model)[0]
+        runner = SimulatedRunner(config, model_config)
     else:
         enable_compilation_cache(config.compilation_cache)
         placement = Placement.of_replica(replica, config.replicas, config.tensor_parallel)
         model = load_model(config.model, config.dtype, config.quantization, progress, placement)
+        model_config = model.config
         runner = ModelRunner(model, config, progress)
     scheduler = Scheduler(
         slots=config.slots,
@@ -273,4 +352,5 @@ def build_step_loop(config: EngineConfig, publish: Publish, replica: int = 0) ->
         attention=runner.attention_name,
         matmul=runner.matmul,
     )
-    return StepLoop(scheduler, runner, config.pipeline_depth, publish, ready)
+    masks = TokenMasks(model_config.vocab_size, model_config.eos_ids)
+    return StepLoop(scheduler, runner, masks, config.pipeline_depth, publish, ready)

@@ -38,10 +38,22 @@ class Submit:
     """`time.monotonic()` seconds."""
     deadline: float | None
     """`time.monotonic()` seconds."""
-    constraint: str | None = None
-    """What the output must match, as llguidance takes it."""
+    grammar: str | None = None
+    """What the output must match, in llguidance's variant of Lark."""
     fork_seeds: list[int] = field(default_factory=list)
     """Seeds of the further sequences for this prompt; their handles follow `handle`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What tokens are, to who holds outputs to grammars. Sent once, before the first request that has one."""
+
+    tokens: list[bytes]
+    """The bytes of each, by id, special tokens included; empty for an id that no token has."""
+    special_ids: list[int]
+    """Those that are no text."""
+    eos_ids: list[int]
+    """Those that end a sequence; at least one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +183,10 @@ class StepRecord:
     """Slots that took part."""
     prompt_slots: list[int] = field(default_factory=list)
     """Of these, the ones whose owner had tokens of its prompt computed."""
+    constrained: int = 0
+    """Sequences that chose a token under a constraint."""
+    mask_seconds: float = 0.0
+    """Computing what they might choose, part of `host_seconds`; the device computes the forward meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +210,8 @@ class Failed:
     error: str
 
 
-Message = Submit | Abort | Shutdown | Progress | Ready | StepOutput | Failed | Profile | Profiled
-_TYPES: tuple[type, ...] = (Submit, Abort, Shutdown, Progress, Ready, StepOutput, Failed, Profile, Profiled)
+Message = Submit | Abort | Shutdown | Vocabulary | Progress | Ready | StepOutput | Failed | Profile | Profiled
+_TYPES: tuple[type, ...] = (Submit, Abort, Shutdown, Vocabulary, Progress, Ready, StepOutput, Failed, Profile, Profiled)
 _NUMBER = {kind: number for number, kind in enumerate(_TYPES)}
 
 

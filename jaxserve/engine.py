@@ -18,8 +18,9 @@ from jaxserve.admission import Admission
 from jaxserve.checkpoints import describe_model
 from jaxserve.completion import collect
 from jaxserve.config import EngineConfig
+from jaxserve.constraint_check import ConstraintChecker, ConstraintLimits
 from jaxserve.core_client import start_core
-from jaxserve.core_messages import Abort, Failed, Gauges, Profile, Progress, Ready, Shutdown, StepRecord
+from jaxserve.core_messages import Abort, Failed, Gauges, Profile, Progress, Ready, Shutdown, StepRecord, Vocabulary
 from jaxserve.delivery import Delivery
 from jaxserve.profiling import MAX_SECONDS
 from jaxserve.request import Completion, Delta, EngineUnavailable, Finished, InvalidRequest, Request
@@ -95,7 +96,14 @@ class Engine:
         self.device = self._await_ready(progress or (lambda what, fraction: None))
         self.max_context = self.device.max_context
         self.max_n = min(self.config.max_n, self.capacity)
-        self._admission = Admission(self.model_name, self.model_config, self.tokenizer, self.max_context, self.max_n)
+        self._admission = Admission(
+            self.model_name,
+            self.model_config,
+            self.tokenizer,
+            self.max_context,
+            self.max_n,
+            self._constraint_checker(),
+        )
         self._next_handle = 0
         self._handle_lock = threading.Lock()
         self._requests = ActiveRequests(self.capacity, self.config.max_tenant_requests)
@@ -119,6 +127,20 @@ class Engine:
                     raise EngineStartError(error)
                 case message:
                     raise EngineStartError(f"the engine ended while starting: {message!r}")
+
+    def _constraint_checker(self) -> ConstraintChecker | None:
+        """Tells the core what its tokens are, and makes what checks constraints; None where outputs cannot be held to
+        any."""
+        config, eos_ids = self.config, list(self.model_config.eos_ids)
+        if config.simulated_step_ms is not None or not eos_ids:
+            return None
+        tokens = [self.tokenizer.token_bytes(id) for id in range(self.model_config.vocab_size)]
+        special_ids = sorted({*self.tokenizer.special_ids, *eos_ids} & set(range(len(tokens))))
+        vocabulary = Vocabulary(tokens, special_ids, eos_ids)
+        self._core.send(vocabulary)
+        return ConstraintChecker(
+            vocabulary, ConstraintLimits(config.max_constraint_bytes, config.constraint_cpu_seconds)
+        )
 
     def __enter__(self) -> "Engine":
         return self
@@ -150,7 +172,11 @@ class Engine:
             if not (output.return_text or stopping.stop):
                 return None
             return TextStream(
-                self.tokenizer, stop=stopping.stop, include_stop=stopping.include_stop, min_tokens=stopping.min_tokens
+                self.tokenizer,
+                stop=stopping.stop,
+                include_stop=stopping.include_stop,
+                min_tokens=stopping.min_tokens,
+                keeps_first_space=request.constraint is not None,
             )
 
         self._requests.add(ActiveRequest(request, submit, stream, n), [new_text() for _ in range(n)])

@@ -109,6 +109,15 @@ def _boolean(name: str, value: Any) -> None:
         raise InvalidRequest(name, f"must be true or false, got {value!r}")
 
 
+def _text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(name, f"must be text that is not empty, got {value!r:.100}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(name, f"is not valid Unicode text at character {error.start}") from None
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen from the logits, in this order: logit bias, penalties, temperature,
@@ -258,19 +267,19 @@ class Constraint:
         """Checks the form. Raises InvalidRequest."""
         kind = self.kind
         value = getattr(self, kind)
-        if kind == "json_object":
-            _boolean(kind, value)
-        elif kind == "json_schema":
-            if not isinstance(value, str | bool | Mapping):
-                raise InvalidRequest(kind, f"must be a JSON Schema, got {value!r:.100}")
-        elif kind == "choice":
-            if not 1 <= len(value) <= MAX_CHOICES:
-                raise InvalidRequest(kind, f"must have 1 to {MAX_CHOICES} strings, got {len(value)}")
-            for text in value:
-                if not isinstance(text, str) or not text:
-                    raise InvalidRequest(kind, f"must be strings that are not empty, got {text!r:.100}")
-        elif not isinstance(value, str) or not value:
-            raise InvalidRequest(kind, f"must be a string that is not empty, got {value!r:.100}")
+        match kind:
+            case "json_object":
+                _boolean(kind, value)
+            case "json_schema":
+                if not isinstance(value, str | bool | Mapping):
+                    raise InvalidRequest(kind, f"must be a JSON Schema, got {value!r:.100}")
+            case "choice":
+                if not 1 <= len(value) <= MAX_CHOICES:
+                    raise InvalidRequest(kind, f"must have 1 to {MAX_CHOICES} strings, got {len(value)}")
+                for text in value:
+                    _text(kind, text)
+            case _:
+                _text(kind, value)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jaxserve.core_messages import Gauges, SequenceOutput, Submit, TokenLogprobs
 from jaxserve.page_allocator import PageAllocator, PageKey, next_key, root_key
 from jaxserve.request import FinishReason
 from jaxserve.sequence import (
+    COMPLETED,
     EMITTED,
     FAILED,
     STOPPED,
@@ -83,19 +84,38 @@ class Scheduler:
         self._ended: list[SequenceOutput] = []
         self._deadlines: list[tuple[float, int]] = []
         self._arrivals = 0
+        self._held: dict[int, list[Sequence]] = {}
         self._step = 0
 
-    def submit(self, submit: Submit) -> None:
-        """Queues a request, each sequence of which must fit into all pages. Its handles must not be active."""
+    def submit(self, submit: Submit, *, held: bool = False) -> None:
+        """Queues a request, each sequence of which must fit into all pages; `held`: not before `release`. Its handles
+        must not be active."""
         assert submit.handle not in self._active, f"handle {submit.handle} is active"
         assert self._pages_for(submit.max_length) < self.allocator.num_pages, "request exceeds all pages"
-        first = self._add(submit)
-        forks = [
+        sequences = [self._add(submit)] + [
             self._add(replace(submit, handle=handle, seed=seed, fork_seeds=[]))
             for handle, seed in enumerate(submit.fork_seeds, submit.handle + 1)
         ]
+        if held:
+            self._held[submit.handle] = sequences
+            for sequence in sequences:
+                sequence.held = True
+        else:
+            self._start(sequences)
+
+    def release(self, handle: int) -> list[Submit]:
+        """Queues a request that was held. Gives its sequences, one command for each, without those that have ended."""
+        sequences = [sequence for sequence in self._held.pop(handle) if not sequence.done]
+        for sequence in sequences:
+            sequence.held = False
+        if sequences:
+            self._start(sequences)
+        return [sequence.submit for sequence in sequences]
+
+    def _start(self, sequences: list[Sequence]) -> None:
+        first, *forks = sequences
         self._queue(first)
-        if forks and len(submit.token_ids) > self.page_size:
+        if forks and first.prompt_length > self.page_size:
             first.shared_prompt = SharedPrompt(first, forks)
             for fork in forks:
                 fork.shared_prompt = first.shared_prompt
@@ -114,11 +134,13 @@ class Scheduler:
         for sequence in sequences:
             heapq.heappush(self._waiting, (sequence.order, sequence))
 
-    def abort(self, handle: int, now: float, reason: FinishReason = FinishReason.ABORT) -> None:
+    def abort(
+        self, handle: int, now: float, reason: FinishReason = FinishReason.ABORT, error: str | None = None
+    ) -> None:
         """Ends an active request wherever it is; its terminal output is in the next `take_ended`."""
         sequence = self._active.get(handle)
         if sequence is not None:
-            self._ended.append(self._finish(sequence, reason, now))
+            self._ended.append(self._finish(sequence, reason, now, error=error))
 
     def abort_all(self, now: float) -> None:
         """Ends every active request."""
@@ -386,6 +408,8 @@ class Scheduler:
         if flags & STOPPED:
             return self._finish(sequence, FinishReason.STOP, now, matched_stop=token, started=started)
         wanted = [logprobs] if logprobs is not None and sequence.submit.logprobs >= 0 else None
+        if flags & COMPLETED:
+            return self._finish(sequence, FinishReason.STOP, now, token_ids=[token], logprobs=wanted, started=started)
         if len(sequence.token_ids) >= sequence.submit.max_length:
             return self._finish(sequence, FinishReason.LENGTH, now, token_ids=[token], logprobs=wanted, started=started)
         return SequenceOutput(sequence.submit.handle, [token], wanted, started, times=times)
@@ -413,7 +437,7 @@ class Scheduler:
         prompt = sequence.shared_prompt
         if sequence.slot >= 0:
             self._release_slot(sequence)
-        elif not sequence.pages and not (prompt is not None and prompt.holds_back(sequence)):
+        elif not sequence.pages and not sequence.held and not (prompt is not None and prompt.holds_back(sequence)):
             self._waiting.remove((sequence.order, sequence))
             heapq.heapify(self._waiting)
         self._release_pages(sequence)
@@ -461,6 +485,11 @@ class Scheduler:
     def active(self) -> int:
         """Requests that have not ended."""
         return len(self._active)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every active request is held."""
+        return not self._active or bool(self._held and all(sequence.held for sequence in self._active.values()))
 
     def gauges(self, compiles_after_warmup: int) -> Gauges:
         """The state after the last call."""

@@ -10,8 +10,9 @@ from jaxserve.page_allocator import PageKey
 if TYPE_CHECKING:
     from jaxserve.shared_prompt import SharedPrompt
 
-EMITTED, STOPPED, FAILED = 1, 2, 4
-"""Flags of a row that sampled: it gave a token; that token is one of its stop ids; its logits were not finite."""
+EMITTED, STOPPED, FAILED, COMPLETED = 1, 2, 4, 8
+"""Flags of a row that sampled: it gave a token; that token is one of its stop ids; its logits were not finite; nothing
+may follow the token (which the host finds out, not the device)."""
 
 
 @dataclass(slots=True)
@@ -36,6 +37,7 @@ class Sequence:
         "first_scheduled",
         "first_token",
         "handle",
+        "held",
         "in_flight",
         "keys",
         "last_step",
@@ -91,6 +93,8 @@ class Sequence:
         """Where several sequences have this prompt."""
         self.first_scheduled = 0.0
         self.first_token = 0.0
+        self.held = False
+        """Its grammar is being compiled; it waits, and not in the queue."""
         self.done = False
 
 

@@ -33,14 +33,21 @@ class TextStream:
         stop: strings that end the text.
         include_stop: the text ends with the stop string, not before it.
         min_tokens: a stop string that is complete before this many tokens ends nothing.
+        keeps_first_space: a space at the beginning is the text's own: a constraint was matched with it.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), include_stop: bool = False, min_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        keeps_first_space: bool = False,
     ):
         self._bytes = tokenizer.text_bytes
         self._decoder = _UTF8("replace")
-        self._at_start = tokenizer.strips_leading_space
+        self._at_start = tokenizer.strips_leading_space and not keeps_first_space
         self._stops = StopStrings(stop) if stop else None
         self._include_stop = include_stop
         self._min_tokens = min_tokens

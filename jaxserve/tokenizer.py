@@ -23,6 +23,7 @@ class Tokenizer:
         vocab_size: ids that the model knows; `encode` gives no others.
         bos_id: begins a sequence.
         eos_ids: end a sequence; the tokenizer's own comes first.
+        special_ids: of tokens that are no part of a text.
         text_bytes: by id, what a token adds to a text: its bytes, none if it is special. At least `vocab_size` entries.
         strips_leading_space: a text loses one space at its start when decoded.
         longest_token: upper bound of the characters of text in one token.
@@ -41,8 +42,8 @@ class Tokenizer:
         self.eos_ids = source.eos_ids
         token_bytes = read_token_bytes(tokenizer, source.vocab_size)
         self._bytes = token_bytes.table
-        special = token_bytes.special_ids
-        self.text_bytes = tuple(b"" if id in special else data for id, data in enumerate(self._bytes))
+        self.special_ids = token_bytes.special_ids
+        self.text_bytes = tuple(b"" if id in self.special_ids else data for id, data in enumerate(self._bytes))
         self.strips_leading_space = token_bytes.strips_leading_space
         self._floor = TokenFloor(self._bytes)
         self._composes = tokenizer.normalizer is not None

@@ -127,6 +127,8 @@ def _deadline(context: grpc.aio.ServicerContext) -> float | None:
 
 def _is_quick(request: Request) -> bool:
     """Whether submitting takes no longer than an event loop may be held."""
+    if request.constraint is not None:
+        return False  # compiled in a process of its own, which may take its time
     if request.token_ids is not None:
         return len(request.token_ids) <= INLINE_TOKENS
     # A chat template is rendered in a process of its own, which may take its time.

@@ -3,12 +3,14 @@
 Only shapes are converted here: the engine checks every value against its model's limits.
 """
 
+import json
 from collections.abc import Callable, Sequence
 
 from google.protobuf.message import Message
 
 from jaxserve.request import (
     Completion,
+    Constraint,
     Delta,
     Event,
     Finished,
@@ -60,11 +62,6 @@ def request_from_proto(message: pb.GenerateRequest, deadline: float | None = Non
     Raises:
         InvalidRequest: for a field that no engine supports yet.
     """
-    constraint = message.constraint.WhichOneof("constraint")
-    if constraint is not None:
-        raise InvalidRequest("constraint", f"{constraint} is not supported yet")
-    if message.HasField("constraint"):
-        raise InvalidRequest("constraint", "is set without a constraint, and constraints are not supported yet")
     if message.output.HasField("prompt_logprobs"):
         raise InvalidRequest("prompt_logprobs", "is not supported yet")
     kind = message.WhichOneof("prompt")
@@ -83,12 +80,23 @@ def request_from_proto(message: pb.GenerateRequest, deadline: float | None = Non
             stop_token_ids=tuple(message.stopping.stop_token_ids),
         ),
         output=OutputParams(**_set_fields(message.output, _OUTPUT_SCALARS)),  # pyright: ignore[reportArgumentType]
+        constraint=_constraint_from_proto(message.constraint) if message.HasField("constraint") else None,
         model=message.model or None,
         priority=message.priority,
         cache_salt=message.cache_salt,
         deadline=deadline,
-        **identity,
+        **identity,  # pyright: ignore[reportArgumentType]
     )
+
+
+def _constraint_from_proto(message: pb.Constraint) -> Constraint:
+    """The one field that is set; none is for the engine to refuse."""
+    kind = message.WhichOneof("constraint")
+    if kind is None:
+        return Constraint()
+    if kind == "choice":
+        return Constraint(choice=tuple(message.choice.choices))
+    return Constraint(**{kind: getattr(message, kind)})
 
 
 def _assign(field: str, assign: Callable[[], object]) -> None:
@@ -129,9 +137,23 @@ def request_to_proto(request: Request) -> pb.GenerateRequest:
     _assign("stop", lambda: message.stopping.stop.extend(request.stopping.stop))
     _assign("stop_token_ids", lambda: message.stopping.stop_token_ids.extend(request.stopping.stop_token_ids))
     _assign_scalars(message.output, request.output, OutputParams(), _OUTPUT_SCALARS)
+    if request.constraint is not None:
+        _set_constraint(message.constraint, request.constraint)
     _assign("priority", lambda: setattr(message, "priority", request.priority))
     _assign("cache_salt", lambda: setattr(message, "cache_salt", request.cache_salt))
     return message
+
+
+def _set_constraint(message: pb.Constraint, constraint: Constraint) -> None:
+    kind = constraint.kind
+    value = getattr(constraint, kind)
+    match kind:
+        case "choice":
+            _assign(kind, lambda: message.choice.choices.extend(value))
+        case "json_schema":
+            _assign(kind, lambda: setattr(message, kind, value if isinstance(value, str) else json.dumps(value)))
+        case _:
+            _assign(kind, lambda: setattr(message, kind, value))
 
 
 def _logprobs_to_proto(logprobs: Sequence[TokenLogprob]) -> list[pb.TokenLogprob]:

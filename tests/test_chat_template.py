@@ -115,7 +115,7 @@ def test_a_template_is_usable_after_it_was_ended():
 def test_a_renderer_that_was_killed_is_started_again():
     template = ChatTemplate("{{ messages | length }}", {}, LIMITS)
     assert template.render([]) == "0"
-    process = template._process
+    process = template._renderer.process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -125,7 +125,7 @@ def test_a_renderer_that_was_killed_is_started_again():
 def test_the_renderer_ends_with_its_template():
     template = ChatTemplate("{{ messages | length }}", {}, LIMITS)
     template.render([])
-    process, gone = template._process, weakref.ref(template)
+    process, gone = template._renderer.process, weakref.ref(template)
     del template
     gc.collect()
     assert gone() is None and process is not None and process.returncode is not None

@@ -1,0 +1,139 @@
+"""Random JSON Schemas of every supported kind, whose values are short."""
+
+import random
+from typing import Any
+
+Schema = dict[str, Any]
+
+WORDS = ("name", "kind", "count", "größe", "tags", "a b", 'quo"te', "x", "is_open", "city", "unit", "note")
+PATTERNS = (
+    "^[a-z]{2,6}$",
+    "^[A-Z]{3}-[0-9]{2,4}$",
+    "^(red|green|blue)( light)?$",
+    "^\\d+(\\.\\d{2})?$",
+    "^[^\\s]{1,8}$",
+)
+FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "email")
+
+
+class SchemaMaker:
+    """Makes one schema from a seed. Definitions that it refers to are collected beside it."""
+
+    def __init__(self, seed: int):
+        self._random = random.Random(seed)
+        self._definitions: dict[str, Schema] = {}
+
+    def make(self) -> Schema:
+        """A schema with its `$defs`."""
+        schema = self._object(2) if self._random.random() < 0.8 else self._any(2)
+        return {**schema, "$defs": self._definitions} if self._definitions else schema
+
+    def _any(self, depth: int) -> Schema:
+        simple = (self._string, self._string, self._integer, self._number, self._choice, self._constant, self._types)
+        nested = (
+            self._object,
+            self._array,
+            self._tuple,
+            self._map,
+            self._any_of,
+            self._one_of,
+            self._all_of,
+            self._ref,
+        )
+        if depth > 0 and self._random.random() < 0.5:
+            return self._random.choice(nested)(depth - 1)
+        return self._random.choice(simple)()
+
+    def _string(self) -> Schema:
+        match self._random.randrange(4):
+            case 0:
+                least = self._random.randrange(4)
+                return {"type": "string", "minLength": least, "maxLength": least + self._random.randrange(1, 10)}
+            case 1:
+                return {"type": "string", "pattern": self._random.choice(PATTERNS)}
+            case 2:
+                return {"type": "string", "format": self._random.choice(FORMATS)}
+            case _:
+                return {"type": "string", "maxLength": self._random.randrange(1, 16), "description": "a short text"}
+
+    def _integer(self) -> Schema:
+        low = self._random.randrange(-200, 200)
+        schema: Schema = {"type": "integer", "minimum": low, "maximum": low + self._random.randrange(20, 500)}
+        if self._random.random() < 0.3:
+            schema["multipleOf"] = self._random.choice((2, 3, 5, 7))
+        return schema
+
+    def _number(self) -> Schema:
+        low = round(self._random.uniform(-100, 100), 2)
+        bounds = {"exclusiveMinimum": low} if self._random.random() < 0.5 else {"minimum": low}
+        key = "exclusiveMaximum" if self._random.random() < 0.5 else "maximum"
+        # Halves, most of them: a small model does not soon find the end of decimals without one.
+        step = {"multipleOf": 0.5} if self._random.random() < 0.7 else {}
+        return {"type": "number", **bounds, key: low + self._random.randrange(1, 50), **step}
+
+    def _choice(self) -> Schema:
+        values = ("red", "green", 1, 2.5, None, True, "", "naïve", ["a"], {"k": 1}, "日本")
+        return {"enum": self._random.sample(values, self._random.randrange(1, 5))}
+
+    def _constant(self) -> Schema:
+        return {"const": self._random.choice(("yes", 42, -1.5, False, None, ["x", 2], {"a": "b"}))}
+
+    def _types(self) -> Schema:
+        return self._random.choice(({"type": "boolean"}, {"type": "null"}, {"type": ["boolean", "null"]}))
+
+    def _object(self, depth: int) -> Schema:
+        names = self._random.sample(WORDS, self._random.randrange(1, 5))
+        required = [name for name in names if self._random.random() < 0.6]
+        schema: Schema = {"type": "object", "properties": {name: self._any(depth) for name in names}}
+        if required:
+            schema["required"] = required
+        return {**schema, "additionalProperties": False}
+
+    def _array(self, depth: int) -> Schema:
+        least = self._random.randrange(3)
+        return {"type": "array", "items": self._any(depth), "minItems": least, "maxItems": least + 2}
+
+    def _tuple(self, depth: int) -> Schema:
+        parts = [self._any(depth) for _ in range(self._random.randrange(1, 4))]
+        return {"type": "array", "prefixItems": parts, "items": False, "minItems": len(parts)}
+
+    def _map(self, depth: int) -> Schema:
+        size = {"minProperties": 1, "maxProperties": 2}
+        if self._random.random() < 0.3:
+            return {"type": "object", "additionalProperties": self._any(depth), **size}
+        keys = {"^[a-z]{1,8}$": self._any(depth)}
+        return {"type": "object", "patternProperties": keys, "additionalProperties": False, **size}
+
+    def _any_of(self, depth: int) -> Schema:
+        return {"anyOf": [self._any(depth) for _ in range(self._random.randrange(2, 4))]}
+
+    def _one_of(self, depth: int) -> Schema:
+        return {"oneOf": [self._integer(), {"type": "string", "maxLength": 5}, {"type": "null"}]}
+
+    def _all_of(self, depth: int) -> Schema:
+        first, second = self._random.sample(WORDS, 2)
+        parts = [
+            {"type": "object", "properties": {name: self._any(depth)}, "required": [name]} for name in (first, second)
+        ]
+        return {"allOf": parts, "maxProperties": 2}
+
+    def _ref(self, depth: int) -> Schema:
+        if self._definitions and self._random.random() < 0.5:
+            name = self._random.choice(list(self._definitions))
+        else:
+            name = f"d{len(self._definitions)}"
+            self._definitions[name] = {}  # taken
+            self._definitions[name] = self._linked(name) if self._random.random() < 0.15 else self._any(depth)
+        return {"$ref": f"#/$defs/{name}"}
+
+    def _linked(self, name: str) -> Schema:
+        """A schema that refers to itself."""
+        return {
+            "type": "object",
+            "properties": {
+                "value": self._integer(),
+                "next": {"anyOf": [{"type": "null"}, {"$ref": f"#/$defs/{name}"}]},
+            },
+            "required": ["value", "next"],
+            "additionalProperties": False,
+        }
