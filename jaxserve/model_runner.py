@@ -81,7 +81,8 @@ class ModelRunner:
         self.device_kind: str = device.device_kind
         self.model_config = model.config
         self.config = config
-        self.attention = select(model.placement.platform, config.attention, AttentionNeeds(cache_dtype(config)))
+        needs = AttentionNeeds(cache_dtype(config), device_kind=device.device_kind)
+        self.attention = select(model.placement.platform, config.attention, needs)
         self.attention_name = self.attention.name
         self.matmul = _choose_matmul(device.platform, config)
         graphdef, params = model.graphdef, model.params

@@ -43,6 +43,8 @@ class AttentionNeeds:
     """A name of `CACHE_DTYPES`."""
     softcap: bool = False
     sinks: bool = False
+    device_kind: str | None = None
+    """The device that the program will run on, as JAX names it; None promises one that the implementation is for."""
 
 
 @runtime_checkable

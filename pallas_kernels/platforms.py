@@ -15,6 +15,14 @@ from pallas_kernels.xla import XlaPagedAttention
 
 log = logging.getLogger(__name__)
 
+
+def _mosaic_gpu() -> PagedAttention:
+    # Imported where it is used: Mosaic GPU takes a while to import, and most processes have no GPU.
+    from pallas_kernels.mosaic_gpu import MosaicGpuPagedAttention
+
+    return MosaicGpuPagedAttention()
+
+
 IMPLEMENTATIONS: dict[str, dict[str, Callable[[], PagedAttention]]] = {
     "cpu": {
         "cpu_native": NativePagedAttention.build,
@@ -22,7 +30,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[], PagedAttention]]] = {
         "reference": ReferencePagedAttention,
     },
     "tpu": {"mosaic_tpu": MosaicTpuPagedAttention, "xla": XlaPagedAttention, "reference": ReferencePagedAttention},
-    "cuda": {"xla": XlaPagedAttention, "reference": ReferencePagedAttention},
+    "cuda": {"mosaic_gpu": _mosaic_gpu, "xla": XlaPagedAttention, "reference": ReferencePagedAttention},
 }
 """Of each platform, its implementations by name, the preferred first."""
 

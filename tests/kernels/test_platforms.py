@@ -91,12 +91,24 @@ def test_what_an_implementation_lacks_is_refused_by_name_and_passed_over_by_defa
         assert select("cpu", None, lacking).name == "cpu_xla"
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("NVIDIA H100 80GB HBM3", "mosaic_gpu"), ("NVIDIA H200", "mosaic_gpu"), ("NVIDIA A100-SXM4-40GB", "xla")],
+)
+def test_the_kernels_of_hopper_serve_hopper_and_one_line_says_why_not_others(kind: str, name: str, caplog):
+    assert select("cuda", None, AttentionNeeds(device_kind=kind)).name == name
+    assert (
+        f"attention xla instead of mosaic_gpu: its kernels are for Hopper GPUs, and this is {kind!r}" in caplog.text
+    ) == (name == "xla")
+    assert select("cuda", None, AttentionNeeds("float32", device_kind=kind)).name == "xla"
+
+
 def test_every_implementation_says_where_kv_heads_can_be_cut():
     for platform, named in IMPLEMENTATIONS.items():
         for name in named:
             attention = select(platform, name)
             whole, half = (
-                attention.cache_layout(8, 16, heads, 64, "int8" if name != "cpu_native" else "float32")
+                attention.cache_layout(8, 64, heads, 64, "int8" if name != "cpu_native" else "float32")
                 for heads in (4, 2)
             )
             for leaf, part in zip(jax.tree.leaves(whole), jax.tree.leaves(half), strict=True):

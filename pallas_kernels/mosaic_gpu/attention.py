@@ -1,0 +1,188 @@
+"""Paged attention for Hopper GPUs, behind the interface of `PagedAttention`."""
+
+import re
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.interface import (
+    Attended,
+    AttentionNeeds,
+    LayerCache,
+    check_cache,
+    check_operands,
+    check_sizes,
+    separate_layout,
+    stored_form,
+)
+from pallas_kernels.mosaic_gpu import geometry as sizes
+from pallas_kernels.mosaic_gpu.chunk import TILE, ChunkKernel, ChunkPlan
+from pallas_kernels.mosaic_gpu.combine import combine
+from pallas_kernels.mosaic_gpu.decode import DecodePlan, attend_splits, padded_group
+from pallas_kernels.mosaic_gpu.geometry import Geometry
+from pallas_kernels.mosaic_gpu.products import plain_product, wgmma_product
+from pallas_kernels.mosaic_gpu.ring import Pages
+from pallas_kernels.mosaic_gpu.scores import LOG2_E, Scores
+from pallas_kernels.mosaic_gpu.work import chunk_work, decode_work
+from pallas_kernels.mosaic_gpu.write import write_tokens
+
+_HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
+
+
+@dataclass(frozen=True)
+class MosaicGpuPagedAttention:
+    """Pages are [kv_heads, page_size, head_dim], the head dim padded to a multiple of 64.
+
+    Of the promises of `PagedAttention` it does not keep one: a token that comes within a chunk may differ in its last
+    bits from the same token alone. The chunk's softmax runs on from block to block, where decode rows have splits.
+    """
+
+    name: str = "mosaic_gpu"
+    interpret: plgpu.InterpretGPUParams | None = None
+    """Set to run on the CPU, for tests: the products are then plain, and everything around them is what a GPU runs."""
+    blocks: int | None = None
+    """Blocks of threads of the grid; None takes what fills an H100. No bit depends on it."""
+
+    @property
+    def kv_head_axis(self) -> int | None:
+        """The axis of kv heads in all arrays of the cache."""
+        return 1
+
+    def missing(self, needs: AttentionNeeds) -> str | None:
+        """A float32 cache, and every GPU but Hopper: wgmma is of compute capability 9.0 alone."""
+        if needs.device_kind is not None and not _HOPPER.search(needs.device_kind):
+            return f"its kernels are for Hopper GPUs, and this is {needs.device_kind!r}"
+        if needs.kv_dtype == "float32":
+            return "the tensor cores have no float32: a float32 cache takes attention xla"
+        return None
+
+    def cache_layout(
+        self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> LayerCache:
+        """[num_pages, kv_heads, page_size, padded head_dim], scales [num_pages, kv_heads, page_size]."""
+        check_sizes(num_pages, page_size, kv_heads, head_dim, dtype)
+        sizes.check_cache(page_size, kv_heads, head_dim, dtype)
+        pages = (num_pages, kv_heads, page_size)
+        return separate_layout((*pages, sizes.padded_head_dim(head_dim)), pages, dtype)
+
+    def write_and_attend(
+        self,
+        q: Float[Array, "token q_head head_dim"],
+        k: Float[Array, "token kv_head head_dim"],
+        v: Float[Array, "token kv_head head_dim"],
+        cache: LayerCache,
+        page_table: Int32[Array, "row max_pages"],
+        token_row: Int32[Array, " token"],
+        position: Int32[Array, " token"],
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Float32[Array, " q_head"] | None = None,
+    ) -> Attended:
+        """See `PagedAttention.write_and_attend`."""
+        check_operands(q, k, v, page_table, token_row, position, sinks)
+        num_pages, _, page_size, _ = cache.k_pages.shape
+        _, q_heads, head_dim = q.shape
+        kv_heads, dtype = k.shape[1], cache.k_pages.dtype
+        check_cache(cache, self.cache_layout(num_pages, page_size, kv_heads, head_dim, dtype))
+        geometry = Geometry(page_size, kv_heads, cache.k_pages.shape[3], q_heads // kv_heads, dtype.name)
+        if geometry.group > sizes.MAX_GROUP:
+            raise ValueError(f"q_heads on mosaic_gpu must be at most {sizes.MAX_GROUP} a kv head, got {geometry.group}")
+        cache = self._write(k, v, cache, page_table, token_row, position)
+        pages = Pages(cache.k_pages, cache.v_pages, cache.k_scales, cache.v_scales, page_table)
+        scores = Scores(scale, softcap)
+        queries = _pad_last(q.astype(jnp.bfloat16), geometry.head_dim)
+        queries = queries.reshape(q.shape[0], kv_heads, geometry.group, geometry.head_dim)
+        grouped = None if sinks is None else LOG2_E * sinks.reshape(kv_heads, geometry.group)
+        rows = page_table.shape[0]
+        decoded = (queries[:rows], pages, token_row[:rows], position[:rows], geometry, scores, sliding_window, grouped)
+        out = self._attend_rows(*decoded)
+        if q.shape[0] > rows:
+            chunk = (queries[rows:], pages, token_row[rows:], position[rows:], geometry, scores)
+            out = jnp.concatenate([out, self._attend_chunk(*chunk, sliding_window, grouped)])
+        out = jnp.where((token_row >= 0)[:, None, None, None], out, 0.0)
+        return Attended(out.reshape(q.shape[0], q_heads, -1)[..., :head_dim].astype(q.dtype), cache)
+
+    def _write(
+        self, k: Array, v: Array, cache: LayerCache, page_table: Array, token_row: Array, position: Array
+    ) -> LayerCache:
+        """The cache with the tokens in it."""
+        _, _, page_size, head_dim = cache.k_pages.shape
+        table_page = position // page_size
+        lives = (token_row >= 0) & (position >= 0) & (table_page < page_table.shape[1])
+        page = jnp.where(lives, page_table.at[token_row, table_page].get(mode="clip"), 0)
+        stored = stored_form(_pad_last(k, head_dim), _pad_last(v, head_dim), cache.k_pages.dtype)
+        tokens = [array for array in stored if array is not None]
+        pages = [array for array in cache if array is not None]
+        return LayerCache(*write_tokens(tokens, pages, page, position % page_size, self.interpret))
+
+    def _attend_rows(
+        self,
+        queries: Array,
+        pages: Pages,
+        token_row: Array,
+        position: Array,
+        geometry: Geometry,
+        scores: Scores,
+        sliding_window: int | None,
+        sinks: Array | None,
+    ) -> Float32[Array, "row kv_head group head_dim"]:
+        """The decode rows."""
+        max_context = pages.table.shape[1] * geometry.page_size
+        work = decode_work(token_row, position, max_context, sliding_window)
+        plan = DecodePlan.of(geometry)
+        padding = padded_group(geometry.group) - geometry.group
+        partial = attend_splits(
+            jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0))),
+            pages,
+            work,
+            geometry,
+            scores,
+            replace(plan, blocks=self.blocks or plan.blocks),
+            wgmma_product if self.interpret is None else plain_product,
+            self.interpret,
+        )
+        sinks = None if sinks is None else jnp.pad(sinks, ((0, 0), (0, padding)))
+        out = combine(partial, work.row_start, sinks, self.interpret)
+        return jnp.swapaxes(out, 2, 3)[:, :, : geometry.group]
+
+    def _attend_chunk(
+        self,
+        queries: Array,
+        pages: Pages,
+        token_row: Array,
+        position: Array,
+        geometry: Geometry,
+        scores: Scores,
+        sliding_window: int | None,
+        sinks: Array | None,
+    ) -> Float32[Array, "token kv_head group head_dim"]:
+        """The prompt chunk, its queries laid out in tiles for the kernel and back."""
+        plan = ChunkPlan.of(geometry)
+        plan = replace(plan, blocks=self.blocks or plan.blocks)
+        product = wgmma_product if self.interpret is None else plain_product
+        kernel = ChunkKernel(geometry, scores, sliding_window, plan, product)
+        work = chunk_work(token_row, position, pages.table.shape[0], kernel.tokens_per_unit)
+        spare = TILE - kernel.tokens_per_tile * geometry.group
+
+        within = jnp.arange(kernel.tokens_per_unit).reshape(plan.consumers, kernel.tokens_per_tile)
+        token = jnp.minimum(work.first_token[:, None, None] + within, queries.shape[0] - 1)
+        tiles = jnp.swapaxes(queries[token], 2, 3).reshape(*token.shape[:2], geometry.kv_heads, -1, geometry.head_dim)
+        tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, spare), (0, 0)))
+        if sinks is not None:
+            sinks = jnp.pad(jnp.tile(sinks, (1, kernel.tokens_per_tile)), ((0, 0), (0, spare)))
+
+        out = kernel(tiles, pages, work, sinks, self.interpret)[..., : TILE - spare, :]
+        out = out.reshape(*out.shape[:3], kernel.tokens_per_tile, geometry.group, geometry.head_dim)
+        unit, before = work.token_place
+        by_token = jnp.moveaxis(out, 3, 2)[unit, before // kernel.tokens_per_tile, before % kernel.tokens_per_tile]
+        return by_token.astype(jnp.float32)
+
+
+def _pad_last(x: Array, size: int) -> Array:
+    """x with zeros behind its last axis, up to `size`."""
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, size - x.shape[-1]),))

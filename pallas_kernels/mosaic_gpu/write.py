@@ -1,0 +1,63 @@
+"""Keys and values of new tokens into their pages, in place."""
+
+from collections.abc import Sequence
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int32
+
+
+def write_tokens(
+    tokens: Sequence[Array],
+    pages: Sequence[Array],
+    page: Int32[Array, " token"],
+    offset: Int32[Array, " token"],
+    interpret=None,
+) -> tuple[Array, ...]:
+    """The pages with the tokens written; in place where the pages are donated.
+
+    Args:
+        tokens: keys, values and their scales, each [token, kv_head, head_dim] or [token, kv_head].
+        pages: of each, [page, kv_head, page_size, head_dim] or [page, kv_head, page_size].
+        page: where a token goes; 0 for a token that is not written.
+        offset: where in its page.
+        interpret: parameters of the interpreter, None on a GPU.
+    """
+    vectors = [array.ndim == 3 for array in tokens]
+
+    def kernel(*refs):
+        sources, targets = refs[: len(tokens)], refs[len(tokens) : 2 * len(tokens)]
+        page, offset, staged, barrier = refs[2 * len(tokens) :]
+        token = lax.axis_index("token")
+        number, position = page[token], offset[token]
+        copied = [pair for pair, vector in zip(zip(sources, targets, strict=True), vectors, strict=True) if vector]
+        scalars = [pair for pair, vector in zip(zip(sources, targets, strict=True), vectors, strict=True) if not vector]
+
+        @pl.when(number > 0)
+        def _write():
+            for (source, _), buffer in zip(copied, staged, strict=True):
+                plgpu.copy_gmem_to_smem(source.at[token], buffer, barrier)
+            for source, target in scalars:
+                # Less than the copy engine's 16 bytes.
+                for head in range(source.shape[1]):
+                    target[number, head, position] = source[token, head]
+            plgpu.barrier_wait(barrier)
+            for (_, target), buffer in zip(copied, staged, strict=True):
+                plgpu.copy_smem_to_gmem(buffer, target.at[number, :, position])
+            plgpu.wait_smem_to_gmem(0)
+
+    scratch = (
+        tuple(plgpu.SMEM(array.shape[1:], array.dtype) for array in tokens if array.ndim == 3),
+        plgpu.Barrier(num_arrivals=sum(vectors)),
+    )
+    updated = [jax.new_ref(array) for array in pages]
+    plgpu.kernel(
+        kernel,
+        grid=page.shape,
+        grid_names=("token",),
+        scratch_types=scratch,
+        interpret=interpret,
+    )(*tokens, *updated, page, offset)
+    return tuple(ref[...] for ref in updated)
