@@ -1,0 +1,76 @@
+"""Greedy tokens of the engine on this device against the engine on the CPU: small fixtures, and seeded random weights.
+
+python -m gpu_checks.engine_tokens DTYPE PAGE_SIZE FOLDER...     prints one JSON list of tokens for each folder
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.workers import module_environment
+
+from gpu_checks.random_model import FIXTURES, random_folder
+
+LENGTHS, OUTPUT = (1, 7, 40, 100), 24
+FAMILIES = ("llama3", "mistral", "qwen3")
+
+
+def run(rehearse: bool) -> dict:
+    """float32 must agree in every token; bfloat16 says how many do before the first that differs."""
+    results: dict = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [FIXTURES / name for name in (FAMILIES[:1] if rehearse else FAMILIES)]
+        sizes = {"layers": 2, "hidden": 128, "heads": 2, "kv_heads": 1, "intermediate": 256}
+        if not rehearse:
+            sizes = {"layers": 4, "hidden": 1024, "heads": 8, "kv_heads": 2, "intermediate": 2048}
+        folders.append(random_folder(Path(temporary) / "random", **sizes))
+        for dtype in ("float32", "bfloat16"):
+            here, on_cpu = (_tokens(folders, dtype, environment) for environment in ({}, {"JAX_PLATFORMS": "cpu"}))
+            for folder, got, expected in zip(folders, here["tokens"], on_cpu["tokens"], strict=True):
+                agreeing = [_agreeing(a, b) for a, b in zip(got, expected, strict=True)]
+                results[f"{folder.name} {dtype}"] = {
+                    "attention": here["attention"],
+                    "agreeing": sum(agreeing),
+                    "tokens": sum(map(len, expected)),
+                }
+    results["passed"] = all(
+        case["agreeing"] == case["tokens"] for name, case in results.items() if name.endswith("float32")
+    )
+    return results
+
+
+def _agreeing(got: list[int], expected: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b), len(expected))
+
+
+def _tokens(folders: list[Path], dtype: str, environment: dict[str, str]) -> dict:
+    command = [sys.executable, "-m", "gpu_checks.engine_tokens", dtype, *map(str, folders)]
+    done = subprocess.run(command, env={**module_environment(), **environment}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} with {environment}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """The worker."""
+    from benchmarks.workload import greedy_request, random_prompts
+
+    from jaxserve import Engine, EngineConfig
+
+    dtype, *folders = sys.argv[1:]
+    tokens = []
+    for folder in folders:
+        config = EngineConfig(model=folder, dtype=dtype, slots=8, max_context=256, compilation_cache=None)
+        with Engine(config) as engine:
+            attention = engine.device.attention
+            prompts = [random_prompts(1, length, 300, seed=length)[0] for length in LENGTHS]
+            done = engine.generate([greedy_request(prompt, OUTPUT) for prompt in prompts])
+            tokens.append([list(one.token_ids) for one in done])
+    print(json.dumps({"attention": attention, "tokens": tokens, "platform": os.environ.get("JAX_PLATFORMS")}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Whether the device waits for the host: `bench_overlap` with a profiler's trace, on random weights."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.workers import SCRIPTS, module_environment
+
+from gpu_checks.random_model import random_folder
+
+
+def run(rehearse: bool) -> dict:
+    """What the benchmark prints."""
+    sizes = {"layers": 2, "hidden": 128, "heads": 2, "kv_heads": 1, "intermediate": 256}
+    slots = "4" if rehearse else "64"
+    if not rehearse:
+        sizes = {"layers": 16, "hidden": 2048, "heads": 16, "kv_heads": 8, "intermediate": 8192}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = random_folder(Path(temporary) / "random", **sizes)
+        command = [sys.executable, str(SCRIPTS / "bench_overlap.py"), "--model", str(folder), "--slots", slots]
+        command += ["--trace", "--json", "--rounds", "1", "--probes", "0", "--max-context", "512"]
+        done = subprocess.run(command, env=module_environment(), capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+        return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,93 @@
+"""A whole step of the engine's own forward and choosing, on random weights: MBU of decode, operations of prompts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpu_checks import roofline
+from gpu_checks.random_model import LLAMA_8B, TINY, random_weights
+from gpu_checks.timing import seconds_per_call
+from jaxserve.batch import ROW_COLUMNS, Column, Upload
+from jaxserve.config import EngineConfig
+from jaxserve.decode_state import DecodeState
+from jaxserve.kv_cache import KVCache
+from jaxserve.lowering import StepInputs
+from jaxserve.sharding import Placement
+from jaxserve.step import choose, make_forward
+from pallas_kernels import AttentionNeeds, select
+
+PEAK_GB_PER_S = {"H100 80GB HBM3": 3350, "H200": 4800}
+"""Of the data sheet, by a part of the device's name."""
+
+
+def run(rehearse: bool) -> dict:
+    """Decode at several batch sizes, then steps with a prompt chunk."""
+    rates = roofline.run(rehearse)
+    model = TINY if rehearse else LLAMA_8B
+    context = 128 if rehearse else 1024
+    device = jax.devices()[0]
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    attention = select(platform, None, AttentionNeeds("bfloat16", device_kind=device.device_kind))
+    peak = next((rate for name, rate in PEAK_GB_PER_S.items() if name in device.device_kind), rates["copy_gb_per_s"])
+    weights = random_weights(model)
+    weight_bytes = sum(leaf.nbytes for leaf in weights)
+    # A token's embedding is one row: the table is not read.
+    read_bytes = weight_bytes - 2 * model.vocab_size * model.hidden_size * (not model.tie_embeddings)
+    kv_bytes = 2 * model.num_layers * model.kv_size * 2
+    results: dict = {**rates, "attention": attention.name, "weight_gb": weight_bytes / 1e9, "peak_gb_per_s": peak}
+
+    results["decode"], results["prefill"] = [], []
+    for rows in (2,) if rehearse else (1, 32, 64):
+        seconds = _time(weights, model, attention, rows, 0, context)
+        moved = read_bytes + rows * context * kv_bytes
+        results["decode"].append(
+            {
+                "rows": rows, "context": context, "ms": seconds * 1e3, "mbu": moved / seconds / 1e9 / peak,
+                "of_copy": moved / seconds / 1e9 / rates["copy_gb_per_s"], "tokens_per_s": rows / seconds,
+            }
+        )  # fmt: skip
+    for chunk in (64,) if rehearse else (512, 2048):
+        seconds = _time(weights, model, attention, 1, chunk, chunk)
+        operations = chunk * read_bytes + 4 * model.num_layers * model.q_size * chunk * (chunk + 1) // 2
+        rate = operations / seconds / 1e12
+        results["prefill"].append(
+            {"tokens": chunk, "ms": seconds * 1e3, "tflop_per_s": rate, "of_matmul": rate / rates["bf16_tflop_per_s"]}
+        )
+    return results
+
+
+def _time(weights, model, attention, rows: int, chunk: int, context: int) -> float:
+    """Seconds of a step of `rows` decode rows at `context`, or of one prompt of `chunk` tokens."""
+    config = EngineConfig(slots=rows, dtype="bfloat16")
+    pages = -(-context // config.page_size)
+    inputs = StepInputs.abstract(model, config, attention, 1 + rows * pages, Placement((jax.devices()[0],)))
+    forward = make_forward(inputs.build_model, model, attention, rows, chunk)
+    allowed = jnp.zeros((rows, -(-model.vocab_size // 32)), jnp.int32)
+    packed = jnp.asarray(_upload(rows, chunk, context, pages))
+
+    def step(weights, carry):
+        cache, state = carry
+        cache, logits, packed_rows = forward(weights, cache, state, packed)
+        state, _ = choose(state, logits, packed_rows, allowed)
+        return cache, state
+
+    compiled = jax.jit(step, donate_argnums=1)
+    state = DecodeState.zeros(rows, model.vocab_size)
+    return seconds_per_call(lambda carry: compiled(weights, carry), (KVCache.zeros(inputs.cache), state), calls=5)
+
+
+def _upload(rows: int, chunk: int, context: int, pages: int) -> np.ndarray:
+    """What a step is told: greedy rows of `context` tokens, or a chunk that is one prompt."""
+    packed = np.zeros(Upload.size(rows, chunk, pages), np.int32)
+    width = ROW_COLUMNS + pages
+    table = packed[: rows * width].reshape(rows, width)
+    table[:, Column.SLOT] = np.arange(rows)
+    table[:, Column.DECODES] = 0 if chunk else 1
+    table[:, Column.SAMPLE_INDEX] = chunk - 1 if chunk else -1
+    table[:, Column.LENGTH] = context
+    table[:, Column.MAX_LENGTH] = 2**30
+    table[:, Column.STOP_IDS : ROW_COLUMNS] = -1
+    table[:, ROW_COLUMNS:] = 1 + np.random.default_rng(0).permutation(rows * pages).reshape(rows, pages)
+    tokens, token_rows, positions = packed[rows * width :].reshape(3, chunk)
+    tokens[:], token_rows[:], positions[:] = 7, 0, np.arange(chunk)
+    return packed

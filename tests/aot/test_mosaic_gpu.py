@@ -1,0 +1,114 @@
+"""The Hopper kernels compiled to machine code over the sizes that they promise, or refused before anything is traced."""
+
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxserve.ahead_of_time import placement_on
+from jaxserve.devices import DEVICES
+from pallas_kernels import LayerCache
+from pallas_kernels.mosaic_gpu import MosaicGpuPagedAttention, decode
+
+pytestmark = pytest.mark.aot
+jax.config.update("jax_platforms", "cpu")
+ATTENTION = MosaicGpuPagedAttention()
+SIZES = {
+    f"d{head_dim}-page{page_size}-kv{kv_heads}-{dtype}": (head_dim, page_size, kv_heads, dtype)
+    for head_dim, page_size, kv_heads, dtype in itertools.chain(
+        itertools.product((64, 96, 128, 256), (16, 64), (2,), ("bfloat16", "int8", "float8_e4m3fn")),
+        itertools.product((64, 128), (16, 64), (1, 3, 4, 8), ("bfloat16",)),
+    )
+}
+FEATURES = {
+    "window": {"sliding_window": 300},
+    "softcap": {"softcap": 30.0},
+    "all": {"sliding_window": 300, "softcap": 30.0, "sinks": True},
+}
+
+
+def compile_for_h100(function: Callable, *shapes, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
+    """`function` compiled for arguments of these shapes. Fails unless ptxas made machine code of it."""
+    placement = placement_on(DEVICES["h100"], 1)
+    on_device = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.sharding()), shapes
+    )
+    with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
+        compiled = jax.jit(function, donate_argnums=donate).lower(*on_device).compile()
+    assert b"\x7fELF" in bytes(compiled.runtime_executable().serialize())
+    return compiled
+
+
+def compile_step(head_dim, page_size, kv_heads, dtype, *, rows=64, chunk=128, group=4, context=4096, **features):
+    """write_and_attend of decode rows and a chunk, its cache donated. Gives it and the cache's bytes."""
+    shape, table = jax.ShapeDtypeStruct, context // page_size
+    cache = ATTENTION.cache_layout(512, page_size, kv_heads, head_dim, dtype)
+    tokens = rows + chunk
+    q, k = (shape((tokens, heads, head_dim), jnp.bfloat16) for heads in (group * kv_heads, kv_heads))
+    ints = [shape(size, jnp.int32) for size in ((rows, table), (tokens,), (tokens,))]
+    sinks = [shape((group * kv_heads,), jnp.float32)] if features.pop("sinks", False) else []
+
+    def step(q, k, v, cache, table, row, position, *sinks):
+        given = {"sinks": sinks[0]} if sinks else {}
+        return ATTENTION.write_and_attend(
+            q, k, v, LayerCache(*cache), table, row, position, scale=head_dim**-0.5, **features, **given
+        )
+
+    compiled = compile_for_h100(step, q, k, k, cache, *ints, *sinks, donate=(3,))
+    return compiled, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_each_size_compiles_with_the_cache_in_place_or_is_refused_at_once(sizes):
+    head_dim, page_size, kv_heads, dtype = sizes
+    if dtype != "bfloat16" and page_size < 32:
+        with pytest.raises(ValueError, match=f"page_size of a {dtype} cache on mosaic_gpu must be at least 32, got 16"):
+            ATTENTION.cache_layout(512, page_size, kv_heads, head_dim, dtype)
+        return
+    compiled, cache_bytes = compile_step(*sizes)
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu_v2"') == 4
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == cache_bytes
+    assert "copy" not in {
+        line.split(" = ")[0] for line in compiled.as_text().splitlines() if f"[512,{kv_heads}" in line
+    }
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_each_feature_compiles(features, dtype):
+    compile_step(128, 64, 2, dtype, **features)
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 8, 16, 64])
+def test_each_group_of_query_heads_compiles(group):
+    compile_step(64, 16, 1, "bfloat16", group=group, rows=8)
+
+
+def test_a_long_context_takes_bounded_temporary_memory():
+    """A cache of 64 sequences of 131,072 tokens would hold 34 GB a layer; the splits' results a thousandth of it."""
+    compiled, _ = compile_step(128, 64, 8, "bfloat16", chunk=0, context=131072)
+    assert compiled.memory_analysis().temp_size_in_bytes < 128e6
+
+
+# Faults planted on purpose: the compiler must see them.
+
+
+def test_more_shared_memory_than_there_is_does_not_compile(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode, "SHARED_BYTES", 300 * 1024)
+    with pytest.raises(Exception, match="shared memory"):
+        compile_step(256, 64, 1, "bfloat16", rows=2, chunk=0)
+
+
+def test_an_operand_that_wgmma_cannot_take_does_not_compile(monkeypatch: pytest.MonkeyPatch):
+    """float32 pages in shared memory instead of bfloat16."""
+    monkeypatch.setattr(decode, "to_bfloat16", lambda values: values.astype(jnp.float32))
+    with pytest.raises(Exception, match=r"dtype|type"):
+        compile_step(128, 64, 1, "int8", rows=2, chunk=0)
+
+
+def test_too_large_a_group_is_refused():
+    with pytest.raises(ValueError, match="q_heads on mosaic_gpu must be at most 64 a kv head, got 65"):
+        compile_step(64, 16, 1, "bfloat16", group=65)

@@ -1,0 +1,102 @@
+"""The Hopper kernels in Pallas' interpreter for GPUs, with its race detector on.
+
+wgmma with an operand in registers has no interpreter, so products are plain; indexing, masks, the ring and its
+barriers, splits, their combination and the writes are what a GPU runs.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from paged_sequences import PagedSequences, Shape, TokenRange, bits, relative_error
+
+from pallas_kernels.mosaic_gpu import MosaicGpuPagedAttention, chunk
+from pallas_kernels.mosaic_gpu.ring import Ring
+
+TOLERANCE = 1e-2
+INTERPRETED = MosaicGpuPagedAttention(interpret=plgpu.InterpretGPUParams(detect_races=True), blocks=3)
+SHAPES = {
+    "smollm2": Shape(q_heads=9, kv_heads=3, head_dim=64),
+    "window-softcap": Shape(q_heads=4, kv_heads=2, sliding_window=70, softcap=2.0),
+    "sinks": Shape(q_heads=4, kv_heads=1, sinks=True, page_size=64),
+    "int8": Shape(q_heads=2, kv_heads=2, kv_dtype="int8", page_size=64, sinks=True, sliding_window=100),
+    "float8": Shape(q_heads=2, kv_heads=1, kv_dtype="float8_e4m3fn", page_size=32),
+    "head-dim-96": Shape(q_heads=2, kv_heads=1, head_dim=96),
+    "head-dim-256": Shape(q_heads=2, kv_heads=1, head_dim=256, page_size=128),
+}
+
+
+LENGTHS = {name: (100, 20, 1, 50) for name in SHAPES} | {"sinks": (300, 20, 1, 50)}
+"""Beyond 256 tokens a row has splits to combine."""
+
+
+@pytest.mark.parametrize(("shape", "lengths"), [(SHAPES[name], LENGTHS[name]) for name in SHAPES], ids=SHAPES)
+def test_mixed_calls_agree_with_dense_attention(shape: Shape, lengths: tuple[int, ...]):
+    """In pages that hold another's garbage."""
+    case = PagedSequences(INTERPRETED, shape, lengths)
+    case.cache = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan if leaf.dtype != jnp.int8 else 99), case.cache)
+    longest = lengths[0]
+    prompts = [TokenRange(0, 0, longest - 1, 0), TokenRange(1, 0, 19, 1), TokenRange(3, 0, 20, 2)]
+    mixed = [
+        TokenRange(1, 19, 20, 0),
+        TokenRange(0, longest - 1, longest, 2),
+        TokenRange(2, 0, 1, 3),
+        TokenRange(3, 20, 50, 1),
+    ]
+    for call in (prompts, mixed):
+        for piece, got in zip(call, case.call(*call, rows=4), strict=True):
+            assert relative_error(got, case.dense(piece)) < TOLERANCE, piece
+
+
+def test_masked_tokens_write_nothing_and_give_zeros():
+    case = PagedSequences(INTERPRETED, Shape(q_heads=2, kv_heads=1), lengths=[30, 30])
+    case.call(TokenRange(0, 0, 29, 0))
+    before = [np.array(leaf) for leaf in jax.tree.leaves(case.cache)]
+    masked, live = case.call(TokenRange(1, 0, 30, -1), TokenRange(0, 28, 29, 0))
+    assert not masked.any()
+    assert live.any()
+    for leaf, expected in zip(jax.tree.leaves(case.cache), before, strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), expected)
+
+
+def test_a_decode_row_has_the_same_bits_in_any_row_among_any_neighbours_and_on_any_grid():
+    lengths, shape = (300, 90, 1), Shape(q_heads=2, kv_heads=1, page_size=64)
+    case = PagedSequences(INTERPRETED, shape, lengths)
+    case.call(TokenRange(0, 0, 300, 0), TokenRange(1, 0, 90, 1), rows=2)
+    (alone,) = case.call(TokenRange(0, 299, 300, 0), rows=1)
+    wide = replace(INTERPRETED, blocks=5)
+    other = PagedSequences(wide, shape, lengths, page_seed=7, max_pages=9)
+    other.call(TokenRange(0, 0, 300, 0), TokenRange(1, 0, 90, 1), rows=2)
+    among = other.call(TokenRange(1, 89, 90, 0), TokenRange(0, 299, 300, 2), TokenRange(2, 0, 1, 1), rows=3)
+    np.testing.assert_array_equal(bits(among[1]), bits(alone))
+
+
+# Faults planted on purpose: each must be seen by the check that is meant to see it.
+
+
+@pytest.mark.parametrize("forgotten", ["wait", "release"])
+def test_a_forgotten_barrier_of_the_ring_is_seen_by_the_race_detector(forgotten: str, monkeypatch):
+    """Consumers that do not wait for the copies, or a producer that does not wait for the consumers."""
+    if forgotten == "wait":
+        monkeypatch.setattr(Ring, "wait", lambda ring, step: lax.rem(step, jnp.int32(ring.stages)))
+    else:
+        monkeypatch.setattr(Ring, "_wait_until_free", lambda ring, stage, step: None)
+    faulty = replace(INTERPRETED, name=forgotten)
+    case = PagedSequences(faulty, Shape(q_heads=2, kv_heads=1, head_dim=256, page_size=64), lengths=[300])
+    try:
+        with pytest.raises(Exception, match=r"RACE DETECTED|barrier"):
+            case.call(TokenRange(0, 299, 300, 0))
+    finally:
+        reset_gpu_interpret_mode_state()
+
+
+def test_a_mask_one_key_too_wide_is_seen(monkeypatch):
+    monkeypatch.setattr(chunk.ChunkKernel, "_mask", lambda self, score, block, position: score)
+    case = PagedSequences(replace(INTERPRETED, name="no mask"), Shape(q_heads=2, kv_heads=1), lengths=[50])
+    piece = TokenRange(0, 0, 50, 0)
+    assert relative_error(case.call(piece)[0], case.dense(piece)) > 10 * TOLERANCE
