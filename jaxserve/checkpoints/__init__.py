@@ -8,7 +8,6 @@ from flax import nnx
 from jaxserve.checkpoints import registry
 from jaxserve.checkpoints.folder import NATIVE_DESCRIPTION as DESCRIPTION
 from jaxserve.checkpoints.folder import parse_json, read_json
-from jaxserve.checkpoints.gguf import open_gguf
 from jaxserve.checkpoints.huggingface import open_huggingface
 from jaxserve.checkpoints.parameters import Progress, load_params
 from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError
@@ -110,7 +109,12 @@ def convert(
 
 
 def _open(path: Path) -> Checkpoint:
-    return open_gguf(path) if path.suffix == ".gguf" and path.is_file() else open_huggingface(path)
+    if path.suffix != ".gguf" or not path.is_file():
+        return open_huggingface(path)
+    # The package gguf is imported by whoever reads such a file: a machine without it serves other checkpoints.
+    from jaxserve.checkpoints.gguf import open_gguf
+
+    return open_gguf(path)
 
 
 def _resolve(path_or_name: str) -> Path:
