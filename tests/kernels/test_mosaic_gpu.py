@@ -22,16 +22,12 @@ TOLERANCE = 1e-2
 INTERPRETED = MosaicGpuPagedAttention(interpret=plgpu.InterpretGPUParams(detect_races=True), blocks=3)
 SHAPES = {
     "smollm2": Shape(q_heads=9, kv_heads=3, head_dim=64),
-    "window-softcap": Shape(q_heads=4, kv_heads=2, sliding_window=70, softcap=2.0),
-    "sinks": Shape(q_heads=4, kv_heads=1, sinks=True, page_size=64),
-    "int8": Shape(q_heads=2, kv_heads=2, kv_dtype="int8", page_size=64, sinks=True, sliding_window=100),
-    "float8": Shape(q_heads=2, kv_heads=1, kv_dtype="float8_e4m3fn", page_size=32),
-    "head-dim-96": Shape(q_heads=2, kv_heads=1, head_dim=96),
+    "window-softcap-sinks": Shape(q_heads=4, kv_heads=1, sliding_window=70, softcap=2.0, sinks=True, page_size=64),
+    "int8": Shape(q_heads=2, kv_heads=2, kv_dtype="int8", page_size=64, sliding_window=40),
+    "float8-head-dim-96": Shape(q_heads=2, kv_heads=1, head_dim=96, kv_dtype="float8_e4m3fn", page_size=32),
     "head-dim-256": Shape(q_heads=2, kv_heads=1, head_dim=256, page_size=128),
 }
-
-
-LENGTHS = {name: (100, 20, 1, 50) for name in SHAPES} | {"sinks": (300, 20, 1, 50)}
+LENGTHS = {name: (100, 20, 1, 50) for name in SHAPES} | {"window-softcap-sinks": (300, 20, 1, 50)}
 """Beyond 256 tokens a row has splits to combine."""
 
 
