@@ -66,6 +66,14 @@ COVERING = ("llama-3.1-8b v5e-4", "smollm2-135m h100-1")
 """Those that every run takes: one that is shared, and one of each compiler."""
 
 
+def floors(cell: Cell) -> dict[str, float]:
+    """By hand: operations of the products, and bytes of weights that a step reads, on each device. Attention comes on
+    top, by the live context, which no compiler knows."""
+    cost = cell.cost()
+    decode, mixed = (n * cost.flops_per_token + SLOTS * cost.flops_per_logits for n in (SLOTS, SLOTS + CHUNK))
+    return {"decode_flops": decode, "mixed_flops": mixed, "bytes": cost.read_bytes}
+
+
 def figures(cell: Cell) -> dict[str, object]:
     """Of the cell's decode step, its mixed step and its choose, with as many pages as the device has room for."""
     jax.config.update("jax_platforms", "cpu")
@@ -77,6 +85,7 @@ def figures(cell: Cell) -> dict[str, object]:
         "attention": attention.name,
         "pages": pages,
         "weights": weights,
+        "floors": floors(cell),
         "decode": forward_figures(model, config, attention, placement, pages, 0).to_json(),
         "mixed": forward_figures(model, config, attention, placement, pages, CHUNK).to_json(),
         "choose": choose_figures(model, config, placement).to_json(),

@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "four": {"tensor_parallel": 4},
     "eight": {"tensor_parallel": 8},
     "orbax_four": {"tensor_parallel": 4},
+    "crowded_two": {"tensor_parallel": 2, "num_pages": 16},
     "native_attention_four": {"tensor_parallel": 4, "attention": "cpu_native"},
     "int8_one": {"quantization": "int8", "attention": "cpu_native"},
     "int8_four": {"quantization": "int8", "attention": "cpu_native", "tensor_parallel": 4},
@@ -74,6 +75,12 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["two", "four", "eight", "orbax_four", "native_attention_four"])
 def test_tokens_equal_those_of_one_device(given: dict[str, dict[str, Any]], name: str):
     assert_same(given[name], given["one"])
+
+
+def test_pages_of_a_shared_cache_go_to_the_host_and_come_back(given: dict[str, dict[str, Any]]):
+    assert_same(given["crowded_two"], given["one"])
+    loads = given["crowded_two"]["loads"]
+    assert loads["preemptions"] > 0 and loads["restored_pages"] > 0
 
 
 def test_int8_weights_are_shared_too(given: dict[str, dict[str, Any]]):
