@@ -116,6 +116,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         default = ast.literal_eval(field.default)
         text = f"{field.doc} (default: {default})"
         parser.add_argument(option, type=kind, default=default, metavar=METAVARS[kind], help=text)
+    text = known["otlp_endpoint"].doc.replace("`", "")
+    parser.add_argument("--otlp-endpoint", default=None, metavar="URL", help=f"{text} (default: none)")
     from rpc.security.config import SecurityConfig
 
     group = parser.add_argument_group("security", "Addresses other than loopback need keys and TLS.")
@@ -152,6 +154,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             arguments.grace,
             http_port=arguments.http_port,
             metrics_port=arguments.metrics_port,
+            otlp_endpoint=arguments.otlp_endpoint,
             longest_context=config.max_context or ServerConfig.longest_context,
             security=SecurityConfig(**given_fields(arguments, SecurityConfig)),
             report=report,

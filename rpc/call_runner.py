@@ -63,8 +63,8 @@ class CallRunner:
         ending: Finished | None = None
         try:
             async for event in stream:
-                if isinstance(event, Finished) and (ending is None or ending.finish_reason not in _FAILURES):
-                    ending = event
+                if isinstance(event, Finished):
+                    ending = worse(ending, event)
                 written = take(event)
                 if written is not None:
                     call.write_began = time.monotonic()
@@ -115,6 +115,11 @@ class CallRunner:
         if last.finish_reason is FinishReason.ERROR:
             logger.error("request %s: %s", call.request_id, last.error, extra={"request_id": call.request_id})
             raise errors.RequestFailed(last.error or "the engine failed this request")
+
+
+def worse(ending: Finished | None, event: Finished) -> Finished:
+    """Of the endings of a call's sequences the one that is the call's: a failure, if there is one."""
+    return event if ending is None or ending.finish_reason not in _FAILURES else ending
 
 
 def _deadline(context: grpc.aio.ServicerContext) -> float | None:

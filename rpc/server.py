@@ -15,7 +15,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
@@ -39,8 +41,12 @@ from rpc.security.keys import KeyFile
 from rpc.security.tenants import for_tenants
 from rpc.served_engine import ServedEngine
 from rpc.servicer import InferenceServicer
+from rpc.tracing import TraceParents, traced, tracer_provider
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +61,8 @@ WATCH_INTERVAL = 0.2
 """Seconds between looks at the engine's health and at stalled readers."""
 FLUSH_TIME = 0.5
 """Seconds that calls other than Generate, a health Watch among them, may take when the server stops."""
+FLUSH_SPANS_MS = 2000
+"""Milliseconds that the last spans may take to be sent."""
 ABORT_TIME = 5.0
 """Seconds for aborted calls to tell their clients so, past the grace."""
 
@@ -89,6 +97,9 @@ class ServerConfig:
     """Port of the OpenAI API over HTTP; 0 takes a free one, named in the report. None serves gRPC alone."""
     metrics_port: int | None = None
     """Port of /metrics and /health alone; 0 takes a free one, named in the report. `http_port` has them as well."""
+    otlp_endpoint: str | None = None
+    """URL that OpenTelemetry spans are sent to by OTLP over HTTP, as http://127.0.0.1:4318/v1/traces. None sends none;
+    needs the extra `otel`."""
     grace: float = 30.0
     """Seconds that requests in flight have to finish once a signal asks the server to stop."""
     longest_context: int = 8192
@@ -159,18 +170,27 @@ class Server:
         self._hurry = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._began = time.monotonic()
+        self._tracing = self._tracer_provider()
         keys = config.security.api_keys
         self.access = Access(None if keys is None else KeyFile(Path(keys).expanduser()))
         """Who may call what, on every protocol."""
         self._server = grpc.aio.server(
             # The guard first: what comes without a key is not even parsed.
-            interceptors=[Guard(self.access), MalformedRequests(*(f"/{service}/" for service in SERVICES))],
+            interceptors=[
+                Guard(self.access),
+                *([] if self._tracing is None else [TraceParents()]),
+                MalformedRequests(*(f"/{service}/" for service in SERVICES)),
+            ],
             options=config.channel_options(),
         )
         runner = CallRunner(self.lifecycle, self.calls, self._tokenizing)
         self._add_services(runner)
         self.http, self.metrics = self._http_listeners(runner)
         """Where the API and the metrics are listened for over HTTP, if they are."""
+
+    def _tracer_provider(self) -> "TracerProvider | None":
+        endpoint = self.config.otlp_endpoint
+        return None if endpoint is None else tracer_provider(endpoint)
 
     def _http_listeners(self, runner: CallRunner) -> tuple[HttpListener | None, HttpListener | None]:
         config, tls = self.config, self.config.security.tls_files()
@@ -219,7 +239,8 @@ class Server:
 
     async def attach(self, engine: ServedEngine) -> None:
         """Serves an engine that is ready."""
-        self.lifecycle.engine = for_tenants(engine)
+        served = for_tenants(engine)
+        self.lifecycle.engine = served if self._tracing is None else traced(served, self._tracing)
         await self.lifecycle.move_to(State.READY)
         self._report(
             {"event": "ready", "model": engine.model_name, "seconds": round(time.monotonic() - self._began, 3)}
@@ -273,6 +294,8 @@ class Server:
         for listener in (self.http, self.metrics):
             if listener is not None:
                 await listener.stop()
+        if self._tracing is not None:
+            await _in_daemon_thread(partial(self._tracing.force_flush, FLUSH_SPANS_MS), "jaxserve-spans")
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
         return drained
 
@@ -318,6 +341,7 @@ def serve(
     *,
     http_port: int | None = ServerConfig.http_port,
     metrics_port: int | None = ServerConfig.metrics_port,
+    otlp_endpoint: str | None = ServerConfig.otlp_endpoint,
     longest_context: int = ServerConfig.longest_context,
     security: SecurityConfig | None = None,
     report: Report = print_report,
@@ -338,6 +362,7 @@ def serve(
         port=port,
         http_port=http_port,
         metrics_port=metrics_port,
+        otlp_endpoint=otlp_endpoint,
         grace=grace,
         longest_context=longest_context,
         security=security or SecurityConfig(),

@@ -31,6 +31,7 @@ from rpc.metrics import CONTENT_TYPE, Metrics
 from rpc.open_calls import OpenCalls
 from rpc.security.access import Access
 from rpc.served_engine import ServedEngine
+from rpc.tracing import set_trace_parent
 
 Parse = Callable[[Mapping[str, object], ServedEngine], Asked]
 
@@ -166,6 +167,7 @@ class GenerateEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         request = Request(scope, receive, send)
+        set_trace_parent(request.headers.get("traceparent"), request.headers.get("tracestate"))
         front, request_id = self._front, request_id_of(request)
         disconnect = scope["extensions"]["transport"].abort
         generation = Generation(front.runner, front.calls, request_id, disconnect)

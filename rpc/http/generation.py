@@ -8,7 +8,7 @@ from dataclasses import replace
 from starlette.types import Receive, Send
 
 from jaxserve.request import Delta, Finished
-from rpc.call_runner import CallRunner
+from rpc.call_runner import CallRunner, worse
 from rpc.errors import RequestFailed
 from rpc.http.answers import Answer
 from rpc.http.errors import error_of
@@ -72,7 +72,7 @@ class Generation:
                 if isinstance(event, Delta):
                     answer.add_delta(first + event.index, event)
                 elif isinstance(event, Finished):
-                    last = event
+                    last = worse(last, event)
                     answer.add_finished(first + event.index, event)
             self._runner.raise_for(last, call)
 
@@ -92,7 +92,7 @@ class Generation:
                 if isinstance(event, Delta):
                     data = answer.delta_chunk(first + event.index, event)
                 elif isinstance(event, Finished):
-                    last = event
+                    last = worse(last, event)
                     data = answer.finished_chunk(first + event.index, event)
                 else:
                     continue

@@ -134,7 +134,7 @@ class LiveFeed:
         """Begins anew: nobody has looked for a while."""
         engine = self._lifecycle.engine
         self._samples.clear()
-        self._lanes = Lanes(engine.config.slots if engine is not None else 0)
+        self._lanes = Lanes(engine.config.total_slots if engine is not None else 0)
         self._step = -1
 
     def _picture(self) -> dict[str, object]:
@@ -155,7 +155,7 @@ class LiveFeed:
         frame: dict[str, object] = {"t": round(now, 4), "state": self._lifecycle.state}
         if engine is None:
             return frame
-        if len(self._lanes.kinds) != engine.config.slots:  # the engine came while somebody looked
+        if len(self._lanes.kinds) != engine.config.total_slots:  # the engine came while somebody looked
             self._catch_up()
             frame |= self._picture()
         records = _since(engine.step_records, self._step)

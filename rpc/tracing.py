@@ -1,0 +1,173 @@
+"""OpenTelemetry: one span a request, under the span of whoever sent it, by the conventions for generative AI.
+
+Needs the extra `otel`. Spans are made from what the engine says when a request ends, so that nothing is done a token.
+"""
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, cast
+
+import grpc
+import grpc.aio
+
+from jaxserve.request import Event, Finished, FinishReason, Request
+from rpc.served_engine import EventStream, ServedEngine
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Tracer
+
+PROVIDER = "jaxserve"
+"""`gen_ai.provider.name`, and the service's name."""
+
+_parent: ContextVar[dict[str, str]] = ContextVar("jaxserve_trace_parent", default={})  # noqa: B039 - never changed
+
+
+class TracingUnavailable(RuntimeError):
+    """OpenTelemetry is not installed."""
+
+
+def tracer_provider(endpoint: str) -> "TracerProvider":
+    """Sends spans by OTLP over HTTP to a URL, as http://127.0.0.1:4318/v1/traces. Raises TracingUnavailable."""
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise TracingUnavailable(f"spans need the extra: pip install 'jaxserve[otel]' ({error})") from error
+    provider = TracerProvider(resource=Resource.create({"service.name": PROVIDER}), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    return provider
+
+
+def set_trace_parent(traceparent: str | None, tracestate: str | None) -> None:
+    """Says whose span the call of this context belongs to, by the headers of W3C Trace Context."""
+    given = {"traceparent": traceparent, "tracestate": tracestate}
+    _parent.set({name: value for name, value in given.items() if value is not None})
+
+
+class TraceParents(grpc.aio.ServerInterceptor):
+    """Reads the trace context from a call's metadata. Interceptors and handler of a call run in one task."""
+
+    async def intercept_service(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Changes nothing of the call."""
+        metadata = {key: str(value) for key, value in handler_call_details.invocation_metadata or ()}
+        set_trace_parent(metadata.get("traceparent"), metadata.get("tracestate"))
+        return await continuation(handler_call_details)
+
+
+class _TracedEngine:
+    """Follows each request that is accepted to its end. Everything else is the engine's own."""
+
+    def __init__(self, engine: ServedEngine, tracer: "Tracer"):
+        self._engine = engine
+        self._tracer = tracer
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._engine, name)
+
+    def submit(self, request: Request) -> EventStream:
+        began = time.time_ns()
+        stream = self._engine.submit(request)
+        return _TracedStream(stream, self._tracer, request, self._engine.model_name, began)
+
+
+class _TracedStream:
+    """The events of a request; its last one ends the span."""
+
+    def __init__(self, stream: EventStream, tracer: "Tracer", request: Request, model: str, began: int):
+        self.request_id = stream.request_id
+        self._stream = stream
+        self._tracer = tracer
+        self._request = request
+        self._model = model
+        self._began = began
+        self._parent = _parent.get()
+        self._finished: list[Finished] = []
+        self._ended = False
+
+    def cancel(self) -> None:
+        if not self._ended:
+            self._end()  # nobody may read on
+        self._stream.cancel()
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        event = await self._stream.__anext__()  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(event, Finished):
+            self._finished.append(event)
+            if len(self._finished) == self._request.sampling.n and not self._ended:
+                self._end()
+        return event
+
+    def _end(self) -> None:
+        from opentelemetry.trace import SpanKind, StatusCode
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._ended = True
+        request, finished = self._request, self._finished
+        chat = request.messages is not None
+        operation = "chat" if chat else "text_completion"
+        span = self._tracer.start_span(
+            f"{operation} {self._model}",
+            context=TraceContextTextMapPropagator().extract(self._parent),
+            kind=SpanKind.SERVER,
+            start_time=self._began,
+            attributes={"gen_ai.operation.name": operation, **_asked(request, self._model), **_had(finished)},
+        )
+        errors = [one.error for one in finished if one.finish_reason is FinishReason.ERROR]
+        if errors:
+            span.set_status(StatusCode.ERROR, errors[0])
+        span.end()
+
+
+def _asked(request: Request, model: str) -> dict[str, str | int | float]:
+    """What the request asked for, where it said so."""
+    sampling = request.sampling
+    asked: dict[str, str | int | float | None] = {
+        "gen_ai.provider.name": PROVIDER,
+        "gen_ai.request.model": request.model or model,
+        "gen_ai.response.model": model,
+        "gen_ai.response.id": request.request_id,
+        "gen_ai.request.temperature": float(sampling.temperature),
+        "gen_ai.request.top_p": float(sampling.top_p),
+        "gen_ai.request.top_k": sampling.top_k or None,
+        "gen_ai.request.seed": sampling.seed,
+        "gen_ai.request.max_tokens": request.stopping.max_tokens,
+        "gen_ai.request.choice.count": sampling.n if sampling.n > 1 else None,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _had(ended: list[Finished]) -> dict[str, list[str] | int | float]:
+    """What became of it. Times in seconds; of the first sequence where they differ."""
+    if not ended:
+        return {"gen_ai.response.finish_reasons": [FinishReason.ABORT.value]}
+    first, tokens = ended[0], sum(one.usage.completion_tokens for one in ended)
+    timings = first.timings
+    had: dict[str, list[str] | int | float] = {
+        "gen_ai.usage.input_tokens": first.usage.prompt_tokens,
+        "gen_ai.usage.cache_read.input_tokens": first.usage.cached_tokens,
+        "gen_ai.usage.output_tokens": tokens,
+        "gen_ai.response.finish_reasons": [one.finish_reason.value for one in ended],
+        "gen_ai.server.request.duration": max(one.timings.total for one in ended),
+        "jaxserve.queue_time": timings.queue,
+    }
+    if first.usage.completion_tokens:
+        had["gen_ai.server.time_to_first_token"] = timings.queue + timings.prefill
+    if first.usage.completion_tokens > 1:
+        had["gen_ai.server.time_per_output_token"] = timings.decode / (first.usage.completion_tokens - 1)
+    return had
+
+
+def traced(engine: ServedEngine, provider: "TracerProvider") -> ServedEngine:
+    """The engine, each request of which becomes a span."""
+    return cast(ServedEngine, _TracedEngine(engine, provider.get_tracer(PROVIDER)))
