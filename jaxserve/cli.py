@@ -178,8 +178,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE",
         help="file of one JSON object a line, - for standard input. An object has an id, one of prompt, token_ids and "
-        "messages, and any sampling, stopping or output field of the API (temperature, max_tokens, stop, logprobs, "
-        "...). A line that is refused becomes an error line; the others run.",
+        "messages, and any sampling, stopping, output or constraint field of the API (temperature, max_tokens, stop, "
+        "logprobs, regex, ...). A line that is refused becomes an error line; the others run.",
     )
     parser.add_argument(
         "--output", default="-", metavar="FILE", help="where results go, - for standard output (default: -)"

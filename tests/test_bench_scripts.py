@@ -119,6 +119,17 @@ def test_overlap_hides_the_host_behind_a_simulated_device():
     assert result["delivery_lag_ms_p50"] > 0 and result["short_p99_ratio"] > 0
 
 
+def test_a_step_with_constrained_rows_is_compared_with_one_without():
+    result = run_script(
+        "bench_constraints.py", "--model", str(SCRIPTS.parent / "tests/fixtures/families/qwen3"), "--slots", "4",
+        "--rounds", "1", "--prompt-len", "8", "--output-len", "12", "--max-context", "64", "--shares", "0", "0.5",
+    )  # fmt: skip
+    plain, half = result["constrained"].values()
+    assert plain["mask_ms"] == 0 and plain["over_plain"] == 1
+    assert half["mask_ms"] > 0 and half["over_plain"] > 0
+    assert result["compiles_after_warmup"] == 0
+
+
 @pytest.mark.parametrize("protocol", ["grpc", "vllm", "http"])
 def test_a_served_engine_delivers_every_token(protocol: str):
     result = run_script(

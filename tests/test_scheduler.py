@@ -249,3 +249,27 @@ def test_any_sequence_of_events_returns_every_page_and_ends_every_request_once(s
         assert got == expected(handle, prompt, len(got))
         if device.reason(handle) == "length":
             assert len(got) == output
+
+
+def test_a_held_request_starts_when_it_is_released_and_ends_where_it_waits():
+    scheduler = Scheduler(slots=2, num_pages=20, page_size=4, prefill_chunks=(16,))
+    device = ScriptedDevice(scheduler)
+    scheduler.submit(submit(1), held=True)
+    scheduler.submit(submit(2, fork_seeds=[7], deadline=1e6), held=True)
+    assert scheduler.is_idle and scheduler.plan(0.0) is None
+    scheduler.submit(submit(4))
+    assert not scheduler.is_idle
+    for _ in range(30):
+        device.step()
+    assert device.reason(4) == "length" and scheduler.is_idle and scheduler.active == 3
+    assert [one.handle for one in scheduler.release(1)] == [1]
+    for _ in range(30):
+        device.step()
+    assert device.reason(1) == "length"
+    scheduler.expire(2e6)
+    assert {(output.handle, output.finish_reason) for output in scheduler.take_ended()} == {
+        (2, "deadline"),
+        (3, "deadline"),
+    }
+    assert scheduler.release(2) == [] and scheduler.is_idle
+    scheduler.check()

@@ -14,6 +14,7 @@ from serving import ROOT, back_to_the_start, lent, serving
 
 from jaxserve.completion import CompletionBuilder
 from jaxserve.request import (
+    Constraint,
     Delta,
     Finished,
     FinishReason,
@@ -209,3 +210,21 @@ async def test_deltas_arrive_as_they_are_made(engine: "Engine") -> None:
             if isinstance(event, Delta):
                 times.append(time.monotonic())
         assert len(times) > 1  # not one message at the end
+
+
+async def test_a_constraint_holds_over_the_wire_and_a_bad_one_names_its_field(engine: "Engine") -> None:
+    constraints = [
+        Constraint(choice=("yes", "no")),
+        Constraint(regex="[0-9]{4}"),
+        Constraint(json_schema={"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}),
+        Constraint(grammar='start: "a" "b"'),
+    ]
+    wanted = [Request(prompt="Answer:", sampling=GREEDY, constraint=constraint) for constraint in constraints]
+    expected = await asyncio.to_thread(engine.generate, list(wanted))
+    async with served(engine) as client:
+        answers = await asyncio.gather(*(client.generate_once(request) for request in wanted))
+        assert [answer.text for answer in answers] == [completion.text for completion in expected]
+        assert [answer.finish_reason for answer in answers] == ["stop"] * 4
+        with pytest.raises(InvalidRequest, match="unclosed group") as caught:
+            await client.generate_once(Request(prompt="a", constraint=Constraint(regex="(")))
+        assert caught.value.field == "regex"
