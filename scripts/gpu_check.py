@@ -7,6 +7,7 @@
     engine     greedy tokens against the CPU
     overlap    device idle time under load, from a profiler's trace
 
+The engine's sections need the packages of pyproject.toml; what the machine lacks can lie in a folder on PYTHONPATH.
 Each section is a process of its own, ended when its time is up, so that one that hangs costs no other. Prints a table,
 then one JSON object; ends with 1 where a section failed or a check did not pass.
 """

@@ -133,7 +133,7 @@ class MosaicGpuPagedAttention:
     ) -> Float32[Array, "row kv_head group head_dim"]:
         """The decode rows."""
         max_context = pages.table.shape[1] * geometry.page_size
-        work = decode_work(token_row, position, max_context, sliding_window)
+        work, row_start = decode_work(token_row, position, max_context, sliding_window)
         plan = DecodePlan.of(geometry)
         padding = padded_group(geometry.group) - geometry.group
         partial = attend_splits(
@@ -147,7 +147,7 @@ class MosaicGpuPagedAttention:
             self.interpret,
         )
         sinks = None if sinks is None else jnp.pad(sinks, ((0, 0), (0, padding)))
-        out = combine(partial, work.row_start, sinks, self.interpret)
+        out = combine(partial, row_start, sinks, self.interpret)
         return jnp.swapaxes(out, 2, 3)[:, :, : geometry.group]
 
     def _attend_chunk(
@@ -166,11 +166,11 @@ class MosaicGpuPagedAttention:
         plan = replace(plan, blocks=self.blocks or plan.blocks)
         product = wgmma_product if self.interpret is None else plain_product
         kernel = ChunkKernel(geometry, scores, sliding_window, plan, product)
-        work = chunk_work(token_row, position, pages.table.shape[0], kernel.tokens_per_unit)
+        work, places = chunk_work(token_row, position, pages.table.shape[0], kernel.tokens_per_unit)
         spare = TILE - kernel.tokens_per_tile * geometry.group
 
         within = jnp.arange(kernel.tokens_per_unit).reshape(plan.consumers, kernel.tokens_per_tile)
-        token = jnp.minimum(work.first_token[:, None, None] + within, queries.shape[0] - 1)
+        token = jnp.minimum(places.first_token[:, None, None] + within, queries.shape[0] - 1)
         tiles = jnp.swapaxes(queries[token], 2, 3).reshape(*token.shape[:2], geometry.kv_heads, -1, geometry.head_dim)
         tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, spare), (0, 0)))
         if sinks is not None:
@@ -178,8 +178,8 @@ class MosaicGpuPagedAttention:
 
         out = kernel(tiles, pages, work, sinks, self.interpret)[..., : TILE - spare, :]
         out = out.reshape(*out.shape[:3], kernel.tokens_per_tile, geometry.group, geometry.head_dim)
-        unit, before = work.token_place
-        by_token = jnp.moveaxis(out, 3, 2)[unit, before // kernel.tokens_per_tile, before % kernel.tokens_per_tile]
+        tile, within_tile = places.before // kernel.tokens_per_tile, places.before % kernel.tokens_per_tile
+        by_token = jnp.moveaxis(out, 3, 2)[places.unit, tile, within_tile]
         return by_token.astype(jnp.float32)
 
 

@@ -56,9 +56,9 @@ class _Scratch(NamedTuple):
     ring: Ring
     cleaned: Ref
     """Passed when the first consumer has cleaned the values beyond the unit's end."""
-    keys: Ref | None
+    keys: Ref
     """A block's keys in bfloat16, where the cache is quantized; so the values."""
-    values: Ref | None
+    values: Ref
     out: Ref
 
     @staticmethod
@@ -111,16 +111,17 @@ class ChunkKernel:
             sinks: float32 [kv_head, TILE], of each row of a tile, in units of log 2.
             interpret: parameters of the interpreter, None on a GPU.
         """
-        operands = [queries, *work[:4], pages.table, pages.keys, pages.values]
+        operands = [queries, *work, pages.table, pages.keys, pages.values]
         operands += [pages.key_scales, pages.value_scales] if self.geometry.quantized else []
         operands += [] if sinks is None else [sinks]
         consumers = self.plan.consumers
 
         def kernel(*refs):
-            queries, *rest = refs[: len(operands)]
+            queries, units, row, position, tokens, table, keys, values, *rest = refs[: len(operands)]
             out, scratch = refs[len(operands) :]
-            units, (table, keys, values, *rest) = ChunkWork(*rest[:4], None, None), rest[4:]
-            scales = rest[:2] if self.geometry.quantized else (None, None)
+            work = ChunkWork(units, row, position, tokens)
+            key_scales, value_scales = rest[:2] if self.geometry.quantized else (None, None)
+            pages = Pages(keys, values, key_scales, value_scales, table)
             sink = None if sinks is None else rest[-1]
             warpgroup = lax.axis_index("warpgroup")
 
@@ -128,13 +129,13 @@ class ChunkKernel:
             def _attend():
                 if consumers > 1:
                     plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-                self._consume(units, sink, out, scratch, warpgroup)
+                self._consume(work, sink, out, scratch, warpgroup)
 
             @pl.when(warpgroup == consumers)
             def _load():
                 if consumers > 1:
                     plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-                self._produce(queries, Pages(keys, values, *scales, table), units, scratch)
+                self._produce(queries, pages, work, scratch)
 
         return plgpu.kernel(
             kernel,
@@ -170,7 +171,7 @@ class ChunkKernel:
 
             return lax.fori_loop(*self._blocks_of(work, unit), load_block, step)
 
-        units, steps = for_each_unit(work.count[0], self.geometry.kv_heads, load_unit, jnp.int32(0))
+        units, steps = for_each_unit(work.units[0], self.geometry.kv_heads, load_unit, jnp.int32(0))
 
         @pl.when(units >= 1)
         def _wait_for_last_unit():
@@ -221,7 +222,7 @@ class ChunkKernel:
             plgpu.copy_smem_to_gmem(staged, out.at[unit, tile, head])
             return step
 
-        for_each_unit(work.count[0], self.geometry.kv_heads, attend_unit, jnp.int32(0))
+        for_each_unit(work.units[0], self.geometry.kv_heads, attend_unit, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     def _score(self, scratch: _Scratch, queries: Ref, stage, tile):

@@ -8,17 +8,18 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Int32
 
+from pallas_kernels.mosaic_gpu.products import Ref
 from pallas_kernels.mosaic_gpu.scores import LOWEST
 
 
 class Partial(NamedTuple):
-    """What the splits of rows came to, float32 [unit, kv_head, ...]."""
+    """What the splits of rows came to, float32 [unit, kv_head, ...], as arrays or as a kernel's references."""
 
-    weighted: Array
+    weighted: Ref
     """[head_dim, q_row], the sum of values by weight, not yet divided by the total."""
-    largest: Array
+    largest: Ref
     """[q_row], the largest score, in units of log 2."""
-    total: Array
+    total: Ref
     """[q_row], the sum of weights."""
 
 

@@ -67,7 +67,7 @@ class _Scratch(NamedTuple):
     queries_free: Ref
     ring: Ring
     weights: Ref
-    values: Ref | None
+    values: Ref
     """A block's values in bfloat16, where the cache is quantized."""
     result: Partial
 
@@ -115,15 +115,16 @@ def attend_splits(
     """
     units = work.row.shape[0]
     q_rows = queries.shape[2]
-    operands = [queries, work.count, work.row, work.begin, work.end, pages.table, pages.keys, pages.values]
+    operands = [queries, *work, pages.table, pages.keys, pages.values]
     if geometry.quantized:
         operands += [pages.key_scales, pages.value_scales]
 
     def kernel(*refs):
-        inputs, (weighted, largest, total, scratch) = refs[: len(operands)], refs[len(operands) :]
-        q, count, row, begin, end, table, keys, values, *scales = inputs
-        cache = Pages(keys, values, *(scales or (None, None)), table)
-        unit_list = DecodeWork(count, row, begin, end, None)
+        q, live, row, begin, end, table, keys, values, *scales = refs[: len(operands)]
+        weighted, largest, total, scratch = refs[len(operands) :]
+        key_scales, value_scales = scales or (None, None)
+        cache = Pages(keys, values, key_scales, value_scales, table)
+        unit_list = DecodeWork(live, row, begin, end)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == _CONSUMER)
@@ -172,7 +173,7 @@ def _produce(geometry: Geometry, queries: Ref, pages: Pages, work: DecodeWork, s
 
         return lax.fori_loop(*_blocks_of(work, unit), load_block, step)
 
-    units, steps = for_each_unit(work.count[0], geometry.kv_heads, load_unit, jnp.int32(0))
+    units, steps = for_each_unit(work.units[0], geometry.kv_heads, load_unit, jnp.int32(0))
     wait_for_last(scratch.queries_free, units)
     scratch.ring.drain(steps)
 
@@ -235,7 +236,7 @@ def _consume(
             plgpu.copy_smem_to_gmem(source, target.at[unit, head])
         return step
 
-    for_each_unit(work.count[0], geometry.kv_heads, attend_unit, jnp.int32(0))
+    for_each_unit(work.units[0], geometry.kv_heads, attend_unit, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 

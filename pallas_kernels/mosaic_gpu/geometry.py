@@ -1,6 +1,7 @@
 """Sizes of the Hopper kernels, and which caches they take."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -68,8 +69,10 @@ def check_cache(page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike) 
         raise ValueError(f"page_size of a {name} cache on mosaic_gpu must be at least 32, got {page_size}")
 
 
-def tiled(columns: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+def tiled(columns: int, dtype: DTypeLike) -> tuple[Any, Any]:
     """The arrangement in shared memory that wgmma reads: tiles of 8 rows, swizzled."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = next(size for size in (128, 64, 32) if columns * itemsize % size == 0)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+    # Concrete classes, whose base looks abstract to pyright.
+    tiling, swizzling = plgpu.TilingTransform, plgpu.SwizzleTransform
+    return tiling((8, swizzle // itemsize)), swizzling(swizzle)  # pyright: ignore[reportAbstractUsage]

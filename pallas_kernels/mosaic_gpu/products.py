@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 Ref = Any
-"""A reference within a kernel; Pallas has no public type of it."""
+"""A reference within a kernel, or what is to become one; Pallas has no public type of it."""
 Product = Callable[..., Any]
 """product(a, b, onto=None): a times b in float32, added to `onto` where given. a [m, k] is a reference or an array, b
 [k, n] a reference; both bfloat16, their references in shared memory and `tiled`."""
@@ -23,12 +23,12 @@ def wgmma_product(a: Any, b: Ref, onto: Any = None) -> Any:
             plgpu.wgmma(accumulator, a, b)
             return accumulator[...]
 
-        return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+        return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
     def multiply_onto(accumulator: Ref) -> None:
         plgpu.wgmma(accumulator, a, b)
 
-    return pl.run_state(multiply_onto)(plgpu.ACC.init(onto))
+    return pl.run_state(multiply_onto)(plgpu.WGMMAAccumulatorRef.init(onto))
 
 
 def plain_product(a: Any, b: Ref, onto: Any = None) -> Any:

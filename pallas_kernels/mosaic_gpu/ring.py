@@ -16,8 +16,8 @@ class Pages(NamedTuple):
 
     keys: Ref
     values: Ref
-    key_scales: Ref | None
-    value_scales: Ref | None
+    key_scales: Ref
+    value_scales: Ref
     table: Ref
 
 
@@ -26,8 +26,8 @@ class Ring(NamedTuple):
 
     keys: Ref
     values: Ref
-    key_scales: Ref | None
-    value_scales: Ref | None
+    key_scales: Ref
+    value_scales: Ref
     full: Ref
     free: Ref
 

@@ -11,6 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int32
 
+from pallas_kernels.mosaic_gpu.products import Ref
+
 FIRST_SPLIT = 256
 """Keys of a split up to position 4,096; from there splits double with the position, eight from each power of two to
 the next, which bounds both the partial results of a long context and the work of one split."""
@@ -30,23 +32,21 @@ def split_starts(max_context: int) -> np.ndarray:
 
 
 class DecodeWork(NamedTuple):
-    """Splits of the rows' contexts, unit by unit, row by row."""
+    """Splits of the rows' contexts, unit by unit, row by row: int32 [unit] each, arrays or a kernel's references."""
 
-    count: Int32[Array, " 1"]
-    """Live units; those behind them mean nothing."""
-    row: Int32[Array, " unit"]
-    begin: Int32[Array, " unit"]
+    units: Ref
+    """[1], how many live; those behind them mean nothing."""
+    row: Ref
+    begin: Ref
     """First position that the unit attends to."""
-    end: Int32[Array, " unit"]
+    end: Ref
     """One past the last."""
-    row_start: Int32[Array, " row_and_end"]
-    """First unit of each row, then the count."""
 
 
 def decode_work(
     token_row: Int32[Array, " row"], position: Int32[Array, " row"], max_context: int, sliding_window: int | None
-) -> DecodeWork:
-    """The units of decode rows; a masked row has none."""
+) -> tuple[DecodeWork, Int32[Array, " row_and_end"]]:
+    """The units of decode rows, and the first unit of each row, then their number. A masked row has none."""
     starts = split_starts(max_context)
     length = jnp.where(token_row >= 0, jnp.minimum(position + 1, max_context), 0)
     oldest = jnp.zeros_like(length) if sliding_window is None else jnp.maximum(length - sliding_window, 0)
@@ -61,27 +61,34 @@ def decode_work(
     bounds = jnp.asarray(starts)
     begin = jnp.maximum(bounds[split], oldest[row])
     end = jnp.minimum(bounds[split + 1], length[row])
-    return DecodeWork(ends[-1:], row, begin, end, jnp.concatenate([ends - splits, ends[-1:]]))
+    return DecodeWork(ends[-1:], row, begin, end), jnp.concatenate([ends - splits, ends[-1:]])
 
 
 class ChunkWork(NamedTuple):
-    """Runs of neighbouring tokens of one row, of at most a given length."""
+    """Runs of neighbouring tokens of one row, of at most a given length: int32 [unit] each, arrays or references."""
 
-    count: Int32[Array, " 1"]
-    """Live units; those behind them mean nothing."""
-    row: Int32[Array, " unit"]
-    position: Int32[Array, " unit"]
+    units: Ref
+    """[1], how many live; those behind them mean nothing."""
+    row: Ref
+    position: Ref
     """Of the unit's first token; the others follow."""
-    tokens: Int32[Array, " unit"]
+    tokens: Ref
+
+
+class ChunkPlaces(NamedTuple):
+    """Where the chunk's tokens are in the units, and the other way."""
+
     first_token: Int32[Array, " unit"]
     """Index in the chunk of the unit's first token."""
-    token_place: tuple[Int32[Array, " token"], Int32[Array, " token"]]
-    """Of each token of the chunk, its unit and how many tokens of the unit come before it; of a masked one, any."""
+    unit: Int32[Array, " token"]
+    """Of each token of the chunk; of a masked one, any."""
+    before: Int32[Array, " token"]
+    """Tokens of the unit that come before it."""
 
 
 def chunk_work(
     token_row: Int32[Array, " token"], position: Int32[Array, " token"], rows: int, tokens_per_unit: int
-) -> ChunkWork:
+) -> tuple[ChunkWork, ChunkPlaces]:
     """The units of a chunk: pieces of rows, one piece a row, masked only at the end."""
     size = token_row.shape[0]
     index = jnp.arange(size, dtype=jnp.int32)
@@ -97,5 +104,6 @@ def chunk_work(
     first = first.astype(jnp.int32)
     tokens = jnp.minimum(piece_end[first] - first, tokens_per_unit)
     unit = jnp.maximum(jnp.cumsum(leads, dtype=jnp.int32) - 1, 0)
-    count = jnp.sum(leads, dtype=jnp.int32)[None]
-    return ChunkWork(count, jnp.maximum(token_row[first], 0), position[first], tokens, first, (unit, before))
+    live = jnp.sum(leads, dtype=jnp.int32)[None]
+    work = ChunkWork(live, jnp.maximum(token_row[first], 0), position[first], tokens)
+    return work, ChunkPlaces(first, unit, before)

@@ -26,7 +26,8 @@ def python_module(module: str, *arguments: str) -> list[str]:
 
 def module_environment() -> dict[str, str]:
     """An environment in which that command finds the benchmarks and the project, installed or not."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(SCRIPTS), str(SCRIPTS.parent)))}
+    found = (str(SCRIPTS), str(SCRIPTS.parent), *filter(None, [os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
 
 
 class Worker:

@@ -1,6 +1,6 @@
 """Greedy tokens of the engine on this device against the engine on the CPU: small fixtures, and seeded random weights.
 
-python -m gpu_checks.engine_tokens DTYPE PAGE_SIZE FOLDER...     prints one JSON list of tokens for each folder
+python -m gpu_checks.engine_tokens DTYPE FOLDER...     prints one JSON list of tokens for each folder
 """
 
 import json
@@ -61,9 +61,11 @@ def main() -> None:
     from jaxserve import Engine, EngineConfig
 
     dtype, *folders = sys.argv[1:]
-    tokens = []
+    tokens, attention = [], ""
     for folder in folders:
-        config = EngineConfig(model=folder, dtype=dtype, slots=8, max_context=256, compilation_cache=None)
+        config = EngineConfig(
+            model=folder, dtype="float32" if dtype == "float32" else "bfloat16", slots=8, max_context=256
+        )
         with Engine(config) as engine:
             attention = engine.device.attention
             prompts = [random_prompts(1, length, 300, seed=length)[0] for length in LENGTHS]

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "kernels"))
 
-from paged_sequences import PagedSequences, Shape, TokenRange, bits, relative_error
+# Beside the tests, whose cases these are.
+from paged_sequences import (  # pyright: ignore[reportMissingImports]
+    PagedSequences,
+    Shape,
+    TokenRange,
+    bits,
+    relative_error,
+)
 
 from pallas_kernels import AttentionNeeds, select
 
