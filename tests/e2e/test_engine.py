@@ -69,6 +69,17 @@ def test_greedy_tokens_and_logprobs_equal_transformers(engine: Engine):
     assert ties <= 2
 
 
+def test_a_request_that_ends_sooner_gives_the_beginning_of_a_longer_one(engine: Engine):
+    def asking(tokens: int) -> Request:
+        return Request(token_ids=prompt(21), output=OutputParams(logprobs=1), **without_eos(tokens))
+
+    (longest,) = engine.generate([asking(40)])
+    assert longest.logprobs is not None
+    for tokens, shorter in enumerate(engine.generate([asking(tokens) for tokens in range(1, 40)]), 1):
+        assert shorter.token_ids == longest.token_ids[:tokens]
+        assert shorter.logprobs == longest.logprobs[:tokens]
+
+
 def test_32_requests_at_once_give_the_tokens_and_logprobs_of_each_alone(engine: Engine):
     requests = [
         Request(token_ids=prompt(5 + 11 * index, index), output=OutputParams(logprobs=1), **without_eos(12))
