@@ -3,10 +3,10 @@
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxserve.core_messages import Submit
-from jaxserve.request import DuplicateRequestId, EngineUnavailable, QueueFull, Request, TenantBusy
+from jaxserve.request import DuplicateRequestId, EngineUnavailable, QueueFull, Request, TenantBusy, TokenLogprob
 from jaxserve.request_stream import RequestStream
 from jaxserve.text_stream import TextStream
 
@@ -25,6 +25,8 @@ class ActiveRequest:
     """Not ended."""
     cached_tokens: int | None = None
     """Of the prompt; None before it is computed."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """So far."""
 
 
 @dataclass

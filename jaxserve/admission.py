@@ -81,6 +81,7 @@ class Admission:
             cache_salt=request.prefix_salt,
             arrival=arrival,
             deadline=request.deadline,
+            prompt_logprobs=-1 if request.output.prompt_logprobs is None else request.output.prompt_logprobs,
             fork_seeds=[output_seed(seed, index) for index in range(1, sampling.n)],
             grammar=grammar,
         )

@@ -35,6 +35,7 @@ class CompletionBuilder:
             usage=replace(usages[-1], completion_tokens=sum(usage.completion_tokens for usage in usages)),
             timings=max((finished.timings for finished in self._finished.values()), key=lambda timings: timings.total),
             seed=None if self._started is None else self._started.seed,
+            prompt_logprobs=None if self._started is None else self._started.prompt_logprobs,
         )
 
     def _output(self, finished: Finished) -> Output:

@@ -40,6 +40,8 @@ class Submit:
     """`time.monotonic()` seconds."""
     grammar: str | None = None
     """What the output must match, in llguidance's variant of Lark."""
+    prompt_logprobs: int = -1
+    """Alternatives a prompt token; -1 for no log-probabilities of the prompt at all."""
     fork_seeds: list[int] = field(default_factory=list)
     """Seeds of the further sequences for this prompt; their handles follow `handle`."""
 
@@ -130,6 +132,8 @@ class SequenceOutput:
     times: tuple[float, float, float] | None = None
     """Monotonic seconds of first scheduling, first token and now, in the first and last output; 0 if it never was."""
     error: str | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the next prompt tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,11 +98,21 @@ class Delivery:
         active = sequence.of
         if output.times is not None:
             sequence.times = output.times
+        if output.prompt_logprobs is not None:
+            active.prompt_logprobs += _token_logprobs(output.prompt_logprobs)
         if output.started is not None and active.cached_tokens is None:
             active.cached_tokens = output.started
             submit = active.submit
             self.statistics.on_start(len(submit.token_ids))
-            active.stream.start(Started(active.request.request_id, len(submit.token_ids), output.started, submit.seed))
+            active.stream.start(
+                Started(
+                    active.request.request_id,
+                    len(submit.token_ids),
+                    output.started,
+                    submit.seed,
+                    tuple(active.prompt_logprobs) if submit.prompt_logprobs >= 0 else None,
+                )
+            )
         stopped = self._push(sequence, output.token_ids, output.logprobs) if output.token_ids else False
         if output.finish_reason is not None and not stopped:
             _flush(sequence)
@@ -120,9 +130,7 @@ class Delivery:
             token_ids = token_ids[: delta.tokens_used]
         sequence.tokens += len(token_ids)
         self.statistics.on_tokens(sequence.handle, len(token_ids), active.submit.arrival)
-        logprobs = None
-        if reported is not None:
-            logprobs = [TokenLogprob(t, p, tuple((i, v) for i, v in top)) for t, p, top in reported[: len(token_ids)]]
+        logprobs = None if reported is None else _token_logprobs(reported[: len(token_ids)])
         wanted = active.request.output
         shown_ids, shown_text = token_ids if wanted.return_token_ids else [], text if wanted.return_text else ""
         unread = active.stream.push(sequence.index, shown_ids, shown_text, logprobs)
@@ -161,6 +169,10 @@ class Delivery:
             _flush(sequence)
             self._finish(sequence, FinishReason.ERROR, sequence.tokens, error=error)
         _wake([sequence.of.stream for sequence in left])
+
+
+def _token_logprobs(reported: list[TokenLogprobs]) -> list[TokenLogprob]:
+    return [TokenLogprob(token, logprob, tuple((i, v) for i, v in top)) for token, logprob, top in reported]
 
 
 def _flush(sequence: ActiveSequence) -> None:

@@ -20,6 +20,7 @@ from jaxserve.kv_cache import KVCache
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama, abstract_llama
 from jaxserve.models.parameters import named_parameters, with_values
+from jaxserve.prompt_scores import SCORED, make_score
 from jaxserve.sharding import Placement
 from jaxserve.step import Weights, choose, make_forward
 from pallas_kernels import PagedAttention
@@ -88,7 +89,7 @@ def lower_forward(
             forward,
             mesh=placement.mesh,
             in_specs=(weights, cache, whole, whole),
-            out_specs=(cache, whole, whole),
+            out_specs=(cache, whole, whole, whole),
             check_vma=False,
         )
     upload = _whole((Upload.size(rows, chunk, max_pages),), jnp.int32, placement)
@@ -107,6 +108,24 @@ def lower_choose(
     allowed = _whole((rows, -(-model.vocab_size // 32)), jnp.int32, placement)
     step = jax.jit(choose, donate_argnums=0, out_shardings=placement.sharding())
     return step.lower(state, logits, upload, allowed)
+
+
+def lower_score(
+    build_model: Callable[[Weights], Llama],
+    weights: Weights,
+    model: ModelConfig,
+    dtype: DTypeLike,
+    placement: Placement,
+    chunk: int,
+) -> jax.stages.Lowered:
+    """What scores prompt tokens of a step of `chunk` chunk tokens, as `make_score` says."""
+    score = make_score(build_model)
+    if placement.tensor_parallel > 1:
+        whole = PartitionSpec()
+        specs = (jax.tree.map(_spec, weights), whole, whole)
+        score = jax.shard_map(score, mesh=placement.mesh, in_specs=specs, out_specs=whole, check_vma=False)
+    hidden = _whole((chunk, model.hidden_size), dtype, placement)
+    return jax.jit(score).lower(weights, hidden, _whole((1 + SCORED,), jnp.int32, placement))
 
 
 def _whole(shape: tuple[int, ...], dtype: DTypeLike, placement: Placement) -> jax.ShapeDtypeStruct:

@@ -27,6 +27,7 @@ from jaxserve.lowering import StepInputs, abstract_state, flatten_model, tempora
 from jaxserve.models.layers import Matmul
 from jaxserve.models.packing import pack_params
 from jaxserve.page_copies import PageCopies
+from jaxserve.prompt_scores import PendingScores, PromptScorer, logprobs_of, read_scores
 from jaxserve.request import MAX_LOGIT_BIAS
 from jaxserve.sequence import Sequence, StepPlan, StepResults
 from jaxserve.step import StepOutput
@@ -54,6 +55,7 @@ class Forward:
     plan: StepPlan
     logits: jax.Array
     packed_rows: jax.Array
+    chunk_hidden: jax.Array
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class PendingStep:
     plan: StepPlan
     output: StepOutput
     reports_logprobs: bool
+    scores: list[PendingScores]
 
 
 class ModelRunner:
@@ -98,6 +101,7 @@ class ModelRunner:
         self._forwards, self._chooses = self._compile_steps(progress)
         self._packer = Packer(config.slots, self._max_pages)
         self.reset()
+        self._scorer = self._compile_scorer()
         self._take_slot = self._compile_take_slot()
         self._copies = PageCopies(self._cache, self._placement.sharding())
         self._warm_up(progress)
@@ -180,6 +184,11 @@ class ModelRunner:
                 {rows: future.result() for rows, future in chooses.items()},
             )
 
+    def _compile_scorer(self) -> PromptScorer:
+        shape = (self._build_model, self._weights, self.model_config, self.config.dtype, self._placement)
+        programs = {chunk: lowering.lower_score(*shape, chunk).compile() for chunk in self.chunk_sizes}
+        return PromptScorer(programs, self._weights, self._put)
+
     def _compile_take_slot(self):
         whole = self._placement.sharding()
         ids = jax.ShapeDtypeStruct((self.max_context,), jnp.int32, sharding=whole)
@@ -191,7 +200,10 @@ class ModelRunner:
         """Runs every program once on rows that no sequence owns: nothing is written."""
         for number, (rows, chunk) in enumerate(self._forwards):
             progress("warming up", number / len(self._forwards))
-            self.read(self.choose(self._forward(StepPlan(0), rows, chunk), None))
+            forward = self._forward(StepPlan(0), rows, chunk)
+            self.read(self.choose(forward, None))
+            if chunk:
+                self._scorer.warm_up(forward.chunk_hidden)
         self._own_slot(0, np.zeros(0, np.int32), np.zeros(0, np.int32), {})
         zero = self._copies.to_host(self._copies.save(self._cache, [0]))
         self._cache = self._copies.restore(self._cache, zero, 0, [0])
@@ -214,8 +226,9 @@ class ModelRunner:
 
     def _forward(self, plan: StepPlan, rows: int, chunk: int) -> Forward:
         packed = self._put(self._packer.pack(plan, rows, chunk))
-        self._cache, logits, packed_rows = self._forwards[rows, chunk](self._weights, self._cache, self._state, packed)
-        return Forward(plan, logits, packed_rows)
+        step = self._forwards[rows, chunk]
+        self._cache, logits, packed_rows, hidden = step(self._weights, self._cache, self._state, packed)
+        return Forward(plan, logits, packed_rows, hidden)
 
     def choose(self, forward: Forward, masks: np.ndarray | None) -> PendingStep:
         """Starts the second half of a step. `masks`, if a row has a constraint: int32, a line for each row of the plan,
@@ -230,22 +243,23 @@ class ModelRunner:
         if reports:
             output.logprobs.copy_to_host_async()
             output.logprob_ids.copy_to_host_async()
-        return PendingStep(plan, output, reports)
+        return PendingStep(plan, output, reports, self._scorer.start(plan, forward.chunk_hidden))
 
     def read(self, pending: PendingStep) -> StepResults:
         """Waits for a step and gives its tokens. The only place where the host waits for the device."""
         tokens, flags = jax.device_get(pending.output.tokens_and_flags).tolist()
         for saved, _ in pending.plan.saves:
             saved.data = self._copies.to_host(saved.data)
+        scores = read_scores(pending.plan, pending.scores)
         if not pending.reports_logprobs:
-            return StepResults(tokens, flags, None)
+            return StepResults(tokens, flags, None, scores)
         values = jax.device_get(pending.output.logprobs).tolist()
         ids = jax.device_get(pending.output.logprob_ids).tolist()
         logprobs = []
         for row, sequence in enumerate(pending.plan.sequences):
             top = max(sequence.submit.logprobs, 0) + 1
-            logprobs.append((ids[row][0], values[row][0], list(zip(ids[row][1:top], values[row][1:top], strict=True))))
-        return StepResults(tokens, flags, logprobs)
+            logprobs.append(logprobs_of(ids[row], values[row], top))
+        return StepResults(tokens, flags, logprobs, scores)
 
     def _own_slot_for(self, slot: int, sequence: Sequence) -> None:
         prompt = np.asarray(sequence.token_ids[: sequence.prompt_length], np.int32)

@@ -215,6 +215,9 @@ class OutputParams:
 
     logprobs: int | None = None
     """Log-probabilities of the chosen token and of this many of the likeliest; None sends none."""
+    prompt_logprobs: int | None = None
+    """As `logprobs`, of each prompt token but the first, which nothing precedes; in `Started`. Such a request computes
+    its whole prompt: it looks for none of it in the prefix cache."""
     return_text: bool = True
     """Send detokenized text."""
     return_token_ids: bool = True
@@ -224,6 +227,8 @@ class OutputParams:
         """Raises InvalidRequest naming the first field out of range."""
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         _boolean("return_text", self.return_text)
         _boolean("return_token_ids", self.return_token_ids)
 
@@ -453,6 +458,8 @@ class Started:
     cached_tokens: int
     seed: int
     """Of the request; `output_seed` gives that of each sequence."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of each prompt token but the first, where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -509,6 +516,8 @@ class Completion:
     """Of the sequence that ended last."""
     seed: int | None = None
     """That was drawn from; None if no token was."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of each prompt token but the first, where they were asked for."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:

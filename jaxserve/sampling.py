@@ -197,21 +197,25 @@ def _uniform(seed: Int32[Array, " row"], position: Int32[Array, " row"]) -> Floa
     return jax.vmap(one)(seed, position)
 
 
+def token_logprobs(
+    logits: Logits, tokens: Int32[Array, " row"]
+) -> tuple[Float[Array, "row reported"], Int32[Array, "row reported"]]:
+    """Log-probabilities and ids of a token of each row and then of the likeliest, from raw logits."""
+    best = jnp.max(logits, axis=-1)
+    total = best + jnp.log(row_sums(jnp.exp(logits - best[:, None])))
+    top, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+    values = jnp.concatenate([chosen, top], axis=-1) - total[:, None]
+    return values, jnp.concatenate([tokens[:, None], ids], axis=-1)
+
+
 def report_logprobs(
     logits: Logits, tokens: Int32[Array, " row"], rows: Upload
 ) -> tuple[Float[Array, "row reported"], Int32[Array, "row reported"]]:
-    """Log-probabilities and ids of the chosen token and the likeliest, from raw logits; zeros if no row asks."""
-
-    def report(logits: Logits, tokens: Array) -> tuple[Array, Array]:
-        best = jnp.max(logits, axis=-1)
-        total = best + jnp.log(row_sums(jnp.exp(logits - best[:, None])))
-        top, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
-        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
-        values = jnp.concatenate([chosen, top], axis=-1) - total[:, None]
-        return values, jnp.concatenate([tokens[:, None], ids], axis=-1)
+    """`token_logprobs` of the chosen tokens; zeros if no row asks."""
 
     def skip(logits: Logits, tokens: Array) -> tuple[Array, Array]:
         shape = (logits.shape[0], 1 + min(MAX_LOGPROBS, logits.shape[-1]))
         return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
 
-    return lax.cond(any_row(rows, REPORTS_LOGPROBS), report, skip, logits, tokens)
+    return lax.cond(any_row(rows, REPORTS_LOGPROBS), token_logprobs, skip, logits, tokens)

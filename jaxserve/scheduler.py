@@ -93,7 +93,7 @@ class Scheduler:
         assert submit.handle not in self._active, f"handle {submit.handle} is active"
         assert self._pages_for(submit.max_length) < self.allocator.num_pages, "request exceeds all pages"
         sequences = [self._add(submit)] + [
-            self._add(replace(submit, handle=handle, seed=seed, fork_seeds=[]))
+            self._add(replace(submit, handle=handle, seed=seed, fork_seeds=[], prompt_logprobs=-1))
             for handle, seed in enumerate(submit.fork_seeds, submit.handle + 1)
         ]
         if held:
@@ -180,7 +180,9 @@ class Scheduler:
             elif budget > 0:
                 end = min(sequence.prefill_end, computed + budget)
                 budget -= end - computed
-                plan.pieces.append(Piece(len(rows), computed, sequence.token_ids[computed:end]))
+                prompt_end = min(end + 1, sequence.prompt_length)
+                targets = sequence.token_ids[computed + 1 : prompt_end] if _is_scored(sequence) else []
+                plan.pieces.append(Piece(len(rows), computed, sequence.token_ids[computed:end], targets))
                 if computed == sequence.prefill_start:
                     plan.taken_slots.append(sequence.slot)
             else:
@@ -278,7 +280,7 @@ class Scheduler:
         prompt = sequence.shared_prompt
         if prompt is not None:
             prompt.take(sequence, self.allocator)
-        if prompt is None or sequence is prompt.first:
+        if (prompt is None or sequence is prompt.first) and not _is_scored(sequence):
             self.prefix_queries += sequence.prompt_length
             self.prefix_hits += sequence.computed
 
@@ -315,7 +317,10 @@ class Scheduler:
         return True
 
     def _written_pages(self, sequence: Sequence, most: int) -> list[int]:
-        """References of pages that hold the sequence's first tokens already: of the prefix cache, or of its prompt."""
+        """References of pages that hold the sequence's first tokens already: of the prefix cache, or of its prompt.
+        None while log-probabilities of its prompt are wanted: a token that is not computed has none."""
+        if _is_scored(sequence):
+            return []
         allocator = self.allocator
         cached = allocator.take_prefix(self._extend_keys(sequence, most)[:most]) if self.prefix_cache else []
         shared = sequence.shared_prompt.pages[:most] if sequence.shared_prompt is not None else []
@@ -342,7 +347,8 @@ class Scheduler:
         logprobs = results.logprobs
         while self._fences and self._fences[0][0] <= plan.step:
             self.allocator.release(self._fences.popleft()[1])
-        handles, tokens, outputs = [], [], []
+        handles, tokens = [], []
+        outputs = _take_scores(plan, results)
         for row, (sequence, end, token, flag) in enumerate(
             zip(plan.sequences, plan.ends, results.tokens, results.flags, strict=False)  # the device's rows are padded
         ):
@@ -521,3 +527,20 @@ class Scheduler:
         prompts = [s.shared_prompt for s in self._active.values() if s.shared_prompt is not None]
         owned.update(page for prompt in prompts for page in prompt.pages)
         assert owned == self.allocator.held, "a page is held by no one, or used without being held"
+
+
+def _is_scored(sequence: Sequence) -> bool:
+    """Whether log-probabilities of its prompt are still to be given."""
+    return sequence.submit.prompt_logprobs >= 0 and sequence.scored < sequence.prompt_length - 1
+
+
+def _take_scores(plan: StepPlan, results: StepResults) -> list[SequenceOutput]:
+    """The scores of prompt tokens that are new: a sequence that gave way may compute some of them again."""
+    outputs = []
+    for piece in plan.pieces if results.prompt_logprobs else ():
+        sequence = plan.sequences[piece.row]
+        scores = results.prompt_logprobs.get(piece.row, [])[sequence.scored - piece.start :]
+        if scores and not sequence.done:
+            sequence.scored += len(scores)
+            outputs.append(SequenceOutput(sequence.handle, [], None, prompt_logprobs=scores))
+    return outputs

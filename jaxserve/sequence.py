@@ -50,6 +50,7 @@ class Sequence:
         "quiet_until",
         "registered",
         "saved",
+        "scored",
         "shared_prompt",
         "slot",
         "submit",
@@ -89,6 +90,8 @@ class Sequence:
         """The last step dispatched with it."""
         self.quiet_until = 0
         """Tokens up to which one more is only appended: until then no page fills up, nothing ends, nothing begins."""
+        self.scored = 0
+        """Prompt tokens after the first whose log-probabilities were given, where they are asked for."""
         self.shared_prompt: SharedPrompt | None = None
         """Where several sequences have this prompt."""
         self.first_scheduled = 0.0
@@ -106,6 +109,8 @@ class Piece:
     start: int
     """Position of the first of them."""
     token_ids: list[int]
+    targets: list[int]
+    """The prompt tokens that follow each of them, where the request asks for their log-probabilities."""
 
 
 @dataclass(slots=True)
@@ -162,6 +167,8 @@ class StepResults:
     """EMITTED, STOPPED, FAILED; 0 for a row that did not sample or had ended on the device."""
     logprobs: list[TokenLogprobs] | None
     """Where any row asked."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """Of the targets of the row's piece, where it has any."""
 
 
 @dataclass(frozen=True, slots=True)

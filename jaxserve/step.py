@@ -40,7 +40,7 @@ class StepOutput:
 Weights = tuple[Array, ...]
 """The model's parameters as a flat tuple: a tree of them costs a millisecond of Python a step to take apart."""
 
-ForwardFunction = Callable[[Weights, KVCache, DecodeState, Array], tuple[KVCache, Array, Array]]
+ForwardFunction = Callable[[Weights, KVCache, DecodeState, Array], tuple[KVCache, Array, Array, Array]]
 
 
 def make_forward(
@@ -49,13 +49,13 @@ def make_forward(
     """The first half of a step of `rows` rows and `chunk` chunk tokens (0 for a decode step).
 
     Its arguments are the model's weights, from which `build_model` makes the model while tracing, the cache (DONATED),
-    the state and the packed int32 upload. It gives the cache, and what `choose` takes: raw logits, and the rows' part
-    of the upload.
+    the state and the packed int32 upload. It gives the cache; what `choose` takes: raw logits, and the rows' part of
+    the upload; and the residual stream of the chunk, for `prompt_scores`.
     """
 
     def forward(
         weights: Weights, cache: KVCache, state: DecodeState, packed: Int32[Array, " packed"]
-    ) -> tuple[KVCache, Float[Array, "row vocab"], Int32[Array, " packed_rows"]]:
+    ) -> tuple[KVCache, Float[Array, "row vocab"], Int32[Array, " packed_rows"], Float[Array, "chunk hidden"]]:
         model = build_model(weights)
         upload = Upload.unpack(packed, rows, chunk)
         decodes = upload.decodes & ~state.ended.at[upload.slot].get(mode="clip")
@@ -84,7 +84,8 @@ def make_forward(
             ends_prompt = (upload.sample_index >= 0)[:, None]
             sampled = jnp.where(ends_prompt, hidden[rows + jnp.maximum(upload.sample_index, 0)], sampled)
         logits = model.logits(sampled, LiveRows(live.counts.at[1].set(0), rows))
-        return KVCache(layers), logits, packed[: Upload.size(rows, 0, upload.page_table.shape[1])]
+        packed_rows = packed[: Upload.size(rows, 0, upload.page_table.shape[1])]
+        return KVCache(layers), logits, packed_rows, hidden[rows:]
 
     return forward
 

@@ -40,7 +40,7 @@ _SAMPLING_SCALARS = (
     "n",
 )
 _STOPPING_SCALARS = ("max_tokens", "min_tokens", "include_stop", "ignore_eos")
-_OUTPUT_SCALARS = ("logprobs", "return_text", "return_token_ids")
+_OUTPUT_SCALARS = ("logprobs", "prompt_logprobs", "return_text", "return_token_ids")
 
 
 def _set_fields(message: Message, names: Sequence[str]) -> dict[str, int | float | bool]:
@@ -60,10 +60,8 @@ def request_from_proto(message: pb.GenerateRequest, deadline: float | None = Non
         deadline: `time.monotonic()` seconds at which the call ends; None where it has none.
 
     Raises:
-        InvalidRequest: for a field that no engine supports yet.
+        InvalidRequest: for a constraint that is none.
     """
-    if message.output.HasField("prompt_logprobs"):
-        raise InvalidRequest("prompt_logprobs", "is not supported yet")
     kind = message.WhichOneof("prompt")
     identity = {"request_id": message.request_id} if message.request_id else {}
     return Request(
@@ -212,6 +210,8 @@ def event_to_proto(event: Event) -> pb.GenerateResponse:
         response.started.prompt_tokens = event.prompt_tokens
         response.started.cached_tokens = event.cached_tokens
         response.started.seed = event.seed
+        if event.prompt_logprobs:
+            response.started.prompt_logprobs.extend(_logprobs_to_proto(event.prompt_logprobs))
     else:
         finished = response.finished
         finished.index = event.index
@@ -259,7 +259,8 @@ def event_from_proto(response: pb.GenerateResponse) -> Event | None:
         )
     if kind == "started":
         started = response.started
-        return Started(response.request_id, started.prompt_tokens, started.cached_tokens, started.seed)
+        prompt_logprobs = _logprobs_from_proto(started.prompt_logprobs)
+        return Started(response.request_id, started.prompt_tokens, started.cached_tokens, started.seed, prompt_logprobs)
     if kind == "finished":
         finished = response.finished
         return Finished(
@@ -281,6 +282,7 @@ def completion_to_proto(completion: Completion) -> pb.GenerateOnceResponse:
         usage=usage_to_proto(completion.usage),
         timings=timings_to_proto(completion.timings),
         seed=completion.seed,
+        prompt_logprobs=_logprobs_to_proto(completion.prompt_logprobs or ()),
     )
     for output in completion.outputs:
         message = response.outputs.add(
@@ -309,4 +311,5 @@ def completion_from_proto(response: pb.GenerateOnceResponse) -> Completion:
         usage=usage_from_proto(response.usage),
         timings=timings_from_proto(response.timings),
         seed=response.seed,
+        prompt_logprobs=_logprobs_from_proto(response.prompt_logprobs),
     )

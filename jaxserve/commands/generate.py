@@ -218,6 +218,8 @@ def result_line(request: Request, completion: Completion) -> dict[str, object]:
         line |= outputs[0]
     else:
         line["outputs"] = [{"index": index, **output} for index, output in enumerate(outputs)]
+    if completion.prompt_logprobs is not None:
+        line["prompt_logprobs"] = [_logprob(entry) for entry in completion.prompt_logprobs]
     return line | {
         "seed": completion.seed,
         "usage": asdict(completion.usage),

@@ -36,13 +36,18 @@ def make_request(number: int, **fields: str) -> Request:
         token_ids=(*prefix, *own),
         sampling=sampling,
         stopping=StoppingParams(max_tokens=output, min_tokens=output // 2),
-        output=OutputParams(logprobs=random_.choice((0, 2)), return_text=False),
+        output=OutputParams(
+            logprobs=random_.choice((0, 2)), prompt_logprobs=random_.choice((None, None, 1)), return_text=False
+        ),
         **fields,
     )
 
 
 def outcome(completion: Completion) -> list[tuple]:
-    return [(output.token_ids, output.logprobs, output.finish_reason) for output in completion.outputs]
+    return [
+        (output.token_ids, output.logprobs, output.finish_reason, completion.prompt_logprobs)
+        for output in completion.outputs
+    ]
 
 
 def alone(engine: Engine, number: int) -> list[tuple]:

@@ -105,6 +105,21 @@ async def test_every_sequence_of_a_request_arrives_and_ends_once(engine: "Engine
             break  # leaves all four
 
 
+async def test_log_probabilities_of_the_prompt_arrive_as_the_engine_gives_them(engine: "Engine") -> None:
+    fields = {"prompt_logprobs": 2, "max_tokens": 2, "temperature": 0.0}
+    (expected,) = await asyncio.to_thread(lambda: engine.generate(["The tide comes in twice"], **fields))
+    async with served(engine) as client:
+        generation = client.generate("The tide comes in twice", **fields)
+        await generation.text()
+        once = await client.generate_once("The tide comes in twice", **fields)
+    assert expected.prompt_logprobs
+    assert generation.started is not None
+    assert generation.started.prompt_logprobs == once.prompt_logprobs
+    for got, want in zip(once.prompt_logprobs or (), expected.prompt_logprobs, strict=True):
+        assert (got.token_id, [token for token, _ in got.top]) == (want.token_id, [token for token, _ in want.top])
+        assert got.logprob == pytest.approx(want.logprob, abs=1e-4)  # float32 on the wire
+
+
 async def test_a_short_request_is_done_long_before_its_long_neighbours(engine: "Engine") -> None:
     async def run(client: AsyncClient, tokens: int, seen: list[int]) -> None:
         fields = {"max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}

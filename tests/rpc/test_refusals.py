@@ -55,7 +55,7 @@ OUT_OF_RANGE = [
     *[("stopping.stop", with_stopping(stop=value)) for value in ([""], ["x" * 257], ["x"] * 17)],
     *[("stopping.stop_token_ids", with_stopping(stop_token_ids=value)) for value in ([-1], [256], [1] * 8)],
     *[("output.logprobs", with_output(logprobs=value)) for value in (-1, 21)],
-    ("output.prompt_logprobs", with_output(prompt_logprobs=0)),
+    *[("output.prompt_logprobs", with_output(prompt_logprobs=value)) for value in (-1, 21)],
     ("constraint.regex", pb.GenerateRequest(text="a", constraint=pb.Constraint(regex=""))),
     ("constraint.choice", pb.GenerateRequest(text="a", constraint=pb.Constraint(choice=pb.Choices()))),
     ("constraint", pb.GenerateRequest(text="a", constraint=pb.Constraint(json_object=False))),
