@@ -9,11 +9,12 @@ from jaxserve.request import InvalidRequest, Request, TokenLogprob
 from rpc.http.answers import LEAST_LOGPROB, Answer, Choice
 from rpc.http.schema import (
     CHAT_WITHOUT_EFFECT,
+    CONSTRAINTS,
     WITHOUT_EFFECT,
     Asked,
     Fields,
     output_params,
-    take_constraint,
+    take_response_format,
     take_stream,
 )
 from rpc.http.tools import ToolCall, parse_tools
@@ -29,7 +30,7 @@ def parse_chat(body: Mapping[str, object], engine: ServedEngine) -> Asked:
     """The body of `/v1/chat/completions`. Raises InvalidRequest."""
     fields = Fields(body)
     messages = _messages(fields.take("messages"))
-    tools, syntax = parse_tools(fields, engine.tokenizer.chat_template)
+    offered = parse_tools(fields, engine.tokenizer.chat_template)
     logprobs = fields.take_bool("logprobs")
     top_logprobs = fields.take("top_logprobs")
     if top_logprobs is not None and not logprobs:
@@ -37,15 +38,21 @@ def parse_chat(body: Mapping[str, object], engine: ServedEngine) -> Asked:
     stream, include_usage = take_stream(fields)
     return_token_ids = fields.take_bool("return_token_ids")
     fields.take_without_effect(WITHOUT_EFFECT, CHAT_WITHOUT_EFFECT)
-    constraint = take_constraint(fields)
+    constraint = take_response_format(fields)
     flat = fields.take_engine_fields()
+    if offered.forced is not None:
+        if constraint or any(name in flat for name in CONSTRAINTS):
+            raise InvalidRequest("tool_choice", "a forced call and another constraint on the output exclude each other")
+        constraint = {"json_schema": offered.forced}
     _take_max_tokens(fields, flat)
     fields.refuse_rest("/v1/chat/completions")
     wanted = (0 if top_logprobs is None else top_logprobs) if logprobs else None
     request = replace(
-        Request.from_json({**flat, **constraint, "messages": messages}), tools=tools, output=output_params(wanted)
+        Request.from_json({**flat, **constraint, "messages": messages}),
+        tools=offered.tools,
+        output=output_params(wanted),
     )
-    return Asked((request,), stream, include_usage, return_token_ids, syntax)
+    return Asked((request,), stream, include_usage, return_token_ids, offered.syntax)
 
 
 def _take_max_tokens(fields: Fields, flat: dict[str, object]) -> None:

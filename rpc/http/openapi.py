@@ -33,6 +33,8 @@ def _only(values: list[object], about: str) -> Schema:
 
 _MAX_INT = 2**31 - 1
 
+_JSON_SCHEMA: Schema = {"type": ["object", "boolean"]}
+
 SHARED: Mapping[str, Schema] = {
     "model": _string("The served model's name; left out, it is the one that is served."),
     "temperature": _number(0, 100, "0 is greedy; 1 if left out."),
@@ -80,9 +82,17 @@ SHARED: Mapping[str, Schema] = {
     "response_format": {
         "type": ["object", "null"],
         "required": ["type"],
-        "properties": {"type": {"enum": ["text"]}},
-        "additionalProperties": False,
+        "properties": {
+            "type": {"enum": ["text", "json_object", "json_schema"]},
+            "json_schema": {"type": "object", "required": ["schema"], "properties": {"schema": _JSON_SCHEMA}},
+        },
+        "description": "The text is JSON, or JSON of a schema.",
     },
+    "json_schema": {"anyOf": [_JSON_SCHEMA, {"type": ["string", "null"]}], "description": "The text is JSON of this."},
+    "regex": _string("The text matches this, in the syntax of Rust's regex."),
+    "grammar": _string("The text follows this grammar, in llguidance's Lark."),
+    "choice": {"type": ["array", "null"], "items": {"type": "string"}, "description": "The text is one of these."},
+    "json_object": _boolean("The text is a JSON object."),
     "return_token_ids": _boolean("Choices have token_ids."),
     "user": _string("Has no effect."),
     "metadata": {"type": ["object", "null"], "description": "Has no effect."},
@@ -176,7 +186,20 @@ CHAT: Mapping[str, Schema] = {
         "items": _TOOL,
         "description": "Functions that the model may call, where its chat template has tools.",
     },
-    "tool_choice": _only(["auto", "none"], "Whether the model may call tools."),
+    "tool_choice": {
+        "anyOf": [
+            {"enum": ["auto", "none", "required", None]},
+            {
+                "type": "object",
+                "required": ["type", "function"],
+                "properties": {
+                    "type": {"enum": ["function"]},
+                    "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+                },
+            },
+        ],
+        "description": "Whether the model may or must call tools, or one of them.",
+    },
     "parallel_tool_calls": _only([True], "A model may make several calls at once."),
     "modalities": _only([["text"]], "Text alone."),
 }

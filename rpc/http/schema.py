@@ -4,11 +4,12 @@ Names and forms are checked here, values by the engine. A parameter that is not 
 effect that is not had here, is refused by name; null is the same as leaving a parameter out.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from jaxserve.request import InvalidRequest, OutputParams, Request
+from jaxserve.request import Constraint, InvalidRequest, OutputParams, Request
 from rpc.served_engine import ServedEngine
 
 if TYPE_CHECKING:
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
 MAX_PROMPTS = 128
 """Most prompts in one request."""
 
+CONSTRAINTS = tuple(field.name for field in dataclasses.fields(Constraint))
+"""Parameters that say what the output must match."""
+
 PASSED = (
     *("model", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("seed", "n", "logit_bias", "max_tokens", "min_tokens", "stop", "stop_token_ids", "include_stop", "ignore_eos"),
-    *("priority", "cache_salt"),
+    *("priority", "cache_salt", *CONSTRAINTS),
 )
 """Parameters that the engine knows by the same name."""
 
@@ -115,7 +119,7 @@ def parse_completion(body: Mapping[str, object], engine: ServedEngine) -> Asked:
     return_token_ids = fields.take_bool("return_token_ids")
     fields.take_without_effect(WITHOUT_EFFECT, COMPLETIONS_WITHOUT_EFFECT)
     best_of = fields.take("best_of")
-    constraint = take_constraint(fields)
+    constraint = take_response_format(fields)
     flat = fields.take_engine_fields()
     if best_of is not None and best_of != flat.get("n", 1):
         raise InvalidRequest("best_of", f"must equal n, for all sequences are returned; got {best_of!r:.100}")
@@ -132,13 +136,24 @@ def output_params(logprobs: object) -> OutputParams:
     return OutputParams(logprobs=logprobs, return_text=True, return_token_ids=True)  # pyright: ignore[reportArgumentType]
 
 
-def take_constraint(fields: Fields) -> dict[str, object]:
-    """Takes `response_format`: the fields of a request that make the output follow it."""
+def take_response_format(fields: Fields) -> dict[str, object]:
+    """Takes `response_format`: the fields of a request that hold the output to it."""
     form = fields.take("response_format")
-    if form is None or form == {"type": "text"}:
+    if form is None:
         return {}
     kind = form.get("type") if isinstance(form, Mapping) else form
-    raise InvalidRequest("response_format", f"only the type text is supported, got {kind!r:.100}")
+    match kind:
+        case "text":
+            return {}
+        case "json_object":
+            return {"json_object": True}
+        case "json_schema":
+            described = form.get("json_schema") if isinstance(form, Mapping) else None
+            schema = described.get("schema") if isinstance(described, Mapping) else None
+            if not isinstance(schema, Mapping | bool):
+                raise InvalidRequest("response_format", "json_schema must be an object with a JSON Schema in `schema`")
+            return {"json_schema": schema}
+    raise InvalidRequest("response_format", f"type must be text, json_object or json_schema, got {kind!r:.100}")
 
 
 def take_stream(fields: Fields) -> tuple[bool, bool]:

@@ -38,6 +38,8 @@ class ToolSyntax(Enum):
     HERMES = "<tool_call>"
     MISTRAL = "[TOOL_CALLS]"
     LLAMA = "{"
+    FORCED = ""
+    """A call is all that may be said: as JSON, whatever the model's own form."""
 
 
 def syntax_of(chat_template: str | None) -> ToolSyntax | None:
@@ -51,11 +53,23 @@ def syntax_of(chat_template: str | None) -> ToolSyntax | None:
     return ToolSyntax.LLAMA if '"parameters"' in chat_template else None
 
 
-def parse_tools(
-    fields: Fields, chat_template: str | None
-) -> tuple[tuple[Mapping[str, object], ...], ToolSyntax | None]:
-    """Takes `tools`, `tool_choice` and `parallel_tool_calls`: the tools for the template, and the form of calls, None
-    where there are none. Raises InvalidRequest."""
+@dataclass(frozen=True)
+class Offered:
+    """What a request offers to the model.
+
+    Attributes:
+        tools: for the chat template.
+        syntax: the form of the calls; None where nothing is offered.
+        forced: the JSON Schema that the whole output must follow, where a call is forced.
+    """
+
+    tools: tuple[Mapping[str, object], ...] = ()
+    syntax: ToolSyntax | None = None
+    forced: Mapping[str, object] | None = None
+
+
+def parse_tools(fields: Fields, chat_template: str | None) -> Offered:
+    """Takes `tools`, `tool_choice` and `parallel_tool_calls`. Raises InvalidRequest."""
     tools, choice = fields.take("tools"), fields.take("tool_choice")
     if fields.take("parallel_tool_calls") not in (None, True):
         raise InvalidRequest("parallel_tool_calls", "must be true: a model may make several calls at once")
@@ -64,16 +78,42 @@ def parse_tools(
             raise InvalidRequest("tools", f"must be a list of tools, got {tools!r:.100}")
         if choice not in (None, "none"):
             raise InvalidRequest("tool_choice", "needs tools")
-        return (), None
+        return Offered()
     checked = _checked(tools)
     if choice == "none":
-        return (), None
-    if choice not in (None, "auto"):
-        raise InvalidRequest("tool_choice", f"must be auto or none: a call cannot be forced; got {choice!r:.100}")
+        return Offered()
     syntax = syntax_of(chat_template)
     if syntax is None:
         raise InvalidRequest("tools", "the chat template of this model has no tools, or calls of a form not known here")
-    return checked, syntax
+    if choice in (None, "auto"):
+        return Offered(checked, syntax)
+    calls = [_call_schema(function) for function in _chosen(checked, choice)]
+    return Offered(checked, ToolSyntax.FORCED, calls[0] if len(calls) == 1 else {"anyOf": calls})
+
+
+def _chosen(tools: tuple[Mapping[str, object], ...], choice: object) -> list[Mapping[str, object]]:
+    """The functions of which one must be called."""
+    functions = [function for tool in tools if isinstance(function := tool["function"], Mapping)]
+    if choice == "required":
+        return functions
+    named = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = named.get("name") if isinstance(named, Mapping) else None
+    found = [function for function in functions if function["name"] == name]
+    if not found:
+        raise InvalidRequest(
+            "tool_choice", f"must be auto, none, required, or the function of one of the tools, got {choice!r:.100}"
+        )
+    return found[:1]
+
+
+def _call_schema(function: Mapping[str, object]) -> Mapping[str, object]:
+    arguments = function.get("parameters", {"type": "object"})
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
 
 
 def _checked(tools: object) -> tuple[Mapping[str, object], ...]:
@@ -118,6 +158,8 @@ class ToolCallReader:
     def _undecided(self) -> int:
         """How many characters at the end may be part of a call."""
         held, marker = self._held, self._syntax.value
+        if self._syntax is ToolSyntax.FORCED:
+            return len(held)
         if self._syntax is ToolSyntax.HERMES:
             begin = held.find(marker)
             if begin >= 0:
@@ -145,6 +187,8 @@ def _calls(syntax: ToolSyntax, text: str) -> tuple[ToolCall, ...]:
                 values = json.loads(text.strip().removeprefix(syntax.value))
             case ToolSyntax.LLAMA:
                 values = [json.loads(part) for part in text.split(";\n")] if text.strip() else []
+            case ToolSyntax.FORCED:
+                values = [json.loads(text)]
         return tuple(_call(value) for value in values)
     except (ValueError, TypeError, KeyError, RecursionError):
         return ()

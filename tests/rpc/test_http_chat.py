@@ -98,7 +98,8 @@ async def test_messages_may_have_parts_and_calls_of_before_and_bad_ones_are_name
 async def test_what_cannot_be_had_is_refused_by_name_and_what_changes_nothing_is_taken() -> None:
     refused = {
         "tools": (TOOLS, {"name": "f"}, [{"type": "retrieval"}], [{"type": "function", "function": {"name": "a b"}}]),
-        "tool_choice": ("required",),
+        "tool_choice": ("required", {"type": "function", "function": {"name": "weather"}}),
+        "response_format": ({"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}}),
         "parallel_tool_calls": (False,),
         "top_logprobs": (3,),
         "max_completion_tokens": (5,),
@@ -118,6 +119,19 @@ async def test_what_cannot_be_had_is_refused_by_name_and_what_changes_nothing_is
         body = {**neutral, "max_tokens": 2, "parallel_tool_calls": True, "stop": None, "logit_bias": {"97": 1}}
         answer = await client.chat.completions.create(model="scripted", messages=USER, extra_body=body)
         assert answer.choices[0].message.content == "ab"
+
+
+@pytest.mark.asyncio
+async def test_a_forced_call_must_be_of_a_tool_that_is_offered() -> None:
+    engine = ScriptedEngine()
+    engine.tokenizer.chat_template = HERMES_TEMPLATE
+    async with openai_serving(engine) as (_, client):
+        for choice in ("always", {"type": "function", "function": {"name": "other"}}, {"type": "custom"}, 3):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.chat.completions.create(
+                    model="scripted", messages=USER, tools=TOOLS, tool_choice=choice, max_tokens=3
+                )
+            assert caught.value.param == "tool_choice"
 
 
 @pytest.mark.asyncio
@@ -142,6 +156,8 @@ SAYINGS = [
     (ToolSyntax.MISTRAL, "[sic] it is", "[sic] it is", 0),
     (ToolSyntax.LLAMA, CALL.replace("arguments", "parameters"), "", 1),
     (ToolSyntax.LLAMA, "It is {sunny}", "It is {sunny}", 0),
+    (ToolSyntax.FORCED, CALL, "", 1),
+    (ToolSyntax.FORCED, CALL[:-5], CALL[:-5], 0),
 ]
 
 

@@ -1,8 +1,11 @@
 """SmolLM2 asked over HTTP: what arrives is what the engine gives."""
 
 import asyncio
+import json
 from typing import TYPE_CHECKING
 
+import jsonschema
+import openai
 import pytest
 from http_serving import openai_serving
 from serving import back_to_the_start, lent
@@ -71,6 +74,60 @@ async def test_several_choices_of_one_prompt_are_those_of_the_seed_in_a_stream_t
     assert texts == [choice.message.content for choice in whole.choices]
     assert len(set(texts)) > 1
     assert prompt_tokens == whole.usage.prompt_tokens  # counted once
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "hex": {"enum": ["#ff0000", "#00ff00"]}},
+    "required": ["name", "hex"],
+    "additionalProperties": False,
+}
+
+
+async def test_a_response_format_holds_the_text_to_it_in_a_stream_too(engine: "Engine") -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": SCHEMA, "strict": True}}
+    asked = {"model": engine.model_name, "messages": CHAT, "max_tokens": 200, "seed": 3}
+    async with openai_serving(lent(engine)) as (_, client):
+        whole = await client.chat.completions.create(**asked, response_format=form)
+        stream = await client.chat.completions.create(**asked, response_format=form, stream=True)
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        chosen = await client.completions.create(
+            model=engine.model_name, prompt="The answer is", extra_body={"choice": ["yes", "no"]}
+        )
+        with pytest.raises(openai.BadRequestError, match="uniqueItems") as refused:
+            bad = {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "array", "uniqueItems": True}},
+            }
+            await client.chat.completions.create(**asked, response_format=bad)
+    assert whole.choices[0].finish_reason == "stop"
+    jsonschema.validate(json.loads(whole.choices[0].message.content), SCHEMA)
+    assert text == whole.choices[0].message.content
+    assert chosen.choices[0].text in ("yes", "no")
+    assert refused.value.param == "json_schema"
+
+
+async def test_a_forced_call_is_one_of_the_tools_with_arguments_of_its_schema(engine: "Engine") -> None:
+    tools = [
+        {"type": "function", "function": {"name": "paint", "parameters": SCHEMA}},
+        {"type": "function", "function": {"name": "stop", "parameters": {"type": "object"}}},
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        # SmolLM2's own template has no tools; what it would be told of them is not the point here.
+        patch.setattr(type(engine.tokenizer), "chat_template", "{{ tools }}<tool_call>")
+        async with openai_serving(lent(engine)) as (_, client):
+            answer = await client.chat.completions.create(
+                model=engine.model_name,
+                messages=CHAT,
+                tools=tools,
+                tool_choice={"type": "function", "function": {"name": "paint"}},
+                max_tokens=200,
+                seed=4,
+            )
+    choice = answer.choices[0]
+    (call,) = choice.message.tool_calls
+    assert (choice.finish_reason, choice.message.content, call.function.name) == ("tool_calls", None, "paint")
+    jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
 
 
 async def test_a_closed_connection_frees_the_pages_within_two_steps(engine: "Engine") -> None:
