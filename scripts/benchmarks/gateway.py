@@ -64,19 +64,20 @@ class Gateway:
 
     def _await_servers(self, count: int) -> None:
         deadline = time.monotonic() + START_LIMIT
-        while self.healthy_servers() < count:
+        while not self._serves(count):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise GatewayFailed(f"exit code {self._process.poll()}: {self.said()[-2000:].strip()}")
             time.sleep(0.1)
 
-    def healthy_servers(self) -> int:
-        """The servers that it sends requests to."""
+    def _serves(self, count: int) -> bool:
+        """Whether it sends requests to so many servers, and has their tokenizer, which comes later than they do."""
         try:
-            with urllib.request.urlopen(f"{self.url}/workers", timeout=5) as answer:
-                workers = json.load(answer)["workers"]
-        except (urllib.error.URLError, ConnectionError):
-            return 0
-        return sum(bool(worker["is_healthy"]) for worker in workers)
+            with urllib.request.urlopen(f"{self.url}/readiness", timeout=5) as answer:
+                healthy = json.load(answer)["healthy_workers"]
+            with urllib.request.urlopen(f"{self.url}/v1/tokenizers", timeout=5) as answer:
+                return healthy >= count and bool(json.load(answer)["tokenizers"])
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
 
     def said(self) -> str:
         """What it has logged."""

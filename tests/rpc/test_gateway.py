@@ -1,11 +1,13 @@
 """The gateway smg, which nobody here wrote, between the OpenAI client and this server."""
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import jsonschema
 import openai
 import pytest
 from scripted_engine import ScriptedEngine, expected_ids
@@ -80,6 +82,51 @@ async def test_greedy_chats_through_the_gateway_equal_those_of_direct_grpc(engin
             )
             assert whole.choices[0].message.content == "".join(one.text for one in deltas)
             assert whole.usage is not None and whole.usage.completion_tokens == wanted.completion_tokens
+        await back_to_the_start(engine, server)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "colours": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "age", "colours"],
+    "additionalProperties": False,
+}
+
+
+async def test_a_json_schema_holds_through_the_gateway(engine: "Engine") -> None:
+    async with behind_a_gateway(lent(engine)) as (client, server, _):
+        schema = {"name": "person", "strict": True, "schema": SCHEMA}
+        answers = await asyncio.gather(
+            *(
+                client.chat.completions.create(
+                    model=engine.model_name,
+                    messages=[{"role": "user", "content": "Describe a person."}],
+                    response_format={"type": "json_schema", "json_schema": schema},
+                    max_completion_tokens=200,
+                    temperature=1.0,
+                    seed=seed,
+                )
+                for seed in range(4)
+            )
+        )
+        for answer in answers:
+            assert answer.choices[0].finish_reason == "stop"
+            jsonschema.validate(json.loads(answer.choices[0].message.content or ""), SCHEMA)
+        answer = await client.chat.completions.create(
+            model=engine.model_name,
+            messages=[{"role": "user", "content": "Describe a person."}],
+            response_format={"type": "json_object"},
+            max_completion_tokens=200,
+            temperature=0.0,
+        )
+        if answer.choices[0].finish_reason == "stop":
+            assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
+        else:
+            assert (answer.choices[0].message.content or "").lstrip().startswith("{")
         await back_to_the_start(engine, server)
 
 
