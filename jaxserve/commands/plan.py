@@ -143,9 +143,9 @@ def plan_text(plan: Plan) -> str:
     """The plan to be read."""
     device = plan["device"]
     lines = [
-        f"{plan['replicas']} x {plan['tensor_parallel']} {device['kind']}, each {_gb(device['memory'])} of memory for "
-        f"programs, {device['bandwidth'] / 1e9:,.0f} GB/s, {device['flops'] / 1e12:,.0f} TFLOP/s in bfloat16",
-        f"weights {_gb(plan['weights_bytes'])}; cache {plan['cache_bytes_per_token'] / 1024:,.1f} KiB a token; "
+        f"{plan['replicas']} x {plan['tensor_parallel']} {device['kind']}, each {_size(device['memory'])} of memory "
+        f"for programs, {device['bandwidth'] / 1e9:,.0f} GB/s, {device['flops'] / 1e12:,.0f} TFLOP/s in bfloat16",
+        f"weights {_size(plan['weights_bytes'])}; cache {plan['cache_bytes_per_token'] / 1024:,.1f} KiB a token; "
         f"attention {plan['attention']}",
     ]
     if not plan["fits"]:
@@ -153,7 +153,7 @@ def plan_text(plan: Plan) -> str:
         return "\n".join([*lines, plan["reason"], "would fit:", *fitting])
     memory = plan["memory"]
     parts = ", ".join(
-        f"{name} {_gb(memory[name])}" for name in ("weights", "state", "temporaries", "headroom", "cache")
+        f"{name} {_size(memory[name])}" for name in ("weights", "state", "temporaries", "headroom", "cache")
     )
     lines += [
         f"fits; of each device: {parts}",
@@ -162,7 +162,7 @@ def plan_text(plan: Plan) -> str:
         f"floor of a decode step at {plan['context']:,} tokens of context (bytes over bandwidth, or operations):",
     ]
     lines += [
-        f"  {row['rows']:>5} rows  {row['floor_ms']:9.2f} ms  at most {row['tokens_per_s']:>10,.0f} tokens/s"
+        f"  {row['rows']:>5} rows  {row['floor_ms']:9.3f} ms  at most {row['tokens_per_s']:>10,.0f} tokens/s"
         + ("" if row["fits"] else "  (their cache does not fit)")
         for row in plan["decode"]
     ]
@@ -177,7 +177,7 @@ def plan_text(plan: Plan) -> str:
 def _compiled_text(step: Plan) -> str:
     name = f"{step['half']} of {step['rows']} rows" + (f" and {step['chunk']} prompt tokens" if step["chunk"] else "")
     talk = ", ".join(f"{count} {kind}" for kind, count in step["collectives"].items()) or "none"
-    text = f"compiled {name}: temporaries {_gb(step['temporaries'])}, collectives {talk}"
+    text = f"compiled {name}: temporaries {_size(step['temporaries'])}, collectives {talk}"
     if step["cache"]:
         text += ", cache in place" if step["cache_is_aliased"] and not step["cache_copies"] else ", CACHE COPIED"
     return text
@@ -215,5 +215,5 @@ def plan(config: EngineConfig, device: Device, count: int, *, compiles: bool = F
     return found
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
