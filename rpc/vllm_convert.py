@@ -34,7 +34,18 @@ _SAMPLING_FIELDS = frozenset(
     (
         *("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"),
         *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
-        *("n", "logprobs", "seed", "logit_bias", "json_schema", "regex", "grammar", "json_object", "choice"),
+        *(
+            "n",
+            "logprobs",
+            "prompt_logprobs",
+            "seed",
+            "logit_bias",
+            "json_schema",
+            "regex",
+            "grammar",
+            "json_object",
+            "choice",
+        ),
         *("skip_special_tokens", "spaces_between_special_tokens", "grammar_from_first_token"),
     )
 )
@@ -62,6 +73,9 @@ def request_from_vllm(message: pb.GenerateRequest, request_id: str, deadline: fl
     if message.data_parallel_rank != 0:
         raise InvalidRequest("data_parallel_rank", f"must be 0, got {message.data_parallel_rank}")
     kind = message.WhichOneof("input")
+    if params.HasField("prompt_logprobs") and kind == "text":
+        # The answer names every prompt token, also the first, which has no log-probability.
+        raise InvalidRequest("prompt_logprobs", "is supported with tokenized input alone")
     return Request(
         prompt=message.text if kind == "text" else None,
         token_ids=tuple(message.tokenized.input_ids) if kind == "tokenized" else None,
@@ -87,6 +101,7 @@ def request_from_vllm(message: pb.GenerateRequest, request_id: str, deadline: fl
         ),
         output=OutputParams(
             logprobs=params.logprobs if params.HasField("logprobs") else None,
+            prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
             return_text=False,
         ),
         constraint=_constraint(params),
@@ -121,8 +136,10 @@ class _Sequence:
 class ResponseBuilder:
     """Makes the messages of one Generate call: a chunk for each delta where it streams, a complete for each output."""
 
-    def __init__(self, stream: bool):
-        self._stream = stream
+    def __init__(self, request: pb.GenerateRequest):
+        self._request = request
+        self._stream = request.stream
+        self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._sequences: dict[int, _Sequence] = {}
@@ -132,6 +149,7 @@ class ResponseBuilder:
         match event:
             case Started():
                 self._prompt_tokens, self._cached_tokens = event.prompt_tokens, event.cached_tokens
+                self._prompt_logprobs = event.prompt_logprobs or ()
                 return []
             case Delta():
                 return self._add(event.index, event.token_ids, event.logprobs or ())
@@ -151,6 +169,7 @@ class ResponseBuilder:
         self, index: int, token_ids: tuple[int, ...], logprobs: Sequence[TokenLogprob]
     ) -> list[pb.GenerateResponse]:
         sequence = self._sequences.setdefault(index, _Sequence())
+        is_first = not sequence.token_ids
         sequence.token_ids += token_ids
         if not self._stream:
             sequence.logprobs += logprobs
@@ -165,6 +184,8 @@ class ResponseBuilder:
         chunk.completion_tokens = len(sequence.token_ids)
         if logprobs:
             _add_logprobs(chunk.output_logprobs, logprobs)
+        if is_first and self._prompt_logprobs:
+            self._add_prompt_logprobs(chunk.input_logprobs)
         return [response]
 
     def _complete(self, finished: Finished) -> pb.GenerateResponse:
@@ -183,17 +204,32 @@ class ResponseBuilder:
             complete.matched_token_id = finished.matched_stop
         if sequence.logprobs:
             _add_logprobs(complete.output_logprobs, sequence.logprobs)
+        if self._prompt_logprobs and not self._stream:
+            self._add_prompt_logprobs(complete.input_logprobs)
         return response
+
+    def _add_prompt_logprobs(self, message: pb.InputLogProbs) -> None:
+        """Every prompt token stands there; the first, which nothing precedes, without a value."""
+        message.token_ids.append(self._request.tokenized.input_ids[0])
+        message.token_logprobs.add()
+        message.top_logprobs.add()
+        for entry in self._prompt_logprobs:
+            message.token_ids.append(entry.token_id)
+            message.token_logprobs.add(value=entry.logprob)
+            _add_top(message.top_logprobs.add(), entry)
 
 
 def _add_logprobs(message: pb.OutputLogProbs, logprobs: Sequence[TokenLogprob]) -> None:
     for entry in logprobs:
         message.token_ids.append(entry.token_id)
         message.token_logprobs.append(entry.logprob)
-        top = message.top_logprobs.add()
-        for token, logprob in entry.top:
-            top.token_ids.append(token)
-            top.values.append(logprob)
+        _add_top(message.top_logprobs.add(), entry)
+
+
+def _add_top(message: pb.TopLogProbs, entry: TokenLogprob) -> None:
+    for token, logprob in entry.top:
+        message.token_ids.append(token)
+        message.values.append(logprob)
 
 
 def zipped(files: Mapping[str, str]) -> bytes:

@@ -45,7 +45,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
     @errors.answered
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         request_id = request.request_id or uuid.uuid4().hex
-        responses = ResponseBuilder(request.stream)
+        responses = ResponseBuilder(request)
 
         def write(event: Event) -> Awaitable[None] | None:
             messages = responses.messages(event)

@@ -69,7 +69,7 @@ async def test_without_stream_there_is_one_complete_and_nothing_else() -> None:
 @pytest.mark.parametrize("stream", [True, False])
 async def test_the_token_that_ends_a_sequence_is_part_of_the_output(stream: bool) -> None:
     """As in vLLM, and so the tokens that a gateway counts are those of the usage."""
-    builder = ResponseBuilder(stream)
+    builder = ResponseBuilder(pb.GenerateRequest(stream=stream))
     ended = Finished("id", 0, FinishReason.STOP, Usage(4, 0, 3), Timings(0, 0, 0, 0), matched_stop=2)
     messages = [
         *builder.messages(Started("id", 4, 0, 7)),
@@ -126,6 +126,26 @@ async def test_a_constraint_reaches_the_engine(params: dict[str, object], constr
     assert request_from_vllm(asking(**params), "id").constraint == constraint
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_log_probabilities_of_the_prompt_name_every_token_of_it(engine: "Engine", stream: bool) -> None:
+    ids = engine.tokenizer.encode("The lighthouse keeper wrote down the weather")
+    (expected,) = await asyncio.to_thread(
+        engine.generate, [{"token_ids": ids}], temperature=0.0, max_tokens=3, ignore_eos=True, prompt_logprobs=2
+    )
+    assert expected.prompt_logprobs is not None
+    async with serving(lent(engine)) as (_, client), grpc.aio.insecure_channel(client.address) as channel:
+        params = pb.SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, prompt_logprobs=2)
+        request = pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=ids), sampling_params=params, stream=stream)
+        first, *others = [one async for one in vllm_engine_pb2_grpc.VllmEngineStub(channel).Generate(request)]
+        message = (first.chunk if stream else first.complete).input_logprobs
+        assert list(message.token_ids) == ids
+        values = [one.value if one.HasField("value") else None for one in message.token_logprobs]
+        assert values[0] is None
+        assert values[1:] == pytest.approx([entry.logprob for entry in expected.prompt_logprobs])
+        assert [len(top.token_ids) for top in message.top_logprobs] == [0] + [2] * (len(ids) - 1)
+        assert not any(one.chunk.HasField("input_logprobs") for one in others)
+
+
 async def test_several_sequences_come_each_under_its_index(engine: "Engine") -> None:
     wanted = {"temperature": 0.75, "seed": 5, "max_tokens": 12, "ignore_eos": True}
     (expected,) = await asyncio.to_thread(engine.generate, ["The sea"], n=3, **wanted)
@@ -153,6 +173,7 @@ async def test_several_sequences_come_each_under_its_index(engine: "Engine") -> 
 
 async def test_what_is_not_supported_is_refused_by_name() -> None:
     refused = {
+        "prompt_logprobs": asking(prompt_logprobs=1),  # of a text, whose tokens the client does not know
         "truncate_prompt_tokens": asking(truncate_prompt_tokens=3),
         "structural_tag": asking(structural_tag="{}"),
         "kv_transfer_params": pb.GenerateRequest(text="a", kv_transfer_params=pb.KvTransferParams(remote_port=1)),
