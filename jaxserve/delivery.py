@@ -138,7 +138,8 @@ class Delivery:
             self._core.send(Abort(sequence.handle))
             self._finish(sequence, FinishReason.STOP, sequence.tokens, matched)
         elif unread > self._stream_buffer_tokens:
-            log.warning("request %s: the client left %d tokens unread; aborting", active.request.request_id, unread)
+            name = active.request.request_id
+            log.warning("the client left %d tokens unread; aborting", unread, extra={"request_id": name})
             active.stream.cancel()
         return matched is not None
 

@@ -4,13 +4,23 @@ import json
 import logging
 import sys
 import time
+from contextvars import ContextVar
 from typing import TextIO
 
 _STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime", "taskName"}
 
 
+_request_id: ContextVar[str | None] = ContextVar("jaxserve_request_id", default=None)
+
+
+def set_request_id(request_id: str) -> None:
+    """Says whose the log lines of this context are: a task's, and of the tasks and threads that it starts."""
+    _request_id.set(request_id)
+
+
 class JsonFormatter(logging.Formatter):
-    """A record as one JSON line: time (UTC), level, logger, message, and what was given as `extra`."""
+    """A record as one JSON line: time (UTC), level, logger, message, the request's id where one is known, and what was
+    given as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
@@ -20,6 +30,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **({} if (request_id := _request_id.get()) is None else {"request_id": request_id}),
             **{name: value for name, value in vars(record).items() if name not in _STANDARD},
         }
         if record.exc_info:

@@ -10,6 +10,7 @@ from functools import partial
 
 import grpc.aio
 
+from jaxserve.log import set_request_id
 from jaxserve.request import EngineUnavailable, Event, Finished, FinishReason, QueueFull, Request
 from rpc import errors
 from rpc.lifecycle import Lifecycle, State
@@ -55,6 +56,7 @@ class CallRunner:
 
         Whatever ends the call early (the client leaves, its deadline passes, a write fails) ends the request as well.
         """
+        set_request_id(request_id)
         call = self._calls.open(request_id)
         # The RPC is done later than its handler: the status is sent in between.
         context.add_done_callback(lambda _: self._calls.close(call))  # pyright: ignore[reportArgumentType]

@@ -1,12 +1,13 @@
 """Logs: one JSON object a line, with what was given beside the message."""
 
+import asyncio
 import io
 import json
 import logging
 
 import pytest
 
-from jaxserve.log import configure_logging
+from jaxserve.log import configure_logging, set_request_id
 
 pytestmark = pytest.mark.usefixtures("logging_unchanged")
 
@@ -44,3 +45,21 @@ def test_only_warnings_are_logged_unless_asked_for(stream: io.StringIO):
     logging.getLogger("jaxserve.engine").debug("asked for")
     logging.getLogger("someone.else").info("not ours")
     assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == ["asked for"]
+
+
+def test_lines_of_a_requests_task_and_threads_carry_its_id_and_those_of_others_do_not(stream: io.StringIO):
+    configure_logging(stream=stream)
+    logger = logging.getLogger("rpc")
+
+    async def request(name: str) -> None:
+        set_request_id(name)
+        await asyncio.sleep(0)
+        await asyncio.to_thread(logger.warning, "of %s", name)
+
+    async def scenario() -> None:
+        await asyncio.gather(request("a"), request("b"))
+        logger.warning("of nobody")
+
+    asyncio.run(scenario())
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert {line["message"]: line.get("request_id") for line in lines} == {"of a": "a", "of b": "b", "of nobody": None}

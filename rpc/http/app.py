@@ -14,6 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from jaxserve.log import set_request_id
 from jaxserve.request import RequestError
 from rpc.call_runner import CallRunner
 from rpc.control import installed_version
@@ -169,6 +170,7 @@ class GenerateEndpoint:
         request = Request(scope, receive, send)
         set_trace_parent(request.headers.get("traceparent"), request.headers.get("tracestate"))
         front, request_id = self._front, request_id_of(request)
+        set_request_id(request_id)
         disconnect = scope["extensions"]["transport"].abort
         generation = Generation(front.runner, front.calls, request_id, disconnect)
         try:
