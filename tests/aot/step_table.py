@@ -74,13 +74,14 @@ def floors(cell: Cell) -> dict[str, float]:
     return {"decode_flops": decode, "mixed_flops": mixed, "bytes": cost.read_bytes}
 
 
-def figures(cell: Cell) -> dict[str, object]:
-    """Of the cell's decode step, its mixed step and its choose, with as many pages as the device has room for."""
+def figures(cell: Cell, pages: int | None = None) -> dict[str, object]:
+    """Of the cell's decode step, its mixed step and its choose; None takes as many pages as the device has room for."""
     jax.config.update("jax_platforms", "cpu")
     model, config, device, attention = PUBLISHED[cell.model], cell.config, DEVICES[cell.device], cell.attention()
     placement = placement_on(device, cell.tensor_parallel)
     weights = cell.cost().weight_bytes
-    pages = allocate(model, attention, config, limit=device.memory, weights=weights).num_pages
+    if pages is None:
+        pages = allocate(model, attention, config, limit=device.memory, weights=weights).num_pages
     return {
         "attention": attention.name,
         "pages": pages,
