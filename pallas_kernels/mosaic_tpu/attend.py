@@ -195,9 +195,12 @@ class _Ring:
         self._fetch_next()
         used = self.cursor[3]
         slot = lax.rem(used, self.layout.buffers)
-        self._each_page(unit, number, slot, lambda copy: copy.wait())
+        self._await(unit, number, slot)
         self.cursor[3] = used + 1
         return slot
+
+    def _await(self, unit, number, slot):
+        self._each_page(unit, number, slot, lambda copy: copy.wait())
 
     def _aim_from(self, unit):
         """What is fetched next is the first block of the first unit from this one on that has work."""
@@ -253,6 +256,15 @@ def _clear_values(values, start, first, last):
     lax.fori_loop(0, pages, clear, 0)
 
 
+def _seen(kernel: Kernel, key: Array, unit, units: AttendUnits) -> Array:
+    """Which keys [query, key] the queries of a unit attend to."""
+    token = _token(key.shape, kernel.tile, axis=0)
+    position = units.shift[unit] + token
+    seen = (key <= position) & (token >= units.start[unit]) & (token < units.end[unit])
+    window = kernel.scoring.sliding_window
+    return seen if window is None else seen & (key > position - window)
+
+
 def _attend_block(kernel: Kernel, q_ref, block, start, unit, units: AttendUnits, state):
     """Adds a block of keys to the running sums of all heads."""
     layout, scoring = kernel.layout, kernel.scoring
@@ -260,12 +272,8 @@ def _attend_block(kernel: Kernel, q_ref, block, start, unit, units: AttendUnits,
     keys, values = block[0], block[0 if layout.shared else 1]
     k_scales, v_scales = block[-2:] if layout.quantized else (None, None)
     queries, size = q_ref.shape[2], layout.block
-    token = _token((queries, size), kernel.tile, axis=0)
     key = start + lax.broadcasted_iota(jnp.int32, (queries, size), 1)
-    position = units.shift[unit] + token
-    seen = (key <= position) & (token >= units.start[unit]) & (token < units.end[unit])
-    if scoring.sliding_window is not None:
-        seen &= key > position - scoring.sliding_window
+    seen = _seen(kernel, key, unit, units)
     exists = (key[:1] >= units.first_key[unit]) & (key[:1] <= units.last_key[unit])
     product = partial(
         lax.dot_general,

@@ -21,7 +21,7 @@ from pallas_kernels.interface import (
     stored_form,
 )
 from pallas_kernels.mosaic_tpu.attend import Kernel, Scoring, attend
-from pallas_kernels.mosaic_tpu.layout import LANES, PageLayout, page_layout
+from pallas_kernels.mosaic_tpu.layout import LANES, PageLayout, check_page_layout
 from pallas_kernels.mosaic_tpu.work import AttendUnits, chunk_units, chunk_writes, decode_units, decode_writes
 from pallas_kernels.mosaic_tpu.write import write_pages
 
@@ -45,6 +45,8 @@ class MosaicTpuPagedAttention:
     kv_head_axis: int | None = 1
     block_tokens: int = 512
     """Keys that one step of the softmax takes, at most."""
+    block_bytes: int = 1 << 20
+    """Bytes of those keys and their values, at most where 128 tokens fit."""
     interpret: object = False
     """As of `pl.pallas_call`."""
 
@@ -56,7 +58,11 @@ class MosaicTpuPagedAttention:
         self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> LayerCache:
         """See `layout.PageLayout`."""
-        return page_layout(num_pages, page_size, kv_heads, head_dim, dtype, self.block_tokens).cache(num_pages)
+        return self._layout(num_pages, page_size, kv_heads, head_dim, dtype).cache(num_pages)
+
+    def _layout(self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> PageLayout:
+        check_page_layout(num_pages, page_size, kv_heads, head_dim, dtype)
+        return PageLayout(page_size, kv_heads, head_dim, jnp.dtype(dtype), self.block_tokens, self.block_bytes)
 
     def write_and_attend(
         self,
@@ -76,7 +82,7 @@ class MosaicTpuPagedAttention:
         """See `PagedAttention.write_and_attend`."""
         check_operands(q, k, v, page_table, token_row, position, sinks)
         num_pages, _, page_size, _ = cache.k_pages.shape
-        layout = page_layout(num_pages, page_size, k.shape[1], k.shape[2], cache.k_pages.dtype, self.block_tokens)
+        layout = self._layout(num_pages, page_size, k.shape[1], k.shape[2], cache.k_pages.dtype)
         check_cache(cache, layout.cache(num_pages))
         rows, max_pages = page_table.shape
         scoring = Scoring(scale, sliding_window, softcap)

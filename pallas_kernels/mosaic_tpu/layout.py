@@ -19,8 +19,6 @@ LANES = 128
 MAX_HEAD_DIM = 256
 MAX_KV_HEADS = 32
 MAX_PAGE_SIZE = 256
-BLOCK_BYTES = 1 << 20
-"""Of the keys and values that a step of the softmax takes, at most where a block of 128 tokens fits."""
 BUFFER_BYTES = 4 << 20
 """Of the blocks in VMEM: one is computed on while the others arrive."""
 
@@ -35,6 +33,8 @@ class PageLayout:
     dtype: np.dtype
     block_tokens: int
     """At most so many in a block."""
+    block_bytes: int
+    """Of a block's keys and values, at most where 128 tokens fit in it."""
 
     @property
     def shared(self) -> bool:
@@ -72,7 +72,7 @@ class PageLayout:
     def block_pages(self) -> int:
         """Pages of a block, over which one step of the softmax goes. It follows nothing but the layout: the order of
         sums is that of blocks at absolute positions."""
-        tokens = min(self.block_tokens, max(LANES, BLOCK_BYTES // self.token_bytes // LANES * LANES))
+        tokens = min(self.block_tokens, max(LANES, self.block_bytes // self.token_bytes // LANES * LANES))
         return max(1, tokens // self.page_size)
 
     @property
@@ -96,10 +96,8 @@ class PageLayout:
         return jax.eval_shape(arrays)
 
 
-def page_layout(
-    num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike, block_tokens: int
-) -> PageLayout:
-    """The layout for these sizes. Raises ValueError naming the size and the limit where the kernels do not serve it."""
+def check_page_layout(num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> None:
+    """Raises ValueError naming the size and the limit where the kernels do not serve these sizes."""
     check_sizes(num_pages, page_size, kv_heads, head_dim, dtype)
     rows = 32 // jnp.dtype(dtype).itemsize
     tile = min(16, rows) if is_quantized(dtype) else rows
@@ -109,4 +107,3 @@ def page_layout(
         raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} on a TPU, got {head_dim}")
     if kv_heads > MAX_KV_HEADS:
         raise ValueError(f"kv_heads must be at most {MAX_KV_HEADS} on a TPU, got {kv_heads}")
-    return PageLayout(page_size, kv_heads, head_dim, jnp.dtype(dtype), block_tokens)
