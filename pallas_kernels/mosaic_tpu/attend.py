@@ -56,7 +56,7 @@ def attend(
     page_table: Int32[Array, "row max_pages"],
     units: AttendUnits,
     kernel: Kernel,
-    sinks: Float32[Array, "kv_head query lanes"] | None,
+    sinks: Float32[Array, "kv_head query sink_lanes"] | None,
     *,
     interpret: object = False,
 ) -> Float[Array, "tile kv_head query lanes"]:

@@ -187,7 +187,7 @@ def _tokens(
 
 def _spread_sinks(
     sinks: Float32[Array, " q_head"], tile: int, tiles: Float[Array, "tile kv_head query lanes"]
-) -> Float32[Array, "kv_head query lanes"]:
+) -> Float32[Array, "kv_head query sink_lanes"]:
     """Each query's sink in all lanes."""
     _, kv_heads, queries, _ = tiles.shape
     spread = jnp.repeat(sinks.reshape(kv_heads, -1), tile, axis=1)
