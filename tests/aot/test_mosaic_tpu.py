@@ -1,18 +1,21 @@
 """The TPU kernels through Mosaic's and XLA's own compilers for each generation, over the sizes that they promise."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import pytest
 from pairwise import covering, every
-from tpu_topologies import TPUS, compile_for_tpu
 
+from jaxserve.ahead_of_time import placement_on
+from jaxserve.devices import DEVICES
 from pallas_kernels import PagedAttention, select
 from pallas_kernels.mosaic_tpu import MosaicTpuPagedAttention
 
 pytestmark = pytest.mark.aot
+TPUS = ("v5e", "v6e", "tpu7x")
 FEATURES = {
     "plain": {},
     "window": {"sliding_window": 300},
@@ -21,7 +24,7 @@ FEATURES = {
     "all": {"sliding_window": 300, "softcap": 30.0, "sinks": True},
 }
 FACTORS = {
-    "tpu": tuple(TPUS),
+    "tpu": TPUS,
     "head_dim": (64, 96, 128, 256),
     "page_size": (16, 64),
     "kv_heads": (1, 2, 3, 4, 8),
@@ -29,6 +32,16 @@ FACTORS = {
     "features": tuple(FEATURES),
 }
 PAGES = 512
+
+
+def compile_for_tpu(tpu: str, function: Callable, *shapes: object, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
+    """`function` compiled for one chip and arguments of these shapes, trees of `jax.ShapeDtypeStruct`."""
+    placement = placement_on(DEVICES[tpu], 1)
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.sharding()), shapes
+    )
+    with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
+        return jax.jit(function, donate_argnums=donate).lower(*placed).compile()
 
 
 @dataclass(frozen=True)
