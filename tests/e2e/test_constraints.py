@@ -14,8 +14,14 @@ from jaxserve.request import Completion, Constraint, InvalidRequest, Request
 
 PROMPT = {"messages": [{"role": "user", "content": "Answer shortly: describe a thing you like."}]}
 MAX_TOKENS = 300
+ATTEMPTS = 4
 CHECKER = Draft202012Validator.FORMAT_CHECKER
-CHECKER.checks("date-time", ValueError)(lambda text: not isinstance(text, str) or bool(datetime.fromisoformat(text)))
+
+
+@CHECKER.checks("date-time", ValueError)
+def is_date_time(value: object) -> bool:
+    """As RFC 3339 has it: `t` and `z` may be small, and a minute may have a leap second."""
+    return not isinstance(value, str) or bool(datetime.fromisoformat(value.upper().replace(":60", ":59")))
 
 
 def generate(engine: Engine, requests: list[dict]) -> list[Completion]:
@@ -24,23 +30,30 @@ def generate(engine: Engine, requests: list[dict]) -> list[Completion]:
 
 def test_results_of_random_schemas_are_valid(engine: Engine, request: pytest.FixtureRequest):
     schemas = [SchemaMaker(seed).make() for seed in range(request.config.getoption("--schemas"))]
-    asked = [
-        {"json_schema": schema, "temperature": number % 3 / 2, "seed": number, "max_tokens": MAX_TOKENS}
-        for number, schema in enumerate(schemas)
-    ]
-    ended = 0
-    for number, (schema, completion) in enumerate(zip(schemas, generate(engine, asked), strict=True)):
-        if completion.finish_reason == "stop":
-            ended += 1
-            value = json.loads(completion.text)
-            Draft202012Validator(schema, format_checker=CHECKER).validate(value)
-        else:
-            assert (completion.finish_reason, completion.usage.completion_tokens) == ("length", MAX_TOKENS), (
-                number,
-                completion,
-            )
-    print(f"{ended} of {len(schemas)} ended, all valid")
-    assert ended >= 0.7 * len(schemas), "the model is small: some texts go on to the end"
+    left = list(range(len(schemas)))
+    for attempt in range(ATTEMPTS):
+        asked = [
+            {
+                "json_schema": schemas[number],
+                "temperature": number % 3 / 2 if attempt == 0 else 1.0 + attempt / 10,
+                "seed": number + 1000 * attempt,
+                "max_tokens": MAX_TOKENS,
+            }
+            for number in left
+        ]
+        cut = []
+        for number, completion in zip(left, generate(engine, asked), strict=True):
+            if completion.finish_reason == "stop":
+                value = json.loads(completion.text)
+                Draft202012Validator(schemas[number], format_checker=CHECKER).validate(value)
+            else:
+                assert completion.finish_reason == "length", (number, completion)
+                assert completion.usage.completion_tokens == MAX_TOKENS
+                cut.append(number)
+        print(f"{len(left) - len(cut)} of {len(left)} schemas gave a whole text, all of them valid")
+        left = cut
+    # The model is small: where a schema lets a text go on, some go on.
+    assert len(left) <= len(schemas) // 20
     assert engine.loads().compiles_after_warmup == 0
 
 
@@ -132,6 +145,12 @@ def test_a_constraint_goes_with_everything_else(engine: Engine):
     assert stopped.text == (plain.text.partition("ab")[0] + "ab" if "ab" in plain.text else plain.text)
     assert re.fullmatch("[ab]{12}", biased.text) and 81 not in biased.token_ids
     assert early.finish_reason == "stop" and re.fullmatch("[0-9]{0,3}", early.text)
+
+
+def test_several_sequences_of_a_prompt_each_hold_to_the_constraint(engine: Engine):
+    (completion,) = generate(engine, [{"regex": "[a-z]{3} [a-z]{4}", "n": 4, "temperature": 1.5, "seed": 2}])
+    texts = [output.text for output in completion.outputs]
+    assert len(texts) == 4 and all(re.fullmatch("[a-z]{3} [a-z]{4}", text) for text in texts) and len(set(texts)) > 1
 
 
 REFUSED = (
