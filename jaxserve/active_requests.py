@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from jaxserve.core_messages import Submit
 from jaxserve.request import DuplicateRequestId, EngineUnavailable, QueueFull, Request, TenantBusy, TokenLogprob
 from jaxserve.request_stream import RequestStream
+from jaxserve.resumable_stream import ResumableStream
 from jaxserve.text_stream import TextStream
 
 RETRY_AFTER = 1.0
@@ -20,7 +21,7 @@ class ActiveRequest:
 
     request: Request
     submit: Submit
-    stream: RequestStream
+    stream: RequestStream | ResumableStream
     sequences: int
     """Not ended."""
     cached_tokens: int | None = None

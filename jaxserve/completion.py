@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from jaxserve.request import Completion, Delta, Event, Finished, Output, Started, TokenLogprob
 from jaxserve.request_stream import RequestStream
+from jaxserve.resumable_stream import StreamReader
 
 
 class CompletionBuilder:
@@ -56,7 +57,7 @@ class CompletionBuilder:
         )
 
 
-def collect(stream: RequestStream) -> Completion:
+def collect(stream: RequestStream | StreamReader) -> Completion:
     """Reads a stream to its end."""
     builder = CompletionBuilder(stream.request_id)
     for event in stream:

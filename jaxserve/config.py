@@ -66,6 +66,13 @@ class EngineConfig:
     step takes. None watches nothing."""
     max_n: int = 128
     """Most sequences of one request; never more than slots and queue hold together."""
+    resumable_streams: int = 256
+    """Streams kept for readers to take up again; past it those that ended first are forgotten, then QueueFull is
+    raised."""
+    resumable_bytes: int = 64 << 20
+    """Bound of what the events of those streams take, about; past it the ended ones go, then the largest is aborted."""
+    resumable_seconds: float = 60.0
+    """Seconds for which a stream is kept after its end, and for which a request runs on without a reader."""
     stream_buffer_tokens: int = 8192
     """Tokens a client may leave unread before its request is aborted."""
     max_constraint_bytes: int = 64 << 10
@@ -82,8 +89,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         """Raises ValueError naming the field and the limit."""
         counts = ("slots", "small_slots", "page_size", "publish_ahead", "max_n", "stream_buffer_tokens")
-        for name in (*counts, "tensor_parallel", "replicas"):
+        for name in (*counts, "tensor_parallel", "replicas", "resumable_streams", "resumable_bytes"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _require("resumable_seconds", self.resumable_seconds, self.resumable_seconds > 0, "above 0")
         watched = self.watchdog_seconds
         _require("watchdog_seconds", watched, watched is None or watched > 0, "above 0")
         _require("cache_bytes", self.cache_bytes, self.cache_bytes is None or self.cache_bytes >= 1, "at least 1")

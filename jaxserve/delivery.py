@@ -25,10 +25,13 @@ from jaxserve.core_messages import (
 )
 from jaxserve.request import Finished, FinishReason, Started, Timings, TokenLogprob, Usage
 from jaxserve.request_stream import RequestStream, wake
+from jaxserve.resumable_stream import ResumableStream, ResumableStreams
 from jaxserve.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
+SWEEP_INTERVAL = 0.25
+"""Seconds between looks at the streams that are kept."""
 STEP_RECORDS = 4096
 """Steps whose records are kept."""
 
@@ -41,9 +44,17 @@ class Delivery:
         requests: those in flight; what ends is removed.
         stream_buffer_tokens: tokens that a reader may leave unread.
         gauges: the core's state before its first step.
+        kept: streams that outlive their readers.
     """
 
-    def __init__(self, core: Core, requests: ActiveRequests, stream_buffer_tokens: int, gauges: Gauges):
+    def __init__(
+        self,
+        core: Core,
+        requests: ActiveRequests,
+        stream_buffer_tokens: int,
+        gauges: Gauges,
+        kept: ResumableStreams,
+    ):
         self.gauges = gauges
         """The core's state after the latest step."""
         self.step_records: deque[StepRecord] = deque(maxlen=STEP_RECORDS)
@@ -52,6 +63,7 @@ class Delivery:
         self.profiled: SimpleQueue[Profiled] = SimpleQueue()
         """Traces that are done, for whoever asked."""
         self._core = core
+        self._kept = kept
         self._requests = requests
         self._stream_buffer_tokens = stream_buffer_tokens
         self._thread = threading.Thread(target=self._run, name="jaxserve-delivery", daemon=True)
@@ -68,7 +80,7 @@ class Delivery:
 
     def _run(self) -> None:
         while (message := self._core.receive()) is not None:
-            touched: list[RequestStream] = []
+            touched: list[RequestStream | ResumableStream] = []
             match message:
                 case StepOutput(handles, tokens, outputs, gauges, record):
                     self.gauges = gauges
@@ -85,6 +97,7 @@ class Delivery:
                             self._deliver(sequence, output)
                             touched.append(sequence.of.stream)
                     _wake(touched)
+                    self._kept.sweep(SWEEP_INTERVAL)
                 case Profiled():
                     self.profiled.put(message)
                 case Failed(error):
@@ -196,7 +209,7 @@ def _timings(arrival: float, times: Sequence[float], ended: float) -> Timings:
     )
 
 
-def _wake(streams: Iterable[RequestStream]) -> None:
+def _wake(streams: Iterable[RequestStream | ResumableStream]) -> None:
     """Wakes the readers of streams, with one call for each event loop."""
     waiters: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for stream in streams:

@@ -23,8 +23,9 @@ from jaxserve.core_client import start_core
 from jaxserve.core_messages import Abort, Failed, Gauges, Profile, Progress, Ready, Shutdown, StepRecord, Vocabulary
 from jaxserve.delivery import Delivery
 from jaxserve.profiling import MAX_SECONDS
-from jaxserve.request import Completion, Delta, EngineUnavailable, Finished, InvalidRequest, Request
+from jaxserve.request import Completion, Delta, EngineUnavailable, Finished, InvalidRequest, Request, RequestError
 from jaxserve.request_stream import RequestStream
+from jaxserve.resumable_stream import ResumableStream, ResumableStreams, StreamReader
 from jaxserve.statistics import Statistics
 from jaxserve.text_stream import TextStream
 from jaxserve.tokenizer import Tokenizer
@@ -108,7 +109,9 @@ class Engine:
         self._handle_lock = threading.Lock()
         self._requests = ActiveRequests(self.capacity, self.config.max_tenant_requests)
         gauges = Gauges(0, 0, 0, self.device.num_pages, *[0] * 9)
-        self._delivery = Delivery(self._core, self._requests, self.config.stream_buffer_tokens, gauges)
+        config = self.config
+        self._kept = ResumableStreams(config.resumable_streams, config.resumable_bytes, config.resumable_seconds)
+        self._delivery = Delivery(self._core, self._requests, self.config.stream_buffer_tokens, gauges, self._kept)
         self._watchdog: Watchdog | None = None
         if self.config.watchdog_seconds is not None:
             self._watchdog = Watchdog(
@@ -155,7 +158,7 @@ class Engine:
         """Sequences that may be in flight: those in slots and those waiting. A request has `n` of them."""
         return self.config.total_slots + self.config.max_waiting
 
-    def submit(self, request: Request) -> RequestStream:
+    def submit(self, request: Request) -> RequestStream | StreamReader:
         """Accepts a request; exactly one Finished will end its stream. Thread-safe.
 
         Raises:
@@ -166,7 +169,7 @@ class Engine:
         n, output, stopping = request.sampling.n, request.output, request.stopping
         first = self._take_handles(n)
         submit = self._admission.prepare(request, first, time.monotonic())
-        stream = RequestStream(request.request_id, lambda: self._abort(first, n), n)
+        stream, reader = self._new_stream(request, lambda: self._abort(first, n))
 
         def new_text() -> TextStream | None:
             if not (output.return_text or stopping.stop):
@@ -179,9 +182,39 @@ class Engine:
                 keeps_first_space=request.constraint is not None,
             )
 
-        self._requests.add(ActiveRequest(request, submit, stream, n), [new_text() for _ in range(n)])
+        try:
+            self._requests.add(ActiveRequest(request, submit, stream, n), [new_text() for _ in range(n)])
+        except RequestError:
+            if isinstance(stream, ResumableStream):
+                self._kept.discard(stream)
+            raise
         self._core.send(submit)
-        return stream
+        return reader
+
+    def _new_stream(
+        self, request: Request, cancel: Callable[[], None]
+    ) -> tuple[RequestStream | ResumableStream, RequestStream | StreamReader]:
+        """What takes a request's events, and what reads them first."""
+        n = request.sampling.n
+        if not request.output.resumable:
+            stream = RequestStream(request.request_id, cancel, n)
+            return stream, stream
+        kept = ResumableStream(request.request_id, request.tenant, cancel, n)
+        self._kept.add(kept)
+        return kept, kept.attach(0)
+
+    def attach(self, request_id: str, from_token: int, tenant: str = "") -> StreamReader:
+        """Takes up the stream of a resumable request after its first `from_token` tokens, over all of its sequences in
+        the order in which they came. Its reader before, if any, ends with StreamTaken. Thread-safe.
+
+        Gives `Started`, then each Delta that begins there or later, then every `Finished`. Text without a token, which
+        was held back to a sequence's end, comes again if its place is the very beginning.
+
+        Raises:
+            StreamNotFound: none is kept for the tenant.
+            InvalidRequest: it has not come to `from_token` yet.
+        """
+        return self._kept.attach(request_id, tenant, from_token)
 
     def _take_handles(self, count: int) -> int:
         """The first of as many consecutive handles."""
@@ -235,7 +268,7 @@ class Engine:
             stream.cancel()
 
     def _generate_all(self, requests: list[Request]) -> list[Completion]:
-        streams: list[RequestStream] = []
+        streams: list[RequestStream | StreamReader] = []
         completions: list[Completion] = []
         try:
             for request in requests:

@@ -85,6 +85,14 @@ class DuplicateRequestId(RequestError):
     """A request with this id is still active."""
 
 
+class StreamNotFound(RequestError):
+    """No stream of a request with this id is kept for this tenant: it was not resumable, or that is too long ago."""
+
+
+class StreamTaken(RequestError):
+    """Another reader has taken up the stream; it goes on there."""
+
+
 class EngineUnavailable(RequestError):
     """The engine is draining, stopped or failed, and takes no requests."""
 
@@ -218,6 +226,9 @@ class OutputParams:
     prompt_logprobs: int | None = None
     """As `logprobs`, of each prompt token but the first, which nothing precedes; in `Started`. Such a request computes
     its whole prompt: it looks for none of it in the prefix cache."""
+    resumable: bool = False
+    """A broken connection does not end the request: the stream is kept, and may be taken up again. Needs
+    `return_token_ids`: tokens are what its reader counts."""
     return_text: bool = True
     """Send detokenized text."""
     return_token_ids: bool = True
@@ -229,8 +240,11 @@ class OutputParams:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
             _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        _boolean("resumable", self.resumable)
         _boolean("return_text", self.return_text)
         _boolean("return_token_ids", self.return_token_ids)
+        if self.resumable and not self.return_token_ids:
+            raise InvalidRequest("resumable", "needs return_token_ids, which are counted to take the stream up again")
 
 
 @dataclass(frozen=True)

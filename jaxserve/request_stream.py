@@ -46,6 +46,10 @@ class RequestStream:
         """Aborts the request; the stream then ends with FinishReason.ABORT. No-op once it has ended."""
         self._cancel()
 
+    def leave(self) -> None:
+        """The reader goes, and with it the request."""
+        self._cancel()
+
     # The delivery thread's side.
 
     def start(self, started: Started) -> None:

@@ -62,6 +62,18 @@ class CallRunner:
         context.add_done_callback(lambda _: self._calls.close(call))  # pyright: ignore[reportArgumentType]
         self._lifecycle.ready_engine()
         stream = await self.admit(build(_deadline(context)), call)
+        await self._follow(stream, call, take)
+
+    async def attach(
+        self, request_id: str, from_token: int, context: grpc.aio.ServicerContext, take: TakeEvent
+    ) -> None:
+        """Takes up the stream of a request and runs it to its end, as `run` does; also while draining."""
+        call = self._calls.open(request_id)
+        context.add_done_callback(lambda _: self._calls.close(call))  # pyright: ignore[reportArgumentType]
+        call.stream = self._lifecycle.loaded_engine().attach(request_id, from_token)
+        await self._follow(call.stream, call, take)
+
+    async def _follow(self, stream: EventStream, call: OpenCall, take: TakeEvent) -> None:
         ending: Finished | None = None
         try:
             async for event in stream:
@@ -76,7 +88,7 @@ class CallRunner:
             # A write to a client that has gone, seen before its cancellation is: the same thing, said the same way.
             raise asyncio.CancelledError from error
         finally:
-            stream.cancel()  # no-op where every sequence has ended
+            stream.leave()  # ends what still runs, unless its stream is to be taken up again
         self.raise_for(ending, call)
 
     async def admit(self, request: Request, call: OpenCall) -> EventStream:

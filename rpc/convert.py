@@ -40,7 +40,7 @@ _SAMPLING_SCALARS = (
     "n",
 )
 _STOPPING_SCALARS = ("max_tokens", "min_tokens", "include_stop", "ignore_eos")
-_OUTPUT_SCALARS = ("logprobs", "prompt_logprobs", "return_text", "return_token_ids")
+_OUTPUT_SCALARS = ("logprobs", "prompt_logprobs", "resumable", "return_text", "return_token_ids")
 
 
 def _set_fields(message: Message, names: Sequence[str]) -> dict[str, int | float | bool]:

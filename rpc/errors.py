@@ -21,6 +21,8 @@ from jaxserve.request import (
     ModelNotFound,
     QueueFull,
     RequestError,
+    StreamNotFound,
+    StreamTaken,
     TenantBusy,
 )
 from rpc.security.principal import Forbidden, Unauthenticated
@@ -35,6 +37,9 @@ MAX_MESSAGE_BYTES = 600
 
 TENANT_BUSY = "TENANT_BUSY"
 """`ErrorInfo.reason` where a tenant, not the server, is at its bound."""
+
+STREAM_NOT_FOUND = "STREAM_NOT_FOUND"
+"""`ErrorInfo.reason` where it is not the model that is not found."""
 
 DETAILS_KEY = "grpc-status-details-bin"
 
@@ -148,6 +153,10 @@ def failure_of(error: Exception, request: Message) -> Failure | None:
             )
         case ModelNotFound():
             return Failure(code.NOT_FOUND, message, "MODEL_NOT_FOUND")
+        case StreamNotFound():
+            return Failure(code.NOT_FOUND, message, STREAM_NOT_FOUND)
+        case StreamTaken():
+            return Failure(code.ABORTED, message, "STREAM_TAKEN")
         case DuplicateRequestId():
             return Failure(code.ALREADY_EXISTS, message, "DUPLICATE_REQUEST_ID")
         case Unauthenticated():
@@ -209,8 +218,8 @@ def _details[M: Message](trailing_metadata: Iterable[tuple[str, str | bytes]], k
 
 
 _BY_CODE: dict[grpc.StatusCode, type[RequestError] | type[TimeoutError]] = {
-    grpc.StatusCode.NOT_FOUND: ModelNotFound,
     grpc.StatusCode.ALREADY_EXISTS: DuplicateRequestId,
+    grpc.StatusCode.ABORTED: StreamTaken,
     grpc.StatusCode.UNAVAILABLE: EngineUnavailable,
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: Forbidden,
@@ -229,6 +238,9 @@ def error_of(
             for violation in bad_request.field_violations:
                 return InvalidRequest(api_name(violation.field), violation.description)
         return InvalidRequest("request", message)
+    if code == grpc.StatusCode.NOT_FOUND:
+        infos = _details(metadata, error_details_pb2.ErrorInfo)
+        return (StreamNotFound if any(info.reason == STREAM_NOT_FOUND for info in infos) else ModelNotFound)(message)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         for retry in _details(metadata, error_details_pb2.RetryInfo):
             info = next(iter(_details(metadata, error_details_pb2.ErrorInfo)), error_details_pb2.ErrorInfo())

@@ -23,6 +23,10 @@ class EventStream(Protocol):
         """Ends the request if it is still active. Never blocks."""
         ...
 
+    def leave(self) -> None:
+        """Its reader goes: ends the request as well, unless its stream is kept to be taken up again."""
+        ...
+
 
 class TextTokenizer(Protocol):
     """Text to token ids and back."""
@@ -149,6 +153,10 @@ class ServedEngine(Protocol):
 
     def submit(self, request: Request) -> EventStream:
         """Validates, tokenizes and queues a request. Raises a RequestError, having allocated nothing."""
+        ...
+
+    def attach(self, request_id: str, from_token: int, tenant: str = "") -> EventStream:
+        """Takes up a kept stream. Raises StreamNotFound or InvalidRequest."""
         ...
 
     def abort(self, request_id: str, tenant: str | None = None) -> bool:

@@ -14,7 +14,7 @@ from rpc.v1 import jaxserve_pb2_grpc
 
 
 class InferenceServicer(jaxserve_pb2_grpc.InferenceServicer):
-    """Generate and GenerateOnce."""
+    """Generate, Attach and GenerateOnce."""
 
     def __init__(self, runner: CallRunner):
         self._runner = runner
@@ -24,6 +24,12 @@ class InferenceServicer(jaxserve_pb2_grpc.InferenceServicer):
         _name(request)
         build = partial(request_from_proto, request)
         await self._runner.run(request.request_id, build, context, lambda event: context.write(event_to_proto(event)))
+
+    @errors.answered
+    async def Attach(self, request: pb.AttachRequest, context: grpc.aio.ServicerContext) -> None:
+        await self._runner.attach(
+            request.request_id, request.from_token, context, lambda event: context.write(event_to_proto(event))
+        )
 
     @errors.answered
     async def GenerateOnce(

@@ -92,6 +92,11 @@ class _TracedStream:
         self._finished: list[Finished] = []
         self._ended = False
 
+    def leave(self) -> None:
+        if not self._ended:
+            self._end()  # nobody may read on
+        self._stream.leave()
+
     def cancel(self) -> None:
         if not self._ended:
             self._end()  # nobody may read on

@@ -20,6 +20,7 @@ from jaxserve.request import (
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
     from jaxserve.request_stream import RequestStream
+    from jaxserve.resumable_stream import StreamReader
 
 PROMPT = "> "
 HELP = "Ctrl-C ends an answer, /clear starts over, Ctrl-D leaves."
@@ -86,7 +87,7 @@ class Conversation:
         print(why, file=self.errors, flush=True)
         return False
 
-    def _print(self, stream: "RequestStream") -> tuple[str, Finished]:
+    def _print(self, stream: "RequestStream | StreamReader") -> tuple[str, Finished]:
         """Prints deltas to the end. SIGINT ends the answer; where there is no person to go on, the command too."""
         said: list[str] = []
         interrupted = False

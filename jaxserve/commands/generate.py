@@ -28,6 +28,7 @@ from jaxserve.request import (
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
     from jaxserve.request_stream import RequestStream
+    from jaxserve.resumable_stream import StreamReader
 
 READ_AHEAD = 64
 """Lines read before there is room for their requests."""
@@ -118,7 +119,7 @@ class BatchRun:
         self._engine = engine
         self._write = write
         self._room = _Room(engine.capacity)
-        self._streams: set[RequestStream] = set()
+        self._streams: set[RequestStream | StreamReader] = set()
         self._lines_by_id: dict[str, int] = {}
         self._reading: asyncio.Task[None] | None = None
 
@@ -184,7 +185,7 @@ class BatchRun:
         finally:
             self._room.give_back(sequences)
 
-    def _submit(self, line: Line, request: Request) -> "RequestStream":
+    def _submit(self, line: Line, request: Request) -> "RequestStream | StreamReader":
         before = self._lines_by_id.get(request.request_id)
         if before is not None:
             raise InvalidRequest("id", f"{request.request_id!r} is that of line {before}; ids must differ")
@@ -197,7 +198,7 @@ class BatchRun:
         field = error.field if isinstance(error, InvalidRequest) else None
         self._write({"id": line.id, "line": line.number, "error": {"field": field, "message": str(error)}})
 
-    async def _collect(self, stream: "RequestStream", request: Request) -> None:
+    async def _collect(self, stream: "RequestStream | StreamReader", request: Request) -> None:
         builder = CompletionBuilder(request.request_id)
         async for event in stream:
             builder.add(event)

@@ -20,6 +20,9 @@ class _TenantEngine:
     def submit(self, request: Request) -> EventStream:
         return self._engine.submit(replace(request, tenant=current_principal().tenant))
 
+    def attach(self, request_id: str, from_token: int) -> EventStream:
+        return self._engine.attach(request_id, from_token, current_principal().tenant)
+
     def abort(self, request_id: str) -> bool:
         principal = current_principal()
         return self._engine.abort(request_id, None if principal.is_admin else principal.tenant)

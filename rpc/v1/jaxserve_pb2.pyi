@@ -120,16 +120,26 @@ class Constraint(_message.Message):
     def __init__(self, json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., grammar: _Optional[str] = ..., choice: _Optional[_Union[Choices, _Mapping]] = ..., json_object: bool = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("logprobs", "prompt_logprobs", "return_text", "return_token_ids")
+    __slots__ = ("logprobs", "prompt_logprobs", "return_text", "return_token_ids", "resumable")
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     RETURN_TEXT_FIELD_NUMBER: _ClassVar[int]
     RETURN_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    RESUMABLE_FIELD_NUMBER: _ClassVar[int]
     logprobs: int
     prompt_logprobs: int
     return_text: bool
     return_token_ids: bool
-    def __init__(self, logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., return_text: bool = ..., return_token_ids: bool = ...) -> None: ...
+    resumable: bool
+    def __init__(self, logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., return_text: bool = ..., return_token_ids: bool = ..., resumable: bool = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("request_id", "from_token")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FROM_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    from_token: int
+    def __init__(self, request_id: _Optional[str] = ..., from_token: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "started", "delta", "finished")

@@ -40,6 +40,11 @@ class InferenceStub(object):
                 request_serializer=rpc_dot_v1_dot_jaxserve__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=rpc_dot_v1_dot_jaxserve__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Attach = channel.unary_stream(
+                '/jaxserve.v1.Inference/Attach',
+                request_serializer=rpc_dot_v1_dot_jaxserve__pb2.AttachRequest.SerializeToString,
+                response_deserializer=rpc_dot_v1_dot_jaxserve__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.GenerateOnce = channel.unary_unary(
                 '/jaxserve.v1.Inference/GenerateOnce',
                 request_serializer=rpc_dot_v1_dot_jaxserve__pb2.GenerateRequest.SerializeToString,
@@ -59,8 +64,19 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Attach(self, request, context):
+        """Takes the stream of a request up again that asked for it (Output.resumable), whether it runs or has ended, while the
+        server keeps it. Gives Started, then each Delta that begins at from_token or later, then every Finished: no token is
+        lost or repeated. A Delta without a token is text that was held back to its sequence's end; it may come again where
+        from_token is the number of all tokens. The reader before, if there still is one, ends with ABORTED. NOT_FOUND: no
+        such stream is kept for the caller. INVALID_ARGUMENT: the stream has not come to from_token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GenerateOnce(self, request, context):
-        """The same, answered in one message when every sequence has ended.
+        """The same as Generate, answered in one message when every sequence has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +88,11 @@ def add_InferenceServicer_to_server(servicer, server):
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=rpc_dot_v1_dot_jaxserve__pb2.GenerateRequest.FromString,
+                    response_serializer=rpc_dot_v1_dot_jaxserve__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Attach': grpc.unary_stream_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=rpc_dot_v1_dot_jaxserve__pb2.AttachRequest.FromString,
                     response_serializer=rpc_dot_v1_dot_jaxserve__pb2.GenerateResponse.SerializeToString,
             ),
             'GenerateOnce': grpc.unary_unary_rpc_method_handler(
@@ -107,6 +128,33 @@ class Inference(object):
             target,
             '/jaxserve.v1.Inference/Generate',
             rpc_dot_v1_dot_jaxserve__pb2.GenerateRequest.SerializeToString,
+            rpc_dot_v1_dot_jaxserve__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/jaxserve.v1.Inference/Attach',
+            rpc_dot_v1_dot_jaxserve__pb2.AttachRequest.SerializeToString,
             rpc_dot_v1_dot_jaxserve__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,

@@ -26,6 +26,7 @@ from jaxserve.request import (
     QueueFull,
     Request,
     Started,
+    StreamNotFound,
     Timings,
     TokenLogprob,
     Usage,
@@ -208,6 +209,9 @@ class ScriptedEngine:
         if request.prompt == "raise":
             raise RuntimeError("a defect")
         return prompt
+
+    def attach(self, request_id: str, from_token: int, tenant: str = "") -> RequestStream:
+        raise StreamNotFound(f"request_id: no stream of {request_id!r} is kept")
 
     def abort(self, request_id: str, tenant: str | None = None) -> bool:
         active = self._active.get(request_id)

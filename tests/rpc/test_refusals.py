@@ -118,7 +118,7 @@ async def test_every_field_of_the_proto_is_read_or_refused() -> None:
         "Sampling": "temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed "
         "logit_bias n",
         "Stopping": "max_tokens min_tokens stop stop_token_ids include_stop ignore_eos",
-        "Output": "logprobs prompt_logprobs return_text return_token_ids",
+        "Output": "logprobs prompt_logprobs resumable return_text return_token_ids",
         "Constraint": "json_schema regex grammar choice json_object",
         "GenerateRequest": "request_id model text token_ids messages sampling stopping constraint output priority "
         "cache_salt",
