@@ -3,6 +3,9 @@
 A call of the benchmark runs several layers in a row, each with a cache of its own, so that a layer's keys and values
 come from memory as they do in a step. The least of the rounds counts.
 
+The implementations are those of the platform that JAX runs on. `of copy` is the rate of reading keys and values over
+the measured bandwidth of a copy: the roofline of a decode step.
+
     python scripts/bench_kernels.py [--implementation cpu_native] [--dtype bfloat16] [--json]
 """
 
@@ -16,6 +19,7 @@ from dataclasses import asdict, dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_checks.roofline import copy_bandwidth
 
 from pallas_kernels import IMPLEMENTATIONS, PagedAttention, select
 
@@ -56,6 +60,12 @@ class Heads:
     q_heads: int
     kv_heads: int
     head_dim: int
+
+
+def platform() -> str:
+    """The platform of this process, a key of `IMPLEMENTATIONS`."""
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend
 
 
 def arguments(case: Case, heads: Heads, dtype: jnp.dtype, attention: PagedAttention, layers: int) -> tuple:
@@ -99,7 +109,7 @@ def chained(attention: PagedAttention, scale: float) -> Callable:
 
 def measure(name: str, case: Case, heads: Heads, dtype: jnp.dtype, rounds: int) -> Timing:
     """Times one case."""
-    attention = select("cpu", name)
+    attention = select(platform(), name)
     live = case.decode_rows * case.decode_context + case.chunk_context * (case.chunk > 0)
     layer_bytes = 2 * live * heads.kv_heads * heads.head_dim * dtype.itemsize
     layers = int(min(30, max(3, WORKING_SET // layer_bytes)))
@@ -127,7 +137,7 @@ def cases() -> list[Case]:
 def main() -> None:
     """Prints a table, then with --json one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--implementation", action="append", choices=list(IMPLEMENTATIONS["cpu"]))
+    parser.add_argument("--implementation", action="append", help="of the platform; by default its first two")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--heads", default="9,3,64", help="q_heads,kv_heads,head_dim")
     parser.add_argument("--rounds", type=int, default=7)
@@ -135,9 +145,12 @@ def main() -> None:
     options = parser.parse_args()
     heads = Heads(*map(int, options.heads.split(",")))
     timings = []
+    named = IMPLEMENTATIONS[platform()]
+    bandwidth = copy_bandwidth(0.5) / 1e9
+    print(f"{jax.devices()[0].device_kind}, copy {bandwidth:.1f} GB/s")
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {options.dtype}, {heads}, jax {jax.__version__}")
-    print(f"{'':12} {'decode rows':>14} {'chunk':>14} {'ms/layer':>9} {'GB/s':>6} {'GFLOP/s':>8}")
-    for name in options.implementation or ["cpu_native", "cpu_xla"]:
+    print(f"{'':12} {'decode rows':>14} {'chunk':>14} {'ms/layer':>9} {'GB/s':>6} {'of copy':>7} {'GFLOP/s':>8}")
+    for name in options.implementation or list(named)[:2]:
         for case in cases():
             timing = measure(name, case, heads, jnp.dtype(options.dtype), options.rounds)
             timings.append(timing)
@@ -145,11 +158,13 @@ def main() -> None:
             chunk = f"{case.chunk} to {case.chunk_context}" if case.chunk else ""
             print(
                 f"{name:12} {decode:>14} {chunk:>14} {timing.milliseconds:9.3f}"
-                f" {timing.gigabytes_per_second:6.1f} {timing.gigaflops:8.1f}",
+                f" {timing.gigabytes_per_second:6.1f} {timing.gigabytes_per_second / bandwidth:7.2f}"
+                f" {timing.gigaflops:8.1f}",
                 flush=True,
             )
     if options.json:
-        print(json.dumps({"dtype": options.dtype, "heads": asdict(heads), "timings": [asdict(t) for t in timings]}))
+        report = {"copy_gb_per_s": bandwidth, "dtype": options.dtype, "heads": asdict(heads)}
+        print(json.dumps(report | {"timings": [asdict(timing) for timing in timings]}))
 
 
 if __name__ == "__main__":
