@@ -71,6 +71,8 @@ def test_the_figures_are_those_of_the_committed_table(compiled: tuple[Cell, dict
     for half in ("decode", "mixed", "choose"):
         for name in ("arguments", "aliased", "cache", "collectives"):
             assert found[half][name] == expected[half][name], (half, name)
-        for name in ("temporaries", "flops", "bytes_accessed"):
-            # Another version of the compiler may fuse a little differently.
-            assert found[half][name] == pytest.approx(expected[half][name], rel=0.1, abs=1 << 20), (half, name)
+        # Other versions of JAX and its compilers fuse differently.
+        held = found["weights"] + found["decode"]["cache"]
+        assert found[half]["temporaries"] == pytest.approx(expected[half]["temporaries"], abs=0.01 * held), half
+        for name in ("flops", "bytes_accessed"):
+            assert found[half][name] == pytest.approx(expected[half][name], rel=0.1), (half, name)
