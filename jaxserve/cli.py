@@ -130,8 +130,10 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from rpc.lifecycle import PortUnavailable
     from rpc.security.config import SecurityConfig
     from rpc.server import ServerConfig, print_report, serve
+    from rpc.tracing import TracingUnavailable
 
     config = _config(arguments, SERVED)
     listening = False
@@ -163,9 +165,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         if listening:
             raise
         raise CommandError(str(error)) from error
-    except RuntimeError as error:
-        if listening:
-            raise
+    except (PortUnavailable, TracingUnavailable) as error:
         raise CommandError(str(error)) from error
 
 

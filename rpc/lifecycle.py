@@ -11,6 +11,10 @@ from rpc.served_engine import ServedEngine
 logger = logging.getLogger(__name__)
 
 
+class PortUnavailable(RuntimeError):
+    """A port to listen on cannot be had: another process has it, or the address is not this machine's."""
+
+
 class State(StrEnum):
     """What a server is doing. The values are those of `GetServerInfoResponse.state`."""
 

@@ -30,7 +30,7 @@ from rpc.control import ControlServicer
 from rpc.http.app import HttpFront, metrics_app
 from rpc.http.listener import HttpListener
 from rpc.jetstream import orchestrator_pb2_grpc
-from rpc.lifecycle import Lifecycle, State
+from rpc.lifecycle import Lifecycle, PortUnavailable, State
 from rpc.malformed import MalformedRequests
 from rpc.metrics import Metrics
 from rpc.open_calls import OpenCalls
@@ -216,7 +216,7 @@ class Server:
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self) -> None:
-        """Binds the ports and answers. Raises RuntimeError where a port cannot be had."""
+        """Binds the ports and answers. Raises PortUnavailable where a port cannot be had."""
         await self.lifecycle.move_to(State.LOADING)
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host  # IPv6
         address, tls = f"{host}:{self.config.port}", self.config.security.tls_files()
@@ -226,7 +226,7 @@ class Server:
             else:
                 self.port = self._server.add_secure_port(address, tls.grpc_credentials())
         except RuntimeError as error:
-            raise RuntimeError(f"{address} cannot be had: {error}") from error
+            raise PortUnavailable(f"{address} cannot be had: {error}") from error
         others = {"http": self.http, "metrics": self.metrics}
         listeners = {name: listener for name, listener in others.items() if listener is not None}
         for listener in listeners.values():
@@ -353,7 +353,7 @@ def serve(
     here with DRAINED, since native code that loads or compiles cannot be stopped.
 
     Raises:
-        RuntimeError: a port cannot be had.
+        PortUnavailable: a port cannot be had.
         ValueError: the address needs keys and TLS, or their files cannot be used.
         Exception: what `engine_factory` raises.
     """

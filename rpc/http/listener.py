@@ -9,6 +9,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from rpc.http.protocol import BoundedProtocol
+from rpc.lifecycle import PortUnavailable
 from rpc.security.tls import TlsFiles
 
 KEEP_ALIVE = 75.0
@@ -49,12 +50,12 @@ class HttpListener:
         return len(self._server.server_state.connections)
 
     async def start(self) -> None:
-        """Binds the port and answers. Raises RuntimeError where the port cannot be had."""
+        """Binds the port and answers. Raises PortUnavailable where the port cannot be had."""
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         try:
             listening = socket.create_server((self._host, self.port), family=family, backlog=1024)
         except OSError as error:
-            raise RuntimeError(f"{self._host}:{self.port} cannot be had: {error.strerror or error}") from error
+            raise PortUnavailable(f"{self._host}:{self.port} cannot be had: {error.strerror or error}") from error
         self.port = listening.getsockname()[1]
         config = self._server.config
         config.load()
