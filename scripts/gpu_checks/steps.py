@@ -67,7 +67,7 @@ def _time(weights, model, attention, rows: int, chunk: int, context: int) -> flo
 
     def step(weights, carry):
         cache, state = carry
-        cache, logits, packed_rows = forward(weights, cache, state, packed)
+        cache, logits, packed_rows, _ = forward(weights, cache, state, packed)
         state, _ = choose(state, logits, packed_rows, allowed)
         return cache, state
 
