@@ -32,6 +32,17 @@ def cpu_seconds(pids: list[int]) -> float:
     return total
 
 
+def resident_bytes(pids: list[int]) -> int:
+    """Memory of processes; what they share counts for each."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in pids)
+
+
+def descriptors(pids: list[int]) -> int:
+    """Open files and sockets of processes."""
+    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+
+
 def machine_seconds() -> float:
     """CPU time that all processes, the kernel and other guests of the host (stolen time) took so far, in seconds."""
     user, nice, system, _idle, _wait, irq, softirq, steal, *_ = map(

@@ -97,6 +97,23 @@ def distributions(file: Path, panels: Mapping[str, Mapping[str, Sequence[float]]
     _save(all_axes[-1], file)
 
 
+def samples_over_time(
+    file: Path, panels: Mapping[str, Sequence[tuple[float, float]]], counted_from: float, title: str
+) -> None:
+    """A panel for each series of (monotonic second, value); grey until what counts begins."""
+    all_axes = _axes(len(panels), title, 2.6 * len(panels) + 0.6)
+    for axes, (label, points) in zip(all_axes, panels.items(), strict=True):
+        origin = points[0][0]
+        axes.axvspan(0, (counted_from - origin) / 60, color=WAITING, alpha=0.5, label="warm-up")
+        axes.plot([(at - origin) / 60 for at, _ in points], [value for _, value in points], color=COLOURS["device"])
+        axes.set_ylabel(label)
+        axes.set_xlim(0, (points[-1][0] - origin) / 60)
+        axes.grid(alpha=0.3)
+    all_axes[0].legend(loc="lower right")
+    all_axes[-1].set_xlabel("minutes")
+    _save(all_axes[-1], file)
+
+
 @dataclass(frozen=True)
 class Bar:
     """One stream over time, in monotonic seconds."""
