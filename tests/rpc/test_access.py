@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import grpc.aio
 import pytest
+from http_serving import http_serving, post
 from scripted_engine import ScriptedEngine, expected_ids
 from serving import PATIENCE, eventually, lent, serving
+from starlette.routing import Route
 
 from jaxserve.request import TenantBusy
 from rpc.client import AsyncClient, Credentials, Forbidden, Unauthenticated
@@ -66,15 +68,15 @@ async def status_of(
     call = channel.stream_stream(path)(metadata=headers)
     try:
         async with asyncio.timeout(patience):
-            await call.write(b"")
-            await call.done_writing()
-            await call.read()
-    except (grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError, grpc.aio.UsageError):
-        pass
-    if not call.done():
+            try:
+                await call.write(b"")
+                await call.done_writing()
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+                pass  # refused before it was written; the status says so
+            return await call.code()
+    except TimeoutError:
         call.cancel()
         return grpc.StatusCode.OK
-    return await call.code()
 
 
 async def test_every_method_is_refused_without_its_key_but_the_documented_probes(keys: Keys, registered: set[str]):
@@ -214,3 +216,23 @@ async def test_a_tenant_is_bounded_and_the_others_go_on(keys: Keys):
             await asyncio.gather(*reading)
             await eventually(lambda: len(engine._requests) == 0)
             assert (await acme.generate_once({"token_ids": [300]}, max_tokens=2)).finish_reason == "length"
+
+
+async def test_every_http_route_is_refused_without_its_key_but_the_health_probe(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch
+):
+    paths = {"/", "/no/such/path", "/v1/models/../completions"}
+    made = Route.__init__
+
+    def note(self: Route, path: str, *arguments: object, **fields: object) -> None:
+        paths.add(path)
+        made(self, path, *arguments, **fields)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Route, "__init__", note)
+    async with http_serving(ScriptedEngine(), keys.config) as (_, address):
+        assert {"/v1/completions", "/v1/chat/completions", "/metrics", "/health"} < paths
+        for path in sorted(paths):
+            for headers in ((), (f"authorization: Bearer {keys.acme}x",), (f"authorization: {keys.acme}",)):
+                status = (await post(address, path, {}, *headers)).status
+                assert (status == 401) is (path not in OPEN_PATHS), (path, headers, status)
+            assert (await post(address, path, {}, f"authorization: Bearer {keys.admin}")).status != 401
