@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from hashlib import blake2b
+from importlib.util import find_spec
 
 from jaxserve.constraint_grammar import grammar_of
 from jaxserve.core_messages import Vocabulary
@@ -57,6 +58,8 @@ class ConstraintChecker:
 
     def grammar(self, constraint: Constraint) -> str:
         """The grammar that the core holds the output to. Raises InvalidRequest naming the field and why."""
+        if find_spec("llguidance") is None:
+            raise InvalidRequest(constraint.kind, "constraints need the package llguidance, which this host lacks")
         grammar = grammar_of(constraint, self._max_bytes)
         digest = blake2b(grammar.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         with self._lock:

@@ -4,8 +4,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llguidance import regex_to_lark
-
 from jaxserve.request import Constraint, InvalidRequest
 from jaxserve.schema_keywords import unsupported_keyword
 
@@ -31,6 +29,8 @@ def grammar_of(constraint: Constraint, max_bytes: int) -> str:
         case "choice":
             return _start(" | ".join(json.dumps(text, ensure_ascii=False) for text in value))
         case "regex":
+            from llguidance import regex_to_lark
+
             return _start(f"/{regex_to_lark(value, '')}/")
         case "json_schema":
             return _json(_checked_schema(value, max_bytes))

@@ -4,11 +4,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-
-from llguidance import LLMatcher, LLTokenizer
+from typing import TYPE_CHECKING
 
 from jaxserve.core_messages import Vocabulary
-from jaxserve.matching import build_vocabulary, compile_grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 _KEPT = 64
 """Compiled grammars that are kept for requests to come: tens of KiB each, most of them."""
@@ -19,7 +20,7 @@ class Compiled:
     """A command to the loop: a request's grammar is compiled, or, if the future has an exception, cannot be."""
 
     handle: int
-    matcher: Future[LLMatcher]
+    matcher: "Future[LLMatcher]"
 
 
 class GrammarCompiler:
@@ -52,9 +53,13 @@ class GrammarCompiler:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _learn(self, vocabulary: Vocabulary) -> None:
+        from jaxserve.matching import build_vocabulary  # only here is llguidance needed
+
         self._vocabulary = build_vocabulary(vocabulary.tokens, vocabulary.special_ids, vocabulary.eos_ids)
 
-    def _matcher(self, grammar: str) -> LLMatcher:
+    def _matcher(self, grammar: str) -> "LLMatcher":
+        from jaxserve.matching import compile_grammar
+
         assert self._vocabulary is not None, "the vocabulary comes first"
         matcher = self._grammars.pop(grammar, None) or compile_grammar(self._vocabulary, grammar)
         self._grammars[grammar] = matcher

@@ -9,14 +9,17 @@ import logging
 import time
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher
-from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from jaxserve.core_messages import Submit
 from jaxserve.request import FinishReason
 from jaxserve.sequence import COMPLETED, EMITTED, FAILED, STOPPED, StepPlan, StepResults
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ class _Held:
     """A request that is held to a grammar."""
 
     submit: Submit
-    matcher: LLMatcher
+    matcher: "LLMatcher"
     never: list[int]
     """End-of-sequence ids that do not end the request, and so may not be chosen."""
 
@@ -48,12 +51,17 @@ class TokenMasks:
     def __init__(self, vocab_size: int, eos_ids: Rows[int]):
         self._eos_ids = eos_ids
         self._words = -(-vocab_size // 32)
-        self._executor = LLExecutor()
         self._held: dict[int, _Held] = {}
         self._is_slow = False
         """Whether some mask of the last step took so long that each is to be timed."""
 
-    def start(self, submit: Submit, matcher: LLMatcher) -> None:
+    @cached_property
+    def _executor(self) -> "LLExecutor":
+        from llguidance import LLExecutor  # not before a request needs it: a host may lack the package
+
+        return LLExecutor()
+
+    def start(self, submit: Submit, matcher: "LLMatcher") -> None:
         """Holds a request to a grammar, from its first token on."""
         never = [id for id in self._eos_ids if id not in submit.stop_ids]
         self._held[submit.handle] = _Held(submit, matcher, never)
@@ -111,6 +119,8 @@ class TokenMasks:
     def _compute(self, held: Rows[tuple[_Held, int]], masks: np.ndarray) -> list[Ending]:
         if self._is_slow:
             return self._compute_timed(held, masks)
+        from llguidance.numpy import fill_next_token_bitmask_par
+
         began = time.monotonic()
         fill_next_token_bitmask_par(self._executor, [(one.matcher, row) for one, row in held], masks)
         self._is_slow = time.monotonic() - began > MASK_SECONDS
@@ -118,6 +128,8 @@ class TokenMasks:
 
     def _compute_timed(self, held: Rows[tuple[_Held, int]], masks: np.ndarray) -> list[Ending]:
         """One after another, so that it is seen whose mask takes so long; that request ends."""
+        from llguidance.numpy import fill_next_token_bitmask
+
         self._is_slow = False
         endings: list[Ending] = []
         for one, row in held:
@@ -130,7 +142,7 @@ class TokenMasks:
         return endings
 
 
-def _failure(handle: int, matcher: LLMatcher) -> Ending:
+def _failure(handle: int, matcher: "LLMatcher") -> Ending:
     error = matcher.get_error().partition("\n")[0]
     return handle, FinishReason.ERROR, f"the constraint cannot be followed further: {error}"
 
