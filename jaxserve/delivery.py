@@ -19,6 +19,7 @@ from jaxserve.core_messages import (
     Gauges,
     Profiled,
     SequenceOutput,
+    Shutdown,
     StepOutput,
     StepRecord,
     TokenLogprobs,
@@ -79,6 +80,14 @@ class Delivery:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._deliver_all()
+        except Exception as error:
+            log.exception("delivery failed")
+            self._core.send(Shutdown())
+            self._fail(f"delivery failed: {error!r}")
+
+    def _deliver_all(self) -> None:
         while (message := self._core.receive()) is not None:
             touched: list[RequestStream | ResumableStream] = []
             match message:
@@ -90,12 +99,18 @@ class Delivery:
                     # A sequence may be gone: a stop string ended it, and the core had not heard of that yet.
                     for handle, token in zip(handles, tokens, strict=True):
                         if (sequence := self._requests.get(handle)) is not None:
-                            self._push(sequence, [token], None)
                             touched.append(sequence.of.stream)
+                            try:
+                                self._push(sequence, [token], None)
+                            except Exception as error:
+                                self._fail_alone(sequence, error)
                     for output in outputs:
                         if (sequence := self._requests.get(output.handle)) is not None:
-                            self._deliver(sequence, output)
                             touched.append(sequence.of.stream)
+                            try:
+                                self._deliver(sequence, output)
+                            except Exception as error:
+                                self._fail_alone(sequence, error)
                     _wake(touched)
                     self._kept.sweep(SWEEP_INTERVAL)
                 case Profiled():
@@ -174,6 +189,13 @@ class Delivery:
         finished = Finished(request_id, sequence.index, reason, usage, timings, matched_stop, error)
         self.statistics.on_finish(sequence.handle, finished)
         active.stream.finish(finished)
+
+    def _fail_alone(self, sequence: ActiveSequence, error: Exception) -> None:
+        """Ends a sequence that cannot be delivered, for want of memory say; the others know nothing of it."""
+        log.error("delivery failed", exc_info=error, extra={"request_id": sequence.of.request.request_id})
+        self._core.send(Abort(sequence.handle))
+        if self._requests.get(sequence.handle) is not None:
+            self._finish(sequence, FinishReason.ERROR, sequence.tokens, error=f"delivery failed: {error!r}")
 
     def _fail(self, error: str) -> None:
         """Ends every request in flight: the core is gone."""

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from jaxserve.core import MAX_RESTARTS
 from jaxserve.engine import Engine, collect
 from jaxserve.request import EngineUnavailable, Request, SamplingParams, StoppingParams
+from jaxserve.text_stream import TextStream
 
 FAMILY = Path(__file__).parents[1] / "fixtures" / "families" / "llama2"
 POISON = 77
@@ -114,3 +115,25 @@ def test_a_killed_engine_process_ends_every_stream():
         assert not engine.is_healthy
     finally:
         engine.shutdown()
+
+
+def test_a_request_that_cannot_be_delivered_ends_alone(monkeypatch: pytest.MonkeyPatch):
+    with Engine(simulated_step_ms=0.5, slots=4, max_context=256) as engine:
+        expected = [completion.token_ids for completion in engine.generate(requests(3))]
+        push, left = TextStream.push, 5
+
+        def starved(self: TextStream, token_ids: list[int]):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise MemoryError("injected")
+            return push(self, token_ids)
+
+        monkeypatch.setattr(TextStream, "push", starved)
+        completions = [collect(stream) for stream in [engine.submit(request) for request in requests(3)]]
+        failed = [completion for completion in completions if completion.finish_reason == "error"]
+        assert len(failed) == 1 and "injected" in (failed[0].error or "")
+        for completion, tokens in zip(completions, expected, strict=True):
+            assert completion.finish_reason == "error" or completion.token_ids == tokens
+        assert [completion.token_ids for completion in engine.generate(requests(3))] == expected
+        assert engine.is_healthy
