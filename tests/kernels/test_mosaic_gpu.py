@@ -18,6 +18,10 @@ from paged_sequences import PagedSequences, Shape, TokenRange, bits, relative_er
 from pallas_kernels.mosaic_gpu import MosaicGpuPagedAttention, chunk
 from pallas_kernels.mosaic_gpu.ring import Ring
 
+pytestmark = pytest.mark.interpreted_gpu
+"""The interpreter runs programs from within a program; with as many threads as two cores give, other programs of the
+process beside it can leave it none: `scripts/test --interpret-gpu` gives it a process and threads of its own."""
+
 TOLERANCE = 1e-2
 INTERPRETED = MosaicGpuPagedAttention(interpret=plgpu.InterpretGPUParams(detect_races=True), blocks=3)
 SHAPES = {
