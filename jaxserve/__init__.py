@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxserve.config import EngineConfig
     from jaxserve.engine import Engine
-    from jaxserve.request import Completion, Delta, Finished, Request, SamplingParams, Started, StoppingParams
+    from jaxserve.events import Completion, Delta, Finished, Started
+    from jaxserve.request import Request, SamplingParams, StoppingParams
 
 _HOMES = {
     "Engine": "jaxserve.engine",
     "EngineConfig": "jaxserve.config",
-    **dict.fromkeys(
-        ("Completion", "Delta", "Finished", "Request", "SamplingParams", "Started", "StoppingParams"),
-        "jaxserve.request",
-    ),
+    **dict.fromkeys(("Completion", "Delta", "Finished", "Started"), "jaxserve.events"),
+    **dict.fromkeys(("Request", "SamplingParams", "StoppingParams"), "jaxserve.request"),
 }
 
 __all__ = [

@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxserve import garbage_collection
 from jaxserve.commands.options import METAVARS, add_field_options, engine_config, given_fields, source_fields
 from jaxserve.commands.start import CommandError, ExitStatus, start_engine
 from jaxserve.config import EngineConfig
+from jaxserve.core import garbage_collection
 from jaxserve.log import configure_logging
 from jaxserve.request import SamplingParams, StoppingParams
 
@@ -292,7 +292,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 
 
 def _profile(arguments: argparse.Namespace) -> int:
-    from jaxserve.request import RequestError
+    from jaxserve.request_errors import RequestError
     from rpc.client import Client, Credentials, RpcFailed
 
     try:
@@ -320,7 +320,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    from jaxserve.devices import DEVICES
+    from jaxserve.device.devices import DEVICES
 
     parser.add_argument(
         "--model",
@@ -350,7 +350,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from jaxserve.commands.plan import plan, plan_text
-    from jaxserve.devices import parse_device
+    from jaxserve.device.devices import parse_device
 
     arguments.max_context = arguments.context
     config = _config(arguments)

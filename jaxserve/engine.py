@@ -1,6 +1,6 @@
 """The engine as its users see it: requests in, streams of events out.
 
-The core (a thread or a process, see `core_client`) runs the step loop. Here, requests are validated and tokenized on
+The core (a thread or a process, see `core.client`) runs the step loop. Here, requests are validated and tokenized on
 the caller's thread; `delivery` turns each step's tokens into the events of the requests' own streams.
 """
 
@@ -13,23 +13,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
-from jaxserve.active_requests import ActiveRequest, ActiveRequests
-from jaxserve.admission import Admission
 from jaxserve.checkpoints import describe_model
-from jaxserve.completion import collect
 from jaxserve.config import EngineConfig
-from jaxserve.constraint_check import ConstraintChecker, ConstraintLimits
-from jaxserve.core_client import start_core
-from jaxserve.core_messages import Abort, Failed, Gauges, Profile, Progress, Ready, Shutdown, StepRecord, Vocabulary
-from jaxserve.delivery import Delivery
-from jaxserve.profiling import MAX_SECONDS
-from jaxserve.request import Completion, Delta, EngineUnavailable, Finished, InvalidRequest, Request, RequestError
-from jaxserve.request_stream import RequestStream
-from jaxserve.resumable_stream import ResumableStream, ResumableStreams, StreamReader
-from jaxserve.statistics import Statistics
-from jaxserve.text_stream import TextStream
-from jaxserve.tokenizer import Tokenizer
-from jaxserve.watchdog import Watchdog
+from jaxserve.constraints.check import ConstraintChecker, ConstraintLimits
+from jaxserve.core.client import start_core
+from jaxserve.core.messages import Abort, Failed, Gauges, Profile, Progress, Ready, Shutdown, StepRecord, Vocabulary
+from jaxserve.core.profiling import MAX_SECONDS
+from jaxserve.core.watchdog import Watchdog
+from jaxserve.events import Completion, Delta, Finished
+from jaxserve.front.active_requests import ActiveRequest, ActiveRequests
+from jaxserve.front.admission import Admission
+from jaxserve.front.completion import collect
+from jaxserve.front.delivery import Delivery
+from jaxserve.front.request_stream import RequestStream
+from jaxserve.front.resumable_stream import ResumableStream, ResumableStreams, StreamReader
+from jaxserve.front.statistics import Statistics
+from jaxserve.request import Request
+from jaxserve.request_errors import EngineUnavailable, InvalidRequest, RequestError
+from jaxserve.tokenizing.text_stream import TextStream
+from jaxserve.tokenizing.tokenizer import Tokenizer
 
 ProgressCallback = Callable[[str, float | None], None]
 """Told what is being done and the fraction done, 0..1 or None."""

@@ -10,8 +10,10 @@ from functools import partial
 
 import grpc.aio
 
+from jaxserve.events import Event, Finished, FinishReason
 from jaxserve.log import set_request_id
-from jaxserve.request import EngineUnavailable, Event, Finished, FinishReason, QueueFull, Request
+from jaxserve.request import Request
+from jaxserve.request_errors import EngineUnavailable, QueueFull
 from rpc import errors
 from rpc.lifecycle import Lifecycle, State
 from rpc.open_calls import OpenCall, OpenCalls

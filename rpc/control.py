@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import grpc.aio
 
 from jaxserve import request as limits
-from jaxserve.request import InvalidRequest
+from jaxserve.request_errors import InvalidRequest
 from rpc import errors
 from rpc.convert import messages_from_proto
 from rpc.lifecycle import Lifecycle

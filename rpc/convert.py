@@ -8,24 +8,20 @@ from collections.abc import Callable, Sequence
 
 from google.protobuf.message import Message
 
-from jaxserve.request import (
+from jaxserve.events import (
     Completion,
-    Constraint,
     Delta,
     Event,
     Finished,
     FinishReason,
-    InvalidRequest,
     Output,
-    OutputParams,
-    Request,
-    SamplingParams,
     Started,
-    StoppingParams,
     Timings,
     TokenLogprob,
     Usage,
 )
+from jaxserve.request import Constraint, OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request_errors import InvalidRequest
 from rpc.v1 import jaxserve_pb2 as pb
 
 _SAMPLING_SCALARS = (

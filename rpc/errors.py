@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from jaxserve.request import (
+from jaxserve.request_errors import (
     DuplicateRequestId,
     EngineUnavailable,
     InvalidRequest,

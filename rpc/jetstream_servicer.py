@@ -5,16 +5,9 @@ from collections.abc import Awaitable
 
 import grpc.aio
 
-from jaxserve.request import (
-    Delta,
-    Event,
-    Finished,
-    InvalidRequest,
-    OutputParams,
-    Request,
-    SamplingParams,
-    StoppingParams,
-)
+from jaxserve.events import Delta, Event, Finished
+from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request_errors import InvalidRequest
 from rpc import errors
 from rpc.call_runner import CallRunner
 from rpc.jetstream import orchestrator_pb2 as pb

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from grpc_health.v1 import health, health_pb2
 
-from jaxserve.request import EngineUnavailable
+from jaxserve.request_errors import EngineUnavailable
 from rpc.served_engine import ServedEngine
 
 logger = logging.getLogger(__name__)

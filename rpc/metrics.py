@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from jaxserve.core_messages import StepRecord
-from jaxserve.statistics import Distribution, device_idle_ratio
+from jaxserve.core.messages import StepRecord
+from jaxserve.front.statistics import Distribution, device_idle_ratio
 from rpc.lifecycle import Lifecycle
 from rpc.served_engine import ServedEngine
 

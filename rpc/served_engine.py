@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from jaxserve.config import EngineConfig
-from jaxserve.core_messages import StepRecord
-from jaxserve.request import Event, Request
-from jaxserve.statistics import Statistics
+from jaxserve.core.messages import StepRecord
+from jaxserve.events import Event
+from jaxserve.front.statistics import Statistics
+from jaxserve.request import Request
 
 
 class EventStream(Protocol):

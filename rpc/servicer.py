@@ -5,7 +5,7 @@ from functools import partial
 
 import grpc.aio
 
-from jaxserve.completion import CompletionBuilder
+from jaxserve.front.completion import CompletionBuilder
 from rpc import errors
 from rpc.call_runner import CallRunner
 from rpc.convert import completion_to_proto, event_to_proto, request_from_proto

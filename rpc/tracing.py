@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, cast
 import grpc
 import grpc.aio
 
-from jaxserve.request import Event, Finished, FinishReason, Request
+from jaxserve.events import Event, Finished, FinishReason
+from jaxserve.request import Request
 from rpc.served_engine import EventStream, ServedEngine
 
 if TYPE_CHECKING:

@@ -14,20 +14,9 @@ from dataclasses import dataclass, field
 from google.protobuf.message import Message
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
-from jaxserve.request import (
-    Constraint,
-    Delta,
-    Event,
-    Finished,
-    FinishReason,
-    InvalidRequest,
-    OutputParams,
-    Request,
-    SamplingParams,
-    Started,
-    StoppingParams,
-    TokenLogprob,
-)
+from jaxserve.events import Delta, Event, Finished, FinishReason, Started, TokenLogprob
+from jaxserve.request import Constraint, OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request_errors import InvalidRequest
 
 _REQUEST_FIELDS = frozenset(("request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"))
 _SAMPLING_FIELDS = frozenset(

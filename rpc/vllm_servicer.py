@@ -16,7 +16,7 @@ import grpc.aio
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
-from jaxserve.request import Event
+from jaxserve.events import Event
 from rpc import errors
 from rpc.call_runner import CallRunner
 from rpc.control import installed_version

@@ -27,7 +27,7 @@ from bench_offline import make_requests, median_interval
 from benchmarks.engine_arguments import add_engine_arguments, add_run_arguments, engine_config
 
 from jaxserve import Engine
-from jaxserve.core_messages import StepRecord
+from jaxserve.core.messages import StepRecord
 from jaxserve.request import Constraint, Request, SamplingParams
 
 PERSON = {

@@ -22,7 +22,7 @@ from benchmarks.engine_arguments import add_engine_arguments, add_run_arguments,
 from benchmarks.matmul_floor import MatmulFloor
 
 from jaxserve import Engine
-from jaxserve.core_messages import StepRecord
+from jaxserve.core.messages import StepRecord
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 
 

@@ -40,8 +40,9 @@ from benchmarks.neighbours import SHORT_LEN, Neighbourhood
 from benchmarks.plots import require_plots
 from benchmarks.summary import Figure, median_of, percentile, percentiles, report, rounded
 
-from jaxserve import Engine, garbage_collection
-from jaxserve.core_messages import StepRecord
+from jaxserve import Engine
+from jaxserve.core import garbage_collection
+from jaxserve.core.messages import StepRecord
 
 LEAST_HIDEABLE = 0.01
 """Part of a synchronous step below which the host's time is noise, and how much of it is hidden cannot be said."""

@@ -41,7 +41,7 @@ from benchmarks.workers import Worker, python_module
 from benchmarks.workload import random_prompts, random_texts
 
 from jaxserve.checkpoints import describe_model
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizing.tokenizer import Tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:

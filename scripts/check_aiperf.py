@@ -25,7 +25,7 @@ from benchmarks.engine_arguments import add_engine_arguments, engine_config
 from benchmarks.server import ServerProcess
 
 from jaxserve.checkpoints import describe_model
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizing.tokenizer import Tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from jaxserve.request import Finished
+from jaxserve.events import Finished
 from rpc.client import AsyncClient
 
 CHATS: tuple[tuple[str, int], ...] = (

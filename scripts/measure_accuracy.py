@@ -23,7 +23,7 @@ from jaxtyping import Array, Float32, Int32
 from jaxserve.checkpoints import describe_model, load_model
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Quantization
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizing.tokenizer import Tokenizer
 
 FORMS: tuple[tuple[str, Quantization], ...] = (
     ("float32", "none"),

@@ -3,10 +3,10 @@
 import hashlib
 from collections import deque
 
-from jaxserve.batch import Packer
-from jaxserve.core_messages import SequenceOutput, Submit
-from jaxserve.scheduler import Scheduler
-from jaxserve.sequence import EMITTED, FAILED, STOPPED, StepPlan, StepResults
+from jaxserve.core.messages import SequenceOutput, Submit
+from jaxserve.device.batch import Packer
+from jaxserve.scheduling.scheduler import Scheduler
+from jaxserve.scheduling.sequence import EMITTED, FAILED, STOPPED, StepPlan, StepResults
 
 
 def submit(handle: int, prompt: int = 5, output: int = 8, **fields) -> Submit:

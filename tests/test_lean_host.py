@@ -13,7 +13,7 @@ for name in ("llguidance", "starlette", "uvicorn", "prometheus_client", "smg_grp
     sys.modules[name] = None  # as if it were not installed
 
 from jaxserve import Engine
-from jaxserve.request import InvalidRequest
+from jaxserve.request_errors import InvalidRequest
 
 with Engine(model=sys.argv[1], slots=2, max_context=64) as engine:
     print(engine.generate([{"token_ids": [5, 6], "max_tokens": 4, "ignore_eos": True}])[0].finish_reason)

@@ -7,9 +7,9 @@ from typing import Any
 
 from jaxserve.checkpoints import registry
 from jaxserve.checkpoints.gguf import open_gguf
-from jaxserve.token_bytes import byte_alphabet
-from jaxserve.tokenizer import Tokenizer
-from jaxserve.tokenizer_source import GGUFTokenizer, TokenizerSource
+from jaxserve.tokenizing.token_bytes import byte_alphabet
+from jaxserve.tokenizing.tokenizer import Tokenizer
+from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer, TokenizerSource
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -11,12 +11,12 @@ from jaxserve.checkpoints.folder import parse_json, read_json
 from jaxserve.checkpoints.huggingface import open_huggingface
 from jaxserve.checkpoints.parameters import Progress, load_params
 from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError
+from jaxserve.device.sharding import Placement
 from jaxserve.models.config import ModelConfig, UnsupportedModel
 from jaxserve.models.huggingface_config import from_hf_config
 from jaxserve.models.layers import Quantization
 from jaxserve.models.published import PUBLISHED
-from jaxserve.sharding import Placement
-from jaxserve.tokenizer_source import TokenizerSource
+from jaxserve.tokenizing.tokenizer_source import TokenizerSource
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxserve.models.config import (
     RopeScaling,
     UnsupportedModel,
 )
-from jaxserve.tokenizer_source import GGUFTokenizer, TokenizerSource
+from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer, TokenizerSource
 
 TYPES = tuple(
     kind

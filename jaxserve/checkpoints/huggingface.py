@@ -11,7 +11,7 @@ from jaxserve.checkpoints.safetensors import read_safetensors
 from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError, StoredTensor
 from jaxserve.models.config import ModelConfig, UnsupportedModel
 from jaxserve.models.huggingface_config import from_hf_config
-from jaxserve.tokenizer_source import HuggingFaceTokenizer, TokenizerSource
+from jaxserve.tokenizing.tokenizer_source import HuggingFaceTokenizer, TokenizerSource
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

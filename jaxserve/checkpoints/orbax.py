@@ -19,13 +19,13 @@ from flax import nnx
 from jaxserve.checkpoints.folder import NATIVE_DESCRIPTION as DESCRIPTION
 from jaxserve.checkpoints.folder import read_json, read_text
 from jaxserve.checkpoints.tensors import CheckpointError
+from jaxserve.device.sharding import Placement, in_shard_order
 from jaxserve.models.config import ModelConfig, UnsupportedModel
 from jaxserve.models.layers import Quantization
 from jaxserve.models.llama import abstract_llama
 from jaxserve.models.parameters import named_parameters, with_values
 from jaxserve.models.quantize import quantize_params
-from jaxserve.sharding import Placement, in_shard_order
-from jaxserve.tokenizer_source import GGUFTokenizer, HuggingFaceTokenizer, TokenizerSource
+from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer, HuggingFaceTokenizer, TokenizerSource
 
 _VERSION = 1
 _PARAMS = "params"

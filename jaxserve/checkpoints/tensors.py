@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.tokenizer_source import TokenizerSource
+from jaxserve.tokenizing.tokenizer_source import TokenizerSource
 
 
 class CheckpointError(ValueError):

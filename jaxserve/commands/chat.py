@@ -6,21 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
 from jaxserve.commands.start import CommandError, ExitStatus
-from jaxserve.request import (
-    Delta,
-    Finished,
-    FinishReason,
-    InvalidRequest,
-    Request,
-    RequestError,
-    SamplingParams,
-    StoppingParams,
-)
+from jaxserve.events import Delta, Finished, FinishReason
+from jaxserve.request import Request, SamplingParams, StoppingParams
+from jaxserve.request_errors import InvalidRequest, RequestError
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
-    from jaxserve.request_stream import RequestStream
-    from jaxserve.resumable_stream import StreamReader
+    from jaxserve.front.request_stream import RequestStream
+    from jaxserve.front.resumable_stream import StreamReader
 
 PROMPT = "> "
 HELP = "Ctrl-C ends an answer, /clear starts over, Ctrl-D leaves."

@@ -14,21 +14,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from jaxserve.commands.start import CommandError, ExitStatus
-from jaxserve.completion import CompletionBuilder
-from jaxserve.request import (
-    Completion,
-    FinishReason,
-    InvalidRequest,
-    Output,
-    Request,
-    RequestError,
-    TokenLogprob,
-)
+from jaxserve.events import Completion, FinishReason, Output, TokenLogprob
+from jaxserve.front.completion import CompletionBuilder
+from jaxserve.request import Request
+from jaxserve.request_errors import InvalidRequest, RequestError
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
-    from jaxserve.request_stream import RequestStream
-    from jaxserve.resumable_stream import StreamReader
+    from jaxserve.front.request_stream import RequestStream
+    from jaxserve.front.resumable_stream import StreamReader
 
 READ_AHEAD = 64
 """Lines read before there is room for their requests."""

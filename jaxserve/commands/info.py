@@ -10,14 +10,14 @@ from jaxserve.config import EngineConfig
 def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
     """The model's configuration, its tokenizer, and sizes under `config`. No weights are read. Raises CommandError."""
     with model_errors():
-        from jaxserve.allocation import allocate, device_limit
         from jaxserve.checkpoints import describe_model
-        from jaxserve.kv_cache import cache_dtype, page_bytes
+        from jaxserve.device.allocation import allocate, device_limit
+        from jaxserve.device.kv_cache import cache_dtype, page_bytes
+        from jaxserve.device.roofline import model_cost
+        from jaxserve.device.sharding import Placement
         from jaxserve.models.llama import abstract_llama
         from jaxserve.models.parameters import named_parameters
-        from jaxserve.roofline import model_cost
-        from jaxserve.sharding import Placement
-        from jaxserve.tokenizer import Tokenizer
+        from jaxserve.tokenizing.tokenizer import Tokenizer
         from pallas_kernels import AttentionNeeds, select
 
         model, source = describe_model(config.model)

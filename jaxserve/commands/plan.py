@@ -3,13 +3,13 @@
 from dataclasses import asdict, replace
 from typing import Any
 
-from jaxserve.allocation import AllocationError, allocate, full_context
 from jaxserve.commands.start import CommandError, model_errors
 from jaxserve.config import EngineConfig
-from jaxserve.devices import DEVICES, Device
-from jaxserve.kv_cache import cache_dtype, page_bytes
+from jaxserve.device.allocation import AllocationError, allocate, full_context
+from jaxserve.device.devices import DEVICES, Device
+from jaxserve.device.kv_cache import cache_dtype, page_bytes
+from jaxserve.device.roofline import ModelCost, model_cost
 from jaxserve.models.config import ModelConfig
-from jaxserve.roofline import ModelCost, model_cost
 from pallas_kernels import AttentionNeeds, PagedAttention, select
 
 Plan = dict[str, Any]
@@ -75,7 +75,7 @@ def _fits(model: ModelConfig, config: EngineConfig, device: Device) -> bool:
 
 
 def _check_shares(model: ModelConfig, tensor_parallel: int) -> None:
-    from jaxserve.sharding import PlacementError, check_shares
+    from jaxserve.device.sharding import PlacementError, check_shares
 
     try:
         check_shares(model, tensor_parallel)
@@ -188,7 +188,7 @@ def compiled_steps(model: ModelConfig, config: EngineConfig, device: Device, num
     CommandError where there is no compiler for the device."""
     import jax
 
-    from jaxserve.ahead_of_time import CannotCompile, choose_figures, forward_figures, placement_on
+    from jaxserve.device.ahead_of_time import CannotCompile, choose_figures, forward_figures, placement_on
 
     jax.config.update("jax_platforms", "cpu")  # or the compilers' plugins look for devices
     config = replace(config, max_context=full_context(model, config))

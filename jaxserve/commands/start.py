@@ -35,12 +35,12 @@ class CommandError(Exception):
 @contextmanager
 def model_errors() -> Iterator[None]:
     """Turns what is wrong with a model or its configuration into a CommandError."""
-    from jaxserve.allocation import AllocationError
     from jaxserve.checkpoints import CheckpointError
+    from jaxserve.device.allocation import AllocationError
+    from jaxserve.device.sharding import PlacementError
     from jaxserve.engine import EngineStartError
     from jaxserve.models.config import UnsupportedModel
-    from jaxserve.sharding import PlacementError
-    from jaxserve.token_bytes import TokenizerError
+    from jaxserve.tokenizing.token_bytes import TokenizerError
 
     try:
         yield

@@ -12,7 +12,8 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxserve.request import Completion, Delta, EngineUnavailable, Event, Finished, Started
+from jaxserve.events import Completion, Delta, Event, Finished, Started
+from jaxserve.request_errors import EngineUnavailable
 from rpc.client.calls import (
     DEFAULT_ADDRESS,
     NOTHING_SHOWN,

@@ -8,7 +8,8 @@ from typing import Self, cast
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxserve.request import Completion, Delta, EngineUnavailable, Event
+from jaxserve.events import Completion, Delta, Event
+from jaxserve.request_errors import EngineUnavailable
 from rpc.client.calls import (
     DEFAULT_ADDRESS,
     NOTHING_SHOWN,

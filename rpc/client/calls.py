@@ -10,7 +10,9 @@ from typing import cast
 import grpc
 import grpc.aio
 
-from jaxserve.request import Event, Finished, InvalidRequest, Request, Started
+from jaxserve.events import Event, Finished, Started
+from jaxserve.request import Request
+from jaxserve.request_errors import InvalidRequest
 from rpc.convert import request_to_proto
 from rpc.errors import error_of
 from rpc.v1 import jaxserve_pb2 as pb

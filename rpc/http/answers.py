@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jaxserve.request import Delta, Finished, FinishReason, TokenLogprob
+from jaxserve.events import Delta, Finished, FinishReason, TokenLogprob
 from rpc.http.schema import Asked
 from rpc.http.tools import ToolCall, ToolCallReader
 from rpc.served_engine import TextTokenizer

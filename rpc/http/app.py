@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.log import set_request_id
-from jaxserve.request import RequestError
+from jaxserve.request_errors import RequestError
 from rpc.call_runner import CallRunner
 from rpc.control import installed_version
 from rpc.http.answers import Answer, CompletionAnswer

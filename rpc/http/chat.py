@@ -5,7 +5,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from jaxserve.request import InvalidRequest, Request, TokenLogprob
+from jaxserve.events import TokenLogprob
+from jaxserve.request import Request
+from jaxserve.request_errors import InvalidRequest
 from rpc.http.answers import LEAST_LOGPROB, Answer, Choice
 from rpc.http.schema import (
     CHAT_WITHOUT_EFFECT,

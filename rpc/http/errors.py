@@ -7,13 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.responses import Response
 
-from jaxserve.request import (
-    DuplicateRequestId,
-    EngineUnavailable,
-    InvalidRequest,
-    ModelNotFound,
-    QueueFull,
-)
+from jaxserve.request_errors import DuplicateRequestId, EngineUnavailable, InvalidRequest, ModelNotFound, QueueFull
 from rpc.errors import DeadlineExceeded, RequestFailed, clipped
 from rpc.security.principal import Forbidden, Unauthenticated
 

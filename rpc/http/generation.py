@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from starlette.types import Receive, Send
 
-from jaxserve.request import Delta, Finished
+from jaxserve.events import Delta, Finished
 from rpc.call_runner import CallRunner, worse
 from rpc.errors import RequestFailed
 from rpc.http.answers import Answer

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
-from jaxserve.core_messages import StepRecord
-from jaxserve.statistics import Distribution, device_idle_ratio
+from jaxserve.core.messages import StepRecord
+from jaxserve.front.statistics import Distribution, device_idle_ratio
 from rpc.http.errors import HttpError
 from rpc.lifecycle import Lifecycle, State
 from rpc.served_engine import ServedEngine

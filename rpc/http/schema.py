@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from jaxserve.request import Constraint, InvalidRequest, OutputParams, Request
+from jaxserve.request import Constraint, OutputParams, Request
+from jaxserve.request_errors import InvalidRequest
 from rpc.served_engine import ServedEngine
 
 if TYPE_CHECKING:

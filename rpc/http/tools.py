@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from jaxserve.request import InvalidRequest
+from jaxserve.request_errors import InvalidRequest
 from rpc.http.schema import Fields
 
 MAX_TOOLS = 128

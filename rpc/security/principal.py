@@ -3,7 +3,7 @@
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from jaxserve.request import RequestError
+from jaxserve.request_errors import RequestError
 
 
 class Unauthenticated(RequestError):

@@ -10,7 +10,7 @@ from benchmarks.latency import StreamTimes, follow
 from benchmarks.steps import Interval
 from benchmarks.workload import greedy_request, random_prompts
 from jaxserve import Engine
-from jaxserve.core_messages import StepRecord
+from jaxserve.core.messages import StepRecord
 from jaxserve.request import Request
 
 PROMPT_LEN = 16

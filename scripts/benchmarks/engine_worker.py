@@ -20,7 +20,7 @@ from itertools import pairwise
 from benchmarks.latency import closed_loop
 from benchmarks.workload import greedy_request
 from jaxserve import Engine, EngineConfig
-from jaxserve.core_messages import StepRecord
+from jaxserve.core.messages import StepRecord
 
 
 def decode_seconds(records: Sequence[StepRecord], sequences: int) -> tuple[int, float]:

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequen
 from dataclasses import dataclass, field
 
 from benchmarks.summary import percentiles
-from jaxserve.request import Delta, Event, Finished, Request
+from jaxserve.events import Delta, Event, Finished
+from jaxserve.request import Request
 
 
 @dataclass

@@ -7,7 +7,7 @@ import time
 from benchmarks.latency import follow
 from benchmarks.workload import greedy_request, random_prompts
 from jaxserve import Engine
-from jaxserve.request import Delta
+from jaxserve.events import Delta
 
 PROMPT_LEN = 16
 SHORT_LEN = 16

@@ -19,7 +19,8 @@ from dataclasses import replace
 from benchmarks.latency import at_times, closed_loop, follow, poisson_times
 from benchmarks.load.targets import Address, Target, connect
 from benchmarks.workload import greedy_request
-from jaxserve.request import Event, Request
+from jaxserve.events import Event
+from jaxserve.request import Request
 
 
 def request_of(load: dict, prompt: str | list[int]) -> Request:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from jaxserve.core_messages import StepRecord
+from jaxserve.core.messages import StepRecord
 
 Interval = tuple[float, float]
 """Start and end, in seconds."""

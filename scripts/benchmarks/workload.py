@@ -3,7 +3,7 @@
 import random
 
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizing.tokenizer import Tokenizer
 
 FIRST_TEXT_ID = 17
 """Token ids below this are special in SmolLM2."""

@@ -7,13 +7,13 @@ import numpy as np
 from gpu_checks import roofline
 from gpu_checks.random_model import LLAMA_8B, TINY, random_weights
 from gpu_checks.timing import seconds_per_call
-from jaxserve.batch import ROW_COLUMNS, Column, Upload
 from jaxserve.config import EngineConfig
-from jaxserve.decode_state import DecodeState
-from jaxserve.kv_cache import KVCache
-from jaxserve.lowering import StepInputs
-from jaxserve.sharding import Placement
-from jaxserve.step import choose, make_forward
+from jaxserve.device.batch import ROW_COLUMNS, Column, Upload
+from jaxserve.device.decode_state import DecodeState
+from jaxserve.device.kv_cache import KVCache
+from jaxserve.device.lowering import StepInputs
+from jaxserve.device.sharding import Placement
+from jaxserve.device.step import choose, make_forward
 from pallas_kernels import AttentionNeeds, select
 
 PEAK_GB_PER_S = {"H100 80GB HBM3": 3350, "H200": 4800}

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import jax
 
-from jaxserve.ahead_of_time import choose_figures, forward_figures, placement_on
-from jaxserve.allocation import allocate
 from jaxserve.config import EngineConfig
-from jaxserve.devices import DEVICES
-from jaxserve.kv_cache import page_bytes
+from jaxserve.device.ahead_of_time import choose_figures, forward_figures, placement_on
+from jaxserve.device.allocation import allocate
+from jaxserve.device.devices import DEVICES
+from jaxserve.device.kv_cache import page_bytes
+from jaxserve.device.roofline import ModelCost, model_cost
 from jaxserve.models.published import PUBLISHED
-from jaxserve.roofline import ModelCost, model_cost
 from pallas_kernels import AttentionNeeds, select
 
 TABLE = Path(__file__).with_name("step_table.json")

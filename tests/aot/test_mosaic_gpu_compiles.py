@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.ahead_of_time import placement_on
-from jaxserve.devices import DEVICES
+from jaxserve.device.ahead_of_time import placement_on
+from jaxserve.device.devices import DEVICES
 from pallas_kernels import LayerCache
 from pallas_kernels.mosaic_gpu import MosaicGpuPagedAttention, decode
 

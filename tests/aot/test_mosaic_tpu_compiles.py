@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from pairwise import covering, every
 
-from jaxserve.ahead_of_time import placement_on
-from jaxserve.devices import DEVICES
+from jaxserve.device.ahead_of_time import placement_on
+from jaxserve.device.devices import DEVICES
 from pallas_kernels import PagedAttention, select
 from pallas_kernels.mosaic_tpu import MosaicTpuPagedAttention
 

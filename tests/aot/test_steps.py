@@ -6,7 +6,7 @@ import json
 import pytest
 from step_table import CELLS, COVERING, TABLE, Cell, figures, floors
 
-from jaxserve.allocation import estimated_temporaries
+from jaxserve.device.allocation import estimated_temporaries
 from jaxserve.models.published import PUBLISHED
 
 pytestmark = pytest.mark.aot

@@ -16,7 +16,7 @@ from jaxserve.checkpoints.huggingface import open_huggingface
 from jaxserve.models.config import FrequencyFactors, ModelConfig, RopeConfig
 from jaxserve.models.layers import inverse_frequencies
 from jaxserve.models.parameters import named_parameters
-from jaxserve.tokenizer_source import GGUFTokenizer
+from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer
 
 FAMILIES = Path(__file__).parent.parent / "fixtures" / "families"
 SMALL = ModelConfig("qwen3", 64, 256, 256, 1, 4, 2, 64, 1e-6, RopeConfig(), 64, tie_embeddings=True, qk_norm=True)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxserve.checkpoints import CheckpointError, load_model
 from jaxserve.models.parameters import named_parameters
-from jaxserve.tokenizer_source import HuggingFaceTokenizer
+from jaxserve.tokenizing.tokenizer_source import HuggingFaceTokenizer
 
 FAMILIES = Path(__file__).parent.parent / "fixtures" / "families"
 WEIGHTS = "model.safetensors"

@@ -7,7 +7,7 @@ import pytest
 
 from jaxserve.checkpoints import CheckpointError, describe_config, describe_model
 from jaxserve.cli import main
-from jaxserve.devices import DEVICES, parse_device
+from jaxserve.device.devices import DEVICES, parse_device
 from jaxserve.models.published import PUBLISHED
 
 FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"

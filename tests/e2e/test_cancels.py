@@ -4,8 +4,9 @@ import random
 from collections import Counter
 
 from jaxserve.engine import Engine
-from jaxserve.request import Finished, FinishReason, OutputParams, Request, SamplingParams, Started, StoppingParams
-from jaxserve.request_stream import RequestStream
+from jaxserve.events import Finished, FinishReason, Started
+from jaxserve.front.request_stream import RequestStream
+from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 
 CANCELS = 1000
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jaxserve.engine import Engine, RequestStream, collect
-from jaxserve.request import Completion, Constraint, OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.events import Completion
+from jaxserve.request import Constraint, OutputParams, Request, SamplingParams, StoppingParams
 
 FAMILY = Path(__file__).parents[1] / "fixtures" / "families" / "qwen3"
 SHAPE = {"model": str(FAMILY), "dtype": "bfloat16", "max_context": 160}

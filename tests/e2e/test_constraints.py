@@ -8,9 +8,11 @@ import pytest
 from jsonschema import Draft202012Validator
 from random_schemas import SchemaMaker
 
-from jaxserve import token_masks
+from jaxserve.constraints import token_masks
 from jaxserve.engine import Engine
-from jaxserve.request import Completion, Constraint, InvalidRequest, Request
+from jaxserve.events import Completion
+from jaxserve.request import Constraint, Request
+from jaxserve.request_errors import InvalidRequest
 
 PROMPT = {"messages": [{"role": "user", "content": "Answer shortly: describe a thing you like."}]}
 MAX_TOKENS = 300

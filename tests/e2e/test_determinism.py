@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from jaxserve.engine import Engine, RequestStream, collect
-from jaxserve.request import Completion, OutputParams, Request, SamplingParams, StoppingParams, output_seed
+from jaxserve.events import Completion
+from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams, output_seed
 
 FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
 REQUESTS = 48

@@ -10,19 +10,9 @@ from pathlib import Path
 import pytest
 
 from jaxserve.engine import Engine, collect
-from jaxserve.request import (
-    Delta,
-    DuplicateRequestId,
-    Finished,
-    InvalidRequest,
-    ModelNotFound,
-    OutputParams,
-    QueueFull,
-    Request,
-    SamplingParams,
-    Started,
-    StoppingParams,
-)
+from jaxserve.events import Delta, Finished, Started
+from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request_errors import DuplicateRequestId, InvalidRequest, ModelNotFound, QueueFull
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "fixtures" / "smollm2_greedy.json").read_text())["prompts"]
 GREEDY = SamplingParams(temperature=0.0)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxserve.core import MAX_RESTARTS
+from jaxserve.core.loop import MAX_RESTARTS
 from jaxserve.engine import Engine, collect
-from jaxserve.request import EngineUnavailable, Request, SamplingParams, StoppingParams
-from jaxserve.text_stream import TextStream
+from jaxserve.request import Request, SamplingParams, StoppingParams
+from jaxserve.request_errors import EngineUnavailable
+from jaxserve.tokenizing.text_stream import TextStream
 
 FAMILY = Path(__file__).parents[1] / "fixtures" / "families" / "llama2"
 POISON = 77

@@ -6,18 +6,9 @@ from collections import Counter
 import pytest
 
 from jaxserve.engine import Engine, collect
-from jaxserve.request import (
-    Delta,
-    Finished,
-    InvalidRequest,
-    OutputParams,
-    QueueFull,
-    Request,
-    SamplingParams,
-    Started,
-    StoppingParams,
-    output_seed,
-)
+from jaxserve.events import Delta, Finished, Started
+from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams, output_seed
+from jaxserve.request_errors import InvalidRequest, QueueFull
 
 PROMPT = tuple(range(1000, 1050))
 

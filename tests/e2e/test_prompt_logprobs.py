@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jaxserve.engine import Engine, collect
-from jaxserve.request import InvalidRequest, OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request_errors import InvalidRequest
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "fixtures" / "smollm2_greedy.json").read_text())["prompts"]
 

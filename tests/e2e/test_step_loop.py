@@ -11,9 +11,9 @@ import pytest
 from scripted_device import submit
 
 from jaxserve.config import EngineConfig
-from jaxserve.core import StepLoop, build_step_loop
-from jaxserve.core_messages import Message, SequenceOutput, Shutdown, StepOutput
-from jaxserve.page_copies import PageCopies
+from jaxserve.core.loop import StepLoop, build_step_loop
+from jaxserve.core.messages import Message, SequenceOutput, Shutdown, StepOutput
+from jaxserve.device.page_copies import PageCopies
 
 MODEL = str(Path(__file__).parents[1] / "fixtures" / "families" / "smollm2")
 REQUESTS = 12

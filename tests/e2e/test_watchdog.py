@@ -4,9 +4,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from jaxserve.core.watchdog import Watchdog
 from jaxserve.engine import Engine, collect
 from jaxserve.request import Request, StoppingParams
-from jaxserve.watchdog import Watchdog
 
 LIMIT = 1.5
 
@@ -88,7 +88,7 @@ def test_silence_without_work_is_no_hang_and_work_that_begins_starts_the_count()
 def test_a_process_that_was_stopped_for_long_does_not_take_it_for_a_hang(monkeypatch):
     core, jump = Clockless(), [0.0]
     real = time.monotonic
-    monkeypatch.setattr("jaxserve.watchdog.time.monotonic", lambda: real() + jump[0])
+    monkeypatch.setattr("jaxserve.core.watchdog.time.monotonic", lambda: real() + jump[0])
     watchdog = Watchdog(30.0, lambda: core.busy, lambda: core.step)
     time.sleep(0.3)
     jump[0] = 3600.0  # as after SIGSTOP and SIGCONT

@@ -10,9 +10,9 @@ import sys
 
 import jax
 
-from jaxserve.core_client import CoreThread
+from jaxserve.core.client import CoreThread
+from jaxserve.device.model_runner import ModelRunner
 from jaxserve.engine import Engine, EngineStartError, collect
-from jaxserve.model_runner import ModelRunner
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 
 REQUESTS = 12

@@ -15,24 +15,19 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxserve.config import EngineConfig
-from jaxserve.core_messages import StepRecord
-from jaxserve.request import (
+from jaxserve.core.messages import StepRecord
+from jaxserve.events import Finished, FinishReason, Started, Timings, TokenLogprob, Usage
+from jaxserve.front.request_stream import RequestStream, wake
+from jaxserve.front.statistics import Statistics
+from jaxserve.request import Request
+from jaxserve.request_errors import (
     DuplicateRequestId,
     EngineUnavailable,
-    Finished,
-    FinishReason,
     InvalidRequest,
     ModelNotFound,
     QueueFull,
-    Request,
-    Started,
     StreamNotFound,
-    Timings,
-    TokenLogprob,
-    Usage,
 )
-from jaxserve.request_stream import RequestStream, wake
-from jaxserve.statistics import Statistics
 
 VOCAB_SIZE = 256
 PAGE_SIZE = 16

@@ -13,7 +13,7 @@ from scripted_engine import ScriptedEngine, expected_ids
 from serving import PATIENCE, eventually, lent, serving
 from starlette.routing import Route
 
-from jaxserve.request import TenantBusy
+from jaxserve.request_errors import TenantBusy
 from rpc.client import AsyncClient, Credentials, Forbidden, Unauthenticated
 from rpc.security.access import OPEN_PATHS, Access
 from rpc.security.config import SecurityConfig

@@ -9,17 +9,9 @@ import pytest
 from serving import eventually, serving
 
 from jaxserve.engine import Engine
-from jaxserve.request import (
-    Delta,
-    Finished,
-    InvalidRequest,
-    OutputParams,
-    Request,
-    Started,
-    StoppingParams,
-    StreamNotFound,
-    StreamTaken,
-)
+from jaxserve.events import Delta, Finished, Started
+from jaxserve.request import OutputParams, Request, StoppingParams
+from jaxserve.request_errors import InvalidRequest, StreamNotFound, StreamTaken
 from rpc.client import AsyncClient
 from rpc.convert import event_from_proto
 from rpc.server import Server

@@ -10,7 +10,8 @@ import pytest
 from scripted_engine import ScriptedEngine, expected_ids
 from serving import ROOT, back_to_the_start, eventually, serving
 
-from jaxserve.request import FinishReason, Request
+from jaxserve.events import FinishReason
+from jaxserve.request import Request
 from rpc.server import ServerConfig
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc

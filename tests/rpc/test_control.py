@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from scripted_engine import ScriptedEngine
 from serving import eventually, serving
 
-from jaxserve.request import EngineUnavailable, InvalidRequest
+from jaxserve.request_errors import EngineUnavailable, InvalidRequest
 from rpc.client import AsyncClient
 from rpc.server import SERVICES, Server, ServerConfig
 

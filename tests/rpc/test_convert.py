@@ -2,20 +2,8 @@
 
 import pytest
 
-from jaxserve.request import (
-    Delta,
-    Event,
-    Finished,
-    FinishReason,
-    OutputParams,
-    Request,
-    SamplingParams,
-    Started,
-    StoppingParams,
-    Timings,
-    TokenLogprob,
-    Usage,
-)
+from jaxserve.events import Delta, Event, Finished, FinishReason, Started, Timings, TokenLogprob, Usage
+from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 from rpc.convert import event_from_proto, event_to_proto, request_from_proto, request_to_proto
 from rpc.v1 import jaxserve_pb2 as pb
 

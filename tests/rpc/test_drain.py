@@ -11,7 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scripted_engine import expected_ids
 from serving import PATIENCE, server_process
 
-from jaxserve.request import Delta, EngineUnavailable, Finished, FinishReason
+from jaxserve.events import Delta, Finished, FinishReason
+from jaxserve.request_errors import EngineUnavailable
 from rpc.client import AsyncClient, Client
 
 SLOW_ENGINE = """

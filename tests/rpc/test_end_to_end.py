@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 from serving import ROOT, back_to_the_start, lent, serving
 
-from jaxserve.completion import CompletionBuilder
-from jaxserve.request import (
-    Constraint,
-    Delta,
-    Finished,
-    FinishReason,
-    InvalidRequest,
-    OutputParams,
-    Request,
-    SamplingParams,
-    StoppingParams,
-)
+from jaxserve.events import Delta, Finished, FinishReason
+from jaxserve.front.completion import CompletionBuilder
+from jaxserve.request import Constraint, OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request_errors import InvalidRequest
 from rpc.client import AsyncClient
 
 if TYPE_CHECKING:

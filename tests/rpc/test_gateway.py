@@ -13,7 +13,7 @@ import pytest
 from scripted_engine import ScriptedEngine, expected_ids
 from serving import ROOT, back_to_the_start, eventually, lent, serving
 
-from jaxserve.request import Finished
+from jaxserve.events import Finished
 from rpc.client import AsyncClient
 from rpc.served_engine import ServedEngine
 from rpc.server import Server

@@ -9,7 +9,8 @@ import pytest
 from scripted_engine import ScriptedEngine, expected_ids
 from serving import serving
 
-from jaxserve.request import Delta, Finished, FinishReason, Request, Started
+from jaxserve.events import Delta, Finished, FinishReason, Started
+from jaxserve.request import Request
 from rpc.client import AsyncClient, RpcFailed
 from rpc.server import ServerConfig
 from rpc.v1 import jaxserve_pb2 as pb

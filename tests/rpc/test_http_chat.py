@@ -8,7 +8,7 @@ import pytest
 from http_serving import openai_serving
 from scripted_engine import ByteTokenizer, ScriptedEngine
 
-from jaxserve.request import Delta, Finished, FinishReason, Timings, Usage
+from jaxserve.events import Delta, Finished, FinishReason, Timings, Usage
 from rpc.http.chat import ChatAnswer
 from rpc.http.schema import Asked
 from rpc.http.tools import ToolCallReader, ToolSyntax, syntax_of

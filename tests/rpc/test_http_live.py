@@ -8,7 +8,7 @@ import pytest
 from http_serving import exchange, http_serving
 from scripted_engine import ScriptedEngine
 
-from jaxserve.core_messages import StepRecord
+from jaxserve.core.messages import StepRecord
 from rpc.http.live import DECODE, EMPTY, MAX_VIEWERS, PROMPT, Lanes
 
 

@@ -12,7 +12,7 @@ from scripted_engine import ScriptedEngine, expected_ids
 from serving import eventually, lent, serving
 from test_refusals import detail
 
-from jaxserve.request import FinishReason
+from jaxserve.events import FinishReason
 from rpc.jetstream import orchestrator_pb2 as pb
 from rpc.jetstream import orchestrator_pb2_grpc
 from rpc.jetstream_servicer import request_from_jetstream

@@ -9,7 +9,7 @@ import pytest
 from serving import back_to_the_start, lent, serving
 
 from jaxserve.cli import main
-from jaxserve.request import EngineUnavailable, InvalidRequest
+from jaxserve.request_errors import EngineUnavailable, InvalidRequest
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine

@@ -11,15 +11,9 @@ from grpc_status import rpc_status
 from scripted_engine import ScriptedEngine
 from serving import eventually, serving
 
-from jaxserve.request import (
-    DuplicateRequestId,
-    FinishReason,
-    InvalidRequest,
-    ModelNotFound,
-    QueueFull,
-    Request,
-    StoppingParams,
-)
+from jaxserve.events import FinishReason
+from jaxserve.request import Request, StoppingParams
+from jaxserve.request_errors import DuplicateRequestId, InvalidRequest, ModelNotFound, QueueFull
 from rpc.client import AsyncClient
 from rpc.v1 import jaxserve_pb2 as pb
 

@@ -15,7 +15,8 @@ from serving import PATIENCE, ROOT, ServerProcess, server_process
 from simulated import exact
 from smg_grpc_proto.generated import vllm_engine_pb2, vllm_engine_pb2_grpc
 
-from jaxserve.request import EngineUnavailable, FinishReason
+from jaxserve.events import FinishReason
+from jaxserve.request_errors import EngineUnavailable
 from rpc.client import AsyncClient
 from rpc.errors import RpcFailed
 from rpc.jetstream import orchestrator_pb2, orchestrator_pb2_grpc
@@ -47,7 +48,7 @@ def core_of(server: ServerProcess) -> int:
     (core,) = [
         pid
         for pid in process_tree(server.process.pid)
-        if b"jaxserve.core_process" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"jaxserve.core.process" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     ]
     return core
 

@@ -9,7 +9,7 @@ from serving import back_to_the_start, lent, serving
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm_pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
-from jaxserve.request import FinishReason
+from jaxserve.events import FinishReason
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine

@@ -9,7 +9,7 @@ from certificates import Authority
 from scripted_engine import ScriptedEngine
 from serving import serving
 
-from jaxserve.request import EngineUnavailable
+from jaxserve.request_errors import EngineUnavailable
 from rpc.client import AsyncClient, Client, Credentials
 from rpc.security.config import SecurityConfig
 from rpc.security.tls import TlsError

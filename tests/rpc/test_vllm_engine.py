@@ -19,7 +19,9 @@ from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from test_refusals import detail
 
-from jaxserve.request import Constraint, Delta, Finished, FinishReason, InvalidRequest, Request, Started, Timings, Usage
+from jaxserve.events import Delta, Finished, FinishReason, Started, Timings, Usage
+from jaxserve.request import Constraint, Request
+from jaxserve.request_errors import InvalidRequest
 from rpc.server import Server
 from rpc.vllm_convert import ResponseBuilder, request_from_vllm, zipped
 

@@ -9,7 +9,9 @@ from typing import Literal
 from benchmarks.latency import StreamTimes, follow
 from benchmarks.load.plan import Planned
 from benchmarks.load.targets import Target
-from jaxserve.request import Delta, EngineUnavailable, Event, FinishReason, QueueFull, Request
+from jaxserve.events import Delta, Event, FinishReason
+from jaxserve.request import Request
+from jaxserve.request_errors import EngineUnavailable, QueueFull
 
 Ending = Literal["completed", "cancelled", "deadline", "refused", "failed"]
 

@@ -12,7 +12,9 @@ from urllib.parse import urlsplit
 import grpc.aio
 from smg_grpc_proto.generated import vllm_engine_pb2, vllm_engine_pb2_grpc
 
-from jaxserve.request import Delta, EngineUnavailable, Event, Finished, FinishReason, QueueFull, Request, Timings, Usage
+from jaxserve.events import Delta, Event, Finished, FinishReason, Timings, Usage
+from jaxserve.request import Request
+from jaxserve.request_errors import EngineUnavailable, QueueFull
 from rpc.client import AsyncClient, Credentials
 from rpc.client.calls import CHANNEL_OPTIONS, mapped_errors
 

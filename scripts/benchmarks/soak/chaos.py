@@ -12,18 +12,9 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 
 from benchmarks.workload import random_prompts
-from jaxserve.request import (
-    Delta,
-    EngineUnavailable,
-    Finished,
-    FinishReason,
-    InvalidRequest,
-    OutputParams,
-    QueueFull,
-    Request,
-    SamplingParams,
-    StoppingParams,
-)
+from jaxserve.events import Delta, Finished, FinishReason
+from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request_errors import EngineUnavailable, InvalidRequest, QueueFull
 from rpc.client import AsyncClient
 
 BAD_FIELDS: Sequence[dict[str, object]] = (

@@ -1,0 +1,46 @@
+"""Compiles grammars and tells what is wrong with them: a program of its own, run by `ConstraintChecker`.
+
+It reads lines of JSON: first `tokens` (bytes as latin-1), `special_ids`, `eos_ids`, `cpu_seconds` and `memory_bytes`,
+then grammars, each a string. Each is answered by a line: null, or why no output can be held to it. When the processor
+time of a grammar is used up, the kernel ends the program (SIGPROF).
+"""
+
+import json
+import resource
+import signal
+import sys
+
+from llguidance import LLTokenizer
+
+from jaxserve.constraints.matching import GrammarError, build_vocabulary, compile_grammar
+
+
+def complaint(vocabulary: LLTokenizer, grammar: str) -> str | None:
+    """Why a grammar cannot be held to; None if it can."""
+    try:
+        compile_grammar(vocabulary, grammar)
+    except GrammarError as error:
+        return str(error)
+    return None
+
+
+def main() -> None:
+    """Answers lines until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's interrupt is for the server, which ends this program
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # would be inherited where the server ignores it
+    lines = sys.stdin.buffer
+    settings = json.loads(lines.readline())
+    tokens = [token.encode("latin-1") for token in settings["tokens"]]
+    vocabulary = build_vocabulary(tokens, settings["special_ids"], settings["eos_ids"])
+    resource.setrlimit(resource.RLIMIT_AS, (settings["memory_bytes"],) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for line in lines:
+        signal.setitimer(signal.ITIMER_PROF, settings["cpu_seconds"])
+        reply = json.dumps(complaint(vocabulary, json.loads(line))).encode()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.buffer.write(reply + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The core of an engine: the step loop, where it runs, and the messages between it and the front."""

@@ -1,0 +1,127 @@
+"""Where the core runs: a thread of this process, or a process of its own. Either way the same messages pass."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+
+from jaxserve.config import EngineConfig
+from jaxserve.core.channel import Core, MessageSocket, Outbox
+from jaxserve.core.loop import StepLoop, build_step_loop
+from jaxserve.core.messages import Failed, Message, Shutdown, decode, encode
+from jaxserve.core.replicas import ReplicatedCore
+
+SEND_BUFFER_BYTES = 1 << 14
+
+
+class CoreThread:
+    """A core on a thread of this process; one of `config.replicas`."""
+
+    def __init__(self, config: EngineConfig, replica: int = 0):
+        self._config = config
+        self._replica = replica
+        self._stopping = False
+        self._outbox = Outbox(config.publish_ahead)
+        self._loop: StepLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="jaxserve-core", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._loop = build_step_loop(self._config, self._outbox.put, self._replica)
+        except Exception as error:
+            self._outbox.put(Failed(str(error) or type(error).__name__))
+        else:
+            if not self._stopping:
+                self._outbox.put(self._loop.ready)
+                self._loop.run()
+        self._outbox.close()
+
+    def send(self, command: Message) -> None:
+        """Gives the core a command. Thread-safe. While it starts, Shutdown alone is heard."""
+        self._stopping = self._stopping or isinstance(command, Shutdown)
+        if self._loop is not None:
+            self._loop.commands.put(command)
+
+    def receive(self) -> Message | None:
+        """The core's next message; None once it has ended."""
+        return self._outbox.get()
+
+    def join(self) -> None:
+        """Waits for the core to end after Shutdown."""
+        self._thread.join()
+
+
+class CoreProcess:
+    """A core in a process of its own, so that detokenizing and protocols do not share the step loop's GIL.
+
+    The two ends of a socket pair carry the messages as msgpack. The child ends when its end is closed, so no
+    orphan outlives this process.
+    """
+
+    def __init__(self, config: EngineConfig):
+        here, there = socket.socketpair()
+        # What the core has sent and nobody has read is part of what it publishes ahead: no more than a few steps.
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        self._connection = MessageSocket(here)
+        with there:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "jaxserve.core.process", str(there.fileno())],
+                pass_fds=[there.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._connection.send_bytes(json.dumps(asdict(config)).encode())
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._ended = False
+
+    def send(self, command: Message) -> None:
+        """Gives the core a command. Thread-safe. A command to a core that has ended is dropped: `receive` says so."""
+        data = encode(command)
+        with self._lock:
+            if self._ended:
+                return
+            self._stopping = self._stopping or isinstance(command, Shutdown)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._connection.send_bytes(data)
+
+    def receive(self) -> Message | None:
+        """The core's next message; None once it has ended as told, Failed once if it ended by itself."""
+        try:
+            return decode(self._connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            if self._stopping:
+                return None
+            self._stopping = True
+            return Failed(f"the engine process ended with exit code {self._process.wait()}")
+
+    def join(self) -> None:
+        """Waits for the core to end after Shutdown; ends it if it hangs."""
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        with self._lock:
+            self._ended = True
+            self._connection.close()
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+
+def start_core(config: EngineConfig) -> Core:
+    """Starts the core that a configuration asks for; it then tells of Progress, and of Ready or Failed."""
+    return CoreProcess(config) if config.core == "process" else start_threads(config)
+
+
+def start_threads(config: EngineConfig) -> Core:
+    """Starts a core on a thread of this process, or as many as there are replicas, which look like one."""
+    if config.replicas == 1:
+        return CoreThread(config)
+    return ReplicatedCore(config, [CoreThread(config, number) for number in range(config.replicas)])

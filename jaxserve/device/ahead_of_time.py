@@ -1,0 +1,183 @@
+"""The engine's steps compiled for devices that are not there, and what the compiler says of them.
+
+TPUs need the package libtpu; an H100 needs jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-nvvm. JAX
+must run on the CPU (`jax_platforms`), or the plugins look for real devices.
+"""
+
+import functools
+import os
+import re
+from dataclasses import asdict, dataclass
+
+import jax
+from jax.experimental import topologies
+
+from jaxserve.config import EngineConfig
+from jaxserve.device.devices import Device
+from jaxserve.device.kv_cache import KVCache
+from jaxserve.device.lowering import StepInputs, lower_choose, lower_forward
+from jaxserve.device.sharding import Placement
+from jaxserve.models.config import ModelConfig
+from pallas_kernels import PagedAttention
+
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+_LIBTPU_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""What libtpu reads from the environment, so that it asks nobody which machine it is on."""
+_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+class CannotCompile(RuntimeError):
+    """There is no compiler for the device here, or no topology of as many."""
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What the compiler says of one half of a step, on each of the devices that share it. Sizes in bytes."""
+
+    half: str
+    """`forward` or `choose`."""
+    rows: int
+    chunk: int
+    """Prompt tokens beside the rows; 0 for a decode step."""
+    arguments: int
+    temporaries: int
+    peak: int
+    """Arguments, outputs and temporaries together at the worst moment; 0 where the compiler does not say."""
+    aliased: int
+    """Of arguments that the outputs overwrite in place."""
+    cache: int
+    """Of the arguments; 0 in `choose`, which has no cache."""
+    cache_is_aliased: bool
+    """Every array of the cache is overwritten in place."""
+    cache_copies: int
+    """Operations that copy an array of the size of the cache's."""
+    flops: float
+    """As the compiler counts them; it counts no loop more than once, and no operation inside a kernel."""
+    bytes_accessed: float
+    collectives: dict[str, int]
+    """Operations by which devices talk, by kind."""
+
+    def to_json(self) -> dict[str, object]:
+        """As plain data."""
+        return asdict(self)
+
+
+def placement_on(device: Device, count: int) -> Placement:
+    """`count` devices of a topology to compile for. Raises CannotCompile."""
+    described = _topology(device)
+    if count > len(described):
+        raise CannotCompile(f"{device.kind}: the topology {device.topology} has {len(described)} devices, not {count}")
+    return Placement(tuple(described[:count]))
+
+
+@functools.cache
+def _topology(device: Device):
+    if device.topology is None:
+        raise CannotCompile(f"{device.kind}: no topology is known to compile for")
+    for name, value in _LIBTPU_ALONE.items():
+        os.environ.setdefault(name, value)
+    try:
+        if device.platform == "cuda":
+            described = topologies.get_topology_desc("h100", "cuda", target_config=_H100, topology=device.topology)
+        else:
+            described = topologies.get_topology_desc(platform=device.platform, topology_name=device.topology)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise CannotCompile(f"{device.kind}: there is no compiler for it here: {error}") from error
+    return tuple(described.devices)
+
+
+def forward_figures(
+    model: ModelConfig,
+    config: EngineConfig,
+    attention: PagedAttention,
+    placement: Placement,
+    num_pages: int,
+    chunk: int,
+) -> StepFigures:
+    """The first half of a step of all slots and `chunk` prompt tokens, compiled from shapes alone."""
+    inputs = StepInputs.abstract(model, config, attention, num_pages, placement)
+    max_pages = -(-(config.max_context or model.max_context) // config.page_size)
+    with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
+        lowered = lower_forward(inputs, model, attention, placement, config.slots, chunk, max_pages)
+    return _figures("forward", config.slots, chunk, lowered.compile(), inputs.cache, len(inputs.weights))
+
+
+def choose_figures(model: ModelConfig, config: EngineConfig, placement: Placement) -> StepFigures:
+    """The second half of a step of all slots, compiled from shapes alone."""
+    from jaxserve.device.lowering import abstract_state
+
+    state = abstract_state(config.slots, model.vocab_size, placement)
+    max_pages = -(-(config.max_context or model.max_context) // config.page_size)
+    with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
+        lowered = lower_choose(state, model, placement, config.slots, max_pages)
+    return _figures("choose", config.slots, 0, lowered.compile(), KVCache(()), 0)
+
+
+def _figures(
+    half: str, rows: int, chunk: int, compiled: jax.stages.Compiled, cache: KVCache, first: int
+) -> StepFigures:
+    """`first` is the number of the first argument that is an array of the cache; they are the first outputs."""
+    memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text() or ""
+    assert memory is not None
+    leaves = jax.tree.leaves(cache)
+    shapes = {leaf.sharding.shard_shape(leaf.shape) for leaf in leaves}
+    aliases = _aliases(text)
+    return StepFigures(
+        half=half,
+        rows=rows,
+        chunk=chunk,
+        arguments=int(memory.argument_size_in_bytes),
+        temporaries=int(memory.temp_size_in_bytes),
+        peak=int(getattr(memory, "peak_memory_in_bytes", 0)),
+        aliased=int(memory.alias_size_in_bytes),
+        cache=sum(_shard_bytes(leaf) for leaf in leaves),
+        cache_is_aliased=all(aliases.get(number) == first + number for number in range(len(leaves))),
+        cache_copies=sum(_count_copies(text, shape) for shape in shapes),
+        flops=float(costs.get("flops", 0.0)),
+        bytes_accessed=float(costs.get("bytes accessed", 0.0)),
+        collectives={kind: count for kind in _COLLECTIVES if (count := _count_calls(text, kind))},
+    )
+
+
+def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    assert leaf.sharding is not None
+    size = leaf.dtype.itemsize
+    for axis in leaf.sharding.shard_shape(leaf.shape):
+        size *= axis
+    return size
+
+
+def _aliases(text: str) -> dict[int, int]:
+    """Number of an output -> number of the argument that it overwrites, from the first line of an HLO module."""
+    header = text.partition("\n")[0]
+    return {int(out): int(argument) for out, argument in re.findall(r"\{(\d+)\}: \((\d+), \{\}", header)}
+
+
+def _count_copies(text: str, shape: tuple[int, ...]) -> int:
+    """Copies of arrays of a shape, in any layout, be they started or whole."""
+    sizes = ",".join(map(str, shape))
+    return len(re.findall(rf"= \(?\w+\[{sizes}\]\S* (?:copy|copy-start)\(", text))
+
+
+def _count_calls(text: str, operation: str) -> int:
+    """Operations of a kind; one that is split into start and done counts once."""
+    return len(re.findall(rf"\s{operation}(?:-start)?\(", text))

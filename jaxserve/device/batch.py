@@ -1,0 +1,203 @@
+"""From a plan to arrays of fixed shape: one packed upload a step.
+
+A step of R rows and C chunk tokens is told everything by one int32 vector: R rows of `ROW_COLUMNS + max_pages` (where
+the row's token comes from, its limits, its sampling parameters, its page table), then C tokens, their rows and their
+positions. Floats travel as their bits. `Upload.unpack` is the inverse, traced into the step.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from jaxserve.core.messages import Submit
+from jaxserve.device.pytree import pytree_dataclass
+from jaxserve.request import MAX_STOP_TOKEN_IDS
+from jaxserve.scheduling.sequence import Sequence, StepPlan
+
+
+class Column(IntEnum):
+    """Columns of a row before its page table."""
+
+    SLOT = 0
+    DECODES = 1
+    SAMPLE_INDEX = 2
+    LENGTH = 3
+    MAX_LENGTH = 4
+    MIN_LENGTH = 5
+    FEATURES = 6
+    SEED = 7
+    TOP_K = 8
+    TEMPERATURE = 9
+    TOP_P = 10
+    MIN_P = 11
+    PRESENCE_PENALTY = 12
+    FREQUENCY_PENALTY = 13
+    REPETITION_PENALTY = 14
+    STOP_IDS = 15
+
+
+ROW_COLUMNS = Column.STOP_IDS + MAX_STOP_TOKEN_IDS
+SAMPLES, PENALIZES, BIASES, REPORTS_LOGPROBS, FILTERS, CONSTRAINED = 1, 2, 4, 8, 16, 32
+"""Bits of FEATURES: what a row needs beyond the argmax. A feature that no row has costs nothing in a step."""
+
+
+def features(submit: Submit) -> int:
+    """The bits of FEATURES for a request."""
+    penalizes = submit.presence_penalty or submit.frequency_penalty or submit.repetition_penalty != 1.0
+    filters = submit.top_k > 0 or submit.top_p < 1.0 or submit.min_p > 0.0
+    samples = submit.temperature > 0.0
+    return (
+        (SAMPLES if samples else 0)
+        | (PENALIZES if penalizes else 0)
+        | (BIASES if submit.logit_bias else 0)
+        | (REPORTS_LOGPROBS if submit.logprobs >= 0 else 0)
+        | (FILTERS if samples and filters else 0)
+        | (CONSTRAINED if submit.grammar is not None else 0)
+    )
+
+
+@pytree_dataclass
+@dataclass(frozen=True)
+class Upload:
+    """A step's input, on the device. A row without a sequence has `slot` past the end: its writes are dropped."""
+
+    slot: Int32[Array, " row"]
+    decodes: Bool[Array, " row"]
+    sample_index: Int32[Array, " row"]
+    """Index in the chunk of the token whose logits the row samples from; -1 if it decodes or does not sample."""
+    length: Int32[Array, " row"]
+    """Tokens of the sequence that are computed once the step is done: the position of the token that it may give."""
+    max_length: Int32[Array, " row"]
+    min_length: Int32[Array, " row"]
+    features: Int32[Array, " row"]
+    seed: Int32[Array, " row"]
+    top_k: Int32[Array, " row"]
+    temperature: Float[Array, " row"]
+    top_p: Float[Array, " row"]
+    min_p: Float[Array, " row"]
+    presence_penalty: Float[Array, " row"]
+    frequency_penalty: Float[Array, " row"]
+    repetition_penalty: Float[Array, " row"]
+    stop_ids: Int32[Array, "row stop"]
+    page_table: Int32[Array, "row max_pages"]
+    chunk_tokens: Int32[Array, " chunk"]
+    chunk_rows: Int32[Array, " chunk"]
+    """-1 where the chunk has no token."""
+    chunk_positions: Int32[Array, " chunk"]
+
+    @staticmethod
+    def size(rows: int, chunk: int, max_pages: int) -> int:
+        """Length of the packed vector."""
+        return rows * (ROW_COLUMNS + max_pages) + 3 * chunk
+
+    @staticmethod
+    def unpack(packed: Int32[Array, " packed"], rows: int, chunk: int) -> "Upload":
+        """The fields of a packed vector."""
+        table = packed[: packed.shape[0] - 3 * chunk].reshape(rows, -1)
+        tokens, token_rows, positions = packed[packed.shape[0] - 3 * chunk :].reshape(3, chunk)
+
+        def column(name: Column) -> Array:
+            return table[:, name]
+
+        def real(name: Column) -> Array:
+            return lax.bitcast_convert_type(table[:, name], jnp.float32)
+
+        return Upload(
+            slot=column(Column.SLOT),
+            decodes=column(Column.DECODES) != 0,
+            sample_index=column(Column.SAMPLE_INDEX),
+            length=column(Column.LENGTH),
+            max_length=column(Column.MAX_LENGTH),
+            min_length=column(Column.MIN_LENGTH),
+            features=column(Column.FEATURES),
+            seed=column(Column.SEED),
+            top_k=column(Column.TOP_K),
+            temperature=real(Column.TEMPERATURE),
+            top_p=real(Column.TOP_P),
+            min_p=real(Column.MIN_P),
+            presence_penalty=real(Column.PRESENCE_PENALTY),
+            frequency_penalty=real(Column.FREQUENCY_PENALTY),
+            repetition_penalty=real(Column.REPETITION_PENALTY),
+            stop_ids=table[:, Column.STOP_IDS : ROW_COLUMNS],
+            page_table=table[:, ROW_COLUMNS:],
+            chunk_tokens=tokens,
+            chunk_rows=token_rows,
+            chunk_positions=positions,
+        )
+
+
+class Packer:
+    """Keeps a line for each slot and copies those of a plan into a fresh upload.
+
+    A vector handed to the device is never written again: the device may read it in place.
+    """
+
+    def __init__(self, slots: int, max_pages: int):
+        self._slots = slots
+        self._lines = np.zeros((slots, ROW_COLUMNS + max_pages), np.int32)
+        self._reals = self._lines.view(np.float32)
+        self._pages_written = np.zeros(slots, np.int64)
+
+    def pack(self, plan: StepPlan, rows: int, chunk: int) -> np.ndarray:
+        """The int32 upload of a plan for a step of `rows` rows and `chunk` chunk tokens."""
+        for slot, sequence in plan.grown:
+            self._write_new_pages(slot, sequence)
+        for slot, sequence in plan.new_owners:
+            self._own(slot, sequence)
+        width = self._lines.shape[1]
+        packed = np.zeros(rows * width + 3 * chunk, np.int32)
+        table = packed[: rows * width].reshape(rows, width)
+        count, slots = len(plan.slots), np.array(plan.slots, np.intp)
+        # Page tables are wide and mostly empty: only what is in use is copied.
+        used = ROW_COLUMNS + self._pages_written[slots].max(initial=0)
+        table[:count, :used] = self._lines[slots, :used]
+        table[:count, Column.SLOT] = slots
+        table[:count, Column.LENGTH] = plan.ends
+        table[:count, Column.DECODES] = 1
+        table[:, Column.SAMPLE_INDEX] = -1
+        if plan.pieces:
+            table[:count, Column.DECODES] = plan.decodes
+            table[:count, Column.SAMPLE_INDEX] = plan.sample_index
+        table[count:, Column.SLOT] = self._slots
+        tokens, token_rows, positions = packed[rows * width :].reshape(3, chunk)
+        start = 0
+        for piece in plan.pieces:
+            end = start + len(piece.token_ids)
+            tokens[start:end] = piece.token_ids
+            token_rows[start:end] = piece.row
+            positions[start:end] = np.arange(piece.start, piece.start + end - start)
+            start = end
+        tokens[start:] = 0
+        token_rows[start:] = -1
+        positions[start:] = 0
+        return packed
+
+    def _write_new_pages(self, slot: int, sequence: Sequence) -> None:
+        written, pages = self._pages_written[slot], sequence.pages
+        self._lines[slot, ROW_COLUMNS + written : ROW_COLUMNS + len(pages)] = pages[written:]
+        self._pages_written[slot] = len(pages)
+
+    def _own(self, slot: int, sequence: Sequence) -> None:
+        """Fills a slot's line for its new owner."""
+        submit = sequence.submit
+        line, reals = self._lines[slot], self._reals[slot]
+        line[:] = 0
+        self._pages_written[slot] = 0
+        line[Column.MAX_LENGTH] = submit.max_length
+        line[Column.MIN_LENGTH] = submit.min_length
+        line[Column.FEATURES] = features(submit)
+        line[Column.SEED] = np.uint32(submit.seed).view(np.int32)
+        line[Column.TOP_K] = submit.top_k
+        reals[Column.TEMPERATURE] = submit.temperature
+        reals[Column.TOP_P] = submit.top_p
+        reals[Column.MIN_P] = submit.min_p
+        reals[Column.PRESENCE_PENALTY] = submit.presence_penalty
+        reals[Column.FREQUENCY_PENALTY] = submit.frequency_penalty
+        reals[Column.REPETITION_PENALTY] = submit.repetition_penalty
+        line[Column.STOP_IDS : ROW_COLUMNS] = -1
+        line[Column.STOP_IDS : Column.STOP_IDS + len(submit.stop_ids)] = submit.stop_ids
+        self._write_new_pages(slot, sequence)

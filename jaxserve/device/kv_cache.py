@@ -1,0 +1,71 @@
+"""The paged KV cache: a cache for each layer, in the layout of the attention implementation."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.config import EngineConfig
+from jaxserve.device.pytree import pytree_dataclass
+from jaxserve.device.sharding import Placement, PlacementError
+from jaxserve.models.config import ModelConfig
+from pallas_kernels import LayerCache, PagedAttention
+
+
+@pytree_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Donated to each step, which writes the keys and values of its tokens in place. Page 0 stays zero."""
+
+    layers: tuple[LayerCache, ...]
+
+    @staticmethod
+    def layout(
+        model: ModelConfig, attention: PagedAttention, num_pages: int, config: EngineConfig, placement: Placement
+    ) -> "KVCache":
+        """Shapes, dtypes and shardings of a cache of `num_pages` pages, page 0 included.
+
+        Raises:
+            ValueError: the attention does not support the sizes or the dtype; names it and the limit.
+            PlacementError: the attention's cache cannot be cut by kv heads.
+        """
+        parts = placement.tensor_parallel
+        axis = attention.kv_head_axis
+        if axis is None and parts > 1:
+            raise PlacementError(f"tensor_parallel: must be 1 with attention {attention.name}, got {parts}")
+        share = _layer_layout(model, attention, num_pages, config, parts)
+
+        def whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            if axis is None:
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.sharding())
+            shape = (*leaf.shape[:axis], leaf.shape[axis] * parts, *leaf.shape[axis + 1 :])
+            sharding = placement.sharding(*(None,) * axis, "kv_head")
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+        return KVCache(tuple(jax.tree.map(whole, share) for _ in range(model.num_layers)))
+
+    @staticmethod
+    def zeros(layout: "KVCache") -> "KVCache":
+        """An empty cache of a layout."""
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), layout)
+
+
+def cache_dtype(config: EngineConfig) -> str:
+    """What keys and values are stored as."""
+    return config.kv_dtype or config.dtype
+
+
+def page_bytes(model: ModelConfig, attention: PagedAttention, config: EngineConfig) -> int:
+    """Bytes of one page over all layers, keys, values and scales, on each of the devices that share the cache."""
+    pages = 2
+    leaves = jax.tree.leaves(_layer_layout(model, attention, pages, config, config.tensor_parallel))
+    return model.num_layers * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) // pages
+
+
+def _layer_layout(
+    model: ModelConfig, attention: PagedAttention, num_pages: int, config: EngineConfig, parts: int
+) -> LayerCache:
+    """Of each device's part of a layer's cache."""
+    kv_heads = model.num_kv_heads // parts
+    return attention.cache_layout(num_pages, config.page_size, kv_heads, model.head_dim, cache_dtype(config))

@@ -1,0 +1,297 @@
+"""The device side of an engine: parameters, live cache and state, and the compiled steps.
+
+A step is dispatched in two halves, `forward` and `choose`, which never wait for the device; `read` is the one place
+that does.
+"""
+
+import logging
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import monitoring
+
+from jaxserve.checkpoints import LoadedModel
+from jaxserve.config import EngineConfig
+from jaxserve.device import lowering
+from jaxserve.device.allocation import Allocation, allocate, device_in_use, device_limit, full_context
+from jaxserve.device.batch import BIASES, PENALIZES, Packer, features
+from jaxserve.device.decode_state import DecodeState, take_slot
+from jaxserve.device.kv_cache import KVCache, cache_dtype
+from jaxserve.device.lowering import StepInputs, abstract_state, flatten_model, temporary_bytes
+from jaxserve.device.page_copies import PageCopies
+from jaxserve.device.prompt_scores import PendingScores, PromptScorer, logprobs_of, read_scores
+from jaxserve.device.step import StepOutput
+from jaxserve.models.layers import Matmul
+from jaxserve.models.packing import pack_params
+from jaxserve.request import MAX_LOGIT_BIAS
+from jaxserve.scheduling.sequence import Sequence, StepPlan, StepResults
+from pallas_kernels import AttentionNeeds, select
+from pallas_kernels.linear import available as native_linear_available
+
+log = logging.getLogger(__name__)
+
+_compiles: Counter[int] = Counter()
+"""Programs compiled so far, by the thread that compiled them: a process may use JAX beside the engine."""
+
+
+def _count_compile(event: str, duration_secs: float, **_: str | int) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiles[threading.get_ident()] += 1
+
+
+monitoring.register_event_duration_secs_listener(_count_compile)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The first half of a step, dispatched."""
+
+    plan: StepPlan
+    logits: jax.Array
+    packed_rows: jax.Array
+    chunk_hidden: jax.Array
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A dispatched step whose output is on its way to the host."""
+
+    plan: StepPlan
+    output: StepOutput
+    reports_logprobs: bool
+    scores: list[PendingScores]
+
+
+class ModelRunner:
+    """Compiles the steps of one model on the devices that share it and runs them.
+
+    Args:
+        model: loaded parameters, on the devices.
+        config: the engine's configuration.
+        progress: called with what is being compiled and the fraction done.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig, progress=lambda what, fraction: None):
+        self._placement = model.placement
+        device = model.placement.devices[0]
+        self.platform: str = device.platform
+        self.device_kind: str = device.device_kind
+        self.model_config = model.config
+        self.config = config
+        needs = AttentionNeeds(cache_dtype(config), device_kind=device.device_kind)
+        self.attention = select(model.placement.platform, config.attention, needs)
+        self.attention_name = self.attention.name
+        self.matmul = _choose_matmul(device.platform, config)
+        graphdef, params = model.graphdef, model.params
+        if self.matmul == "native":
+            progress("packing weights", None)
+            graphdef, params = pack_params(model.config, params)
+        self._weights, self._build_model = flatten_model(graphdef, params)
+        self.row_counts = tuple(sorted({min(config.small_slots, config.slots), config.slots}))
+        self.chunk_sizes = config.prefill_chunks
+        words = -(-model.config.vocab_size // 32)
+        self._no_masks = {rows: self._put(np.zeros((rows, words), np.int32)) for rows in self.row_counts}
+        self._take_pages(self._allocate())
+        self._forwards, self._chooses = self._compile_steps(progress)
+        self._packer = Packer(config.slots, self._max_pages)
+        self.reset()
+        self._scorer = self._compile_scorer()
+        self._take_slot = self._compile_take_slot()
+        self._copies = PageCopies(self._cache, self._placement.sharding())
+        self._warm_up(progress)
+        self._thread = threading.get_ident()
+        self._compiles_at_warmup = _compiles[self._thread]
+
+    def _allocate(self, temporaries: int | None = None) -> Allocation:
+        return allocate(
+            self.model_config,
+            self.attention,
+            self.config,
+            limit=device_limit(self._placement),
+            weights=device_in_use(self._placement),
+            temporaries=temporaries,
+        )
+
+    def _take_pages(self, allocation: Allocation) -> None:
+        """Sizes that follow from the pages. A table as wide as the pages there are is as wide as any request needs."""
+        self.allocation = allocation
+        self.num_pages = allocation.num_pages
+        self.host_pages = self.config.host_cache_bytes // (allocation.page * self._placement.tensor_parallel)
+        capacity = (self.num_pages - 1) * self.config.page_size
+        self.max_context = min(full_context(self.model_config, self.config), capacity)
+        self._max_pages = -(-self.max_context // self.config.page_size)
+        self._cache_layout = KVCache.layout(
+            self.model_config, self.attention, self.num_pages, self.config, self._placement
+        )
+
+    @property
+    def compiles_after_warmup(self) -> int:
+        """Programs that the step loop's thread, which made this runner, compiled since. More than 0 is a defect."""
+        return _compiles[self._thread] - self._compiles_at_warmup
+
+    def reset(self) -> None:
+        """An empty cache and state, at the start or after a step failed."""
+        self._cache = KVCache.zeros(self._cache_layout)
+        self._state = self._put(DecodeState.zeros(self.config.slots, self.model_config.vocab_size))
+
+    def _put[Tree](self, tree: Tree) -> Tree:
+        """Arrays of the host, or of one device, whole on each of the devices that share the model."""
+        return jax.device_put(tree, self._placement.sharding())
+
+    def _compile_steps(self, progress):
+        """Every step, for as many pages as memory has room for beside what the compiled steps themselves need."""
+        forwards, chooses = self._compile_for_pages(progress)
+        temporaries = max(temporary_bytes(step) for step in (*forwards.values(), *chooses.values()))
+        if self.allocation.limit is None or temporaries <= self.allocation.temporaries:
+            return forwards, chooses
+        log.warning("the steps need %d bytes beside the cache, more than was expected", temporaries)
+        self._take_pages(self._allocate(temporaries))
+        return self._compile_for_pages(progress)
+
+    def _compile_for_pages(self, progress):
+        shapes = [(rows, 0) for rows in self.row_counts] + [(self.config.slots, chunk) for chunk in self.chunk_sizes]
+        done = 0
+        state = abstract_state(self.config.slots, self.model_config.vocab_size, self._placement)
+        inputs = StepInputs(self._build_model, self._weights, self._cache_layout, state)
+
+        def lower_forward(rows: int, chunk: int):
+            step = (rows, chunk, self._max_pages)
+            return lowering.lower_forward(inputs, self.model_config, self.attention, self._placement, *step)
+
+        def lower_choose(rows: int):
+            return lowering.lower_choose(state, self.model_config, self._placement, rows, self._max_pages)
+
+        def compile_step(lowered):
+            nonlocal done
+            compiled = lowered.compile()
+            done += 1
+            progress("compiling", done / (len(shapes) + len(self.row_counts)))
+            return compiled
+
+        progress("compiling", 0.0)
+        # XLA compiles outside the GIL: tracing one step overlaps with compiling another.
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            forwards = {shape: pool.submit(compile_step, lower_forward(*shape)) for shape in shapes}
+            chooses = {rows: pool.submit(compile_step, lower_choose(rows)) for rows in self.row_counts}
+            return (
+                {shape: future.result() for shape, future in forwards.items()},
+                {rows: future.result() for rows, future in chooses.items()},
+            )
+
+    def _compile_scorer(self) -> PromptScorer:
+        shape = (self._build_model, self._weights, self.model_config, self.config.dtype, self._placement)
+        programs = {chunk: lowering.lower_score(*shape, chunk).compile() for chunk in self.chunk_sizes}
+        return PromptScorer(programs, self._weights, self._put)
+
+    def _compile_take_slot(self):
+        whole = self._placement.sharding()
+        ids = jax.ShapeDtypeStruct((self.max_context,), jnp.int32, sharding=whole)
+        bias = [jax.ShapeDtypeStruct((MAX_LOGIT_BIAS,), dtype, sharding=whole) for dtype in (jnp.int32, jnp.float32)]
+        scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        return jax.jit(take_slot, donate_argnums=0).lower(self._state, scalar, ids, ids, *bias).compile()
+
+    def _warm_up(self, progress) -> None:
+        """Runs every program once on rows that no sequence owns: nothing is written."""
+        for number, (rows, chunk) in enumerate(self._forwards):
+            progress("warming up", number / len(self._forwards))
+            forward = self._forward(StepPlan(0), rows, chunk)
+            self.read(self.choose(forward, None))
+            if chunk:
+                self._scorer.warm_up(forward.chunk_hidden)
+        self._own_slot(0, np.zeros(0, np.int32), np.zeros(0, np.int32), {})
+        zero = self._copies.to_host(self._copies.save(self._cache, [0]))
+        self._cache = self._copies.restore(self._cache, zero, 0, [0])
+        jax.block_until_ready(self._state)
+        progress("warming up", 1.0)
+
+    def forward(self, plan: StepPlan) -> Forward:
+        """Uploads a plan and starts the first half of its step, behind the steps already started."""
+        for saved, pages in plan.saves:
+            saved.data = self._copies.save(self._cache, pages)
+        for saved, first, pages in plan.restores:
+            self._cache = self._copies.restore(self._cache, saved.data, first, pages)
+        for slot, sequence in plan.new_owners:
+            if features(sequence.submit) & (PENALIZES | BIASES):
+                self._own_slot_for(slot, sequence)
+        chunk = next(size for size in (0, *self.chunk_sizes) if size >= plan.chunk_tokens)
+        enough = (count for count in self.row_counts if count >= len(plan.sequences))
+        rows = self.config.slots if chunk else next(enough)
+        return self._forward(plan, rows, chunk)
+
+    def _forward(self, plan: StepPlan, rows: int, chunk: int) -> Forward:
+        packed = self._put(self._packer.pack(plan, rows, chunk))
+        step = self._forwards[rows, chunk]
+        self._cache, logits, packed_rows, hidden = step(self._weights, self._cache, self._state, packed)
+        return Forward(plan, logits, packed_rows, hidden)
+
+    def choose(self, forward: Forward, masks: np.ndarray | None) -> PendingStep:
+        """Starts the second half of a step. `masks`, if a row has a constraint: int32, a line for each row of the plan,
+        as `step.choose` takes them; it must not be written again."""
+        plan, rows = forward.plan, forward.logits.shape[0]
+        allowed = self._no_masks[rows]
+        if masks is not None:
+            allowed = self._put(np.pad(masks, ((0, rows - len(masks)), (0, 0))))
+        self._state, output = self._chooses[rows](self._state, forward.logits, forward.packed_rows, allowed)
+        output.tokens_and_flags.copy_to_host_async()
+        reports = any(sequence.submit.logprobs >= 0 for sequence in plan.sequences)
+        if reports:
+            output.logprobs.copy_to_host_async()
+            output.logprob_ids.copy_to_host_async()
+        return PendingStep(plan, output, reports, self._scorer.start(plan, forward.chunk_hidden))
+
+    def read(self, pending: PendingStep) -> StepResults:
+        """Waits for a step and gives its tokens. The only place where the host waits for the device."""
+        tokens, flags = jax.device_get(pending.output.tokens_and_flags).tolist()
+        for saved, _ in pending.plan.saves:
+            saved.data = self._copies.to_host(saved.data)
+        scores = read_scores(pending.plan, pending.scores)
+        if not pending.reports_logprobs:
+            return StepResults(tokens, flags, None, scores)
+        values = jax.device_get(pending.output.logprobs).tolist()
+        ids = jax.device_get(pending.output.logprob_ids).tolist()
+        logprobs = []
+        for row, sequence in enumerate(pending.plan.sequences):
+            top = max(sequence.submit.logprobs, 0) + 1
+            logprobs.append(logprobs_of(ids[row], values[row], top))
+        return StepResults(tokens, flags, logprobs, scores)
+
+    def _own_slot_for(self, slot: int, sequence: Sequence) -> None:
+        prompt = np.asarray(sequence.token_ids[: sequence.prompt_length], np.int32)
+        output = np.asarray(sequence.token_ids[sequence.prompt_length :], np.int32)
+        self._own_slot(slot, prompt, output, sequence.submit.logit_bias)
+
+    def _own_slot(self, slot: int, prompt: np.ndarray, output: np.ndarray, bias: dict[int, float]) -> None:
+        beyond = self.model_config.vocab_size
+        ids = np.full((2, self.max_context), beyond, np.int32)
+        ids[0, : len(prompt)] = prompt
+        ids[1, : len(output)] = output
+        bias_ids = np.full(MAX_LOGIT_BIAS, beyond, np.int32)
+        bias_values = np.zeros(MAX_LOGIT_BIAS, np.float32)
+        bias_ids[: len(bias)] = list(bias.keys())
+        bias_values[: len(bias)] = list(bias.values())
+        arguments = self._put((np.int32(slot), ids[0], ids[1], bias_ids, bias_values))
+        self._state = self._take_slot(self._state, *arguments)
+
+
+def _choose_matmul(platform: str, config: EngineConfig) -> Matmul:
+    """As configured, or the native kernel on a CPU where it can be built and the weights are not shared."""
+    if config.matmul is not None:
+        return config.matmul
+    shared = config.tensor_parallel > 1
+    return "native" if platform == "cpu" and not shared and native_linear_available() else "xla"
+
+
+def enable_compilation_cache(folder: str | None) -> None:
+    """Points JAX's persistent compilation cache at a folder, for every program however small."""
+    if folder is not None:
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -1,0 +1,96 @@
+"""Pages of the KV cache, copied to host memory and back: what preemption does where recomputing would be dearer.
+
+Copies run in blocks of a fixed number of pages, so that two programs serve any number, and whatever is in a page: its
+layout is the attention implementation's own affair.
+"""
+
+from collections.abc import Sequence
+from itertools import batched
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from jaxserve.device.kv_cache import KVCache
+
+BLOCK = 16
+"""Pages that one call copies."""
+
+Block = tuple[Array | np.ndarray, ...]
+"""BLOCK pages of every array of the cache: those of one shape and dtype are stacked, [array, page, ...]."""
+
+
+class PageCopies:
+    """Copies pages out of and into caches shaped and placed as the given one. Compiles when made.
+
+    Args:
+        cache: such a cache.
+        whole: the sharding of what is whole on each of its devices.
+    """
+
+    def __init__(self, cache: KVCache, whole: jax.sharding.Sharding):
+        self._whole = whole
+        ids = jax.ShapeDtypeStruct((BLOCK,), jnp.int32, sharding=whole)
+        self._gather = jax.jit(_gather).lower(cache, ids).compile()
+        self._placement = self._gather.output_shardings
+        block = jax.tree.map(
+            lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+            jax.eval_shape(_gather, cache, ids),
+            self._placement,
+        )
+        self._scatter = jax.jit(_scatter, donate_argnums=0).lower(cache, ids, block).compile()
+
+    def save(self, cache: KVCache, pages: Sequence[int]) -> list[Block]:
+        """Starts copying pages to the host. `to_host` finishes it, once a later program has been waited for."""
+        blocks = [self._gather(cache, jax.device_put(_padded(some, 0), self._whole)) for some in batched(pages, BLOCK)]
+        for array in jax.tree.leaves(blocks):
+            array.copy_to_host_async()
+        return blocks
+
+    @staticmethod
+    def to_host(blocks: list[Block]) -> list[Block]:
+        """The blocks in host memory; the device's copies are let go."""
+        return jax.device_get(blocks)
+
+    def restore(self, cache: KVCache, blocks: list[Block], first: int, pages: Sequence[int]) -> KVCache:
+        """Writes the saved pages from index `first` on to `pages`.
+
+        Args:
+            cache: DONATED.
+            blocks: what `save` or `to_host` gave.
+            first: index, among the saved pages, of the one that goes to pages[0].
+            pages: page numbers.
+        """
+        nowhere = jax.tree.leaves(cache)[0].shape[0]  # past the end: dropped
+        targets = [nowhere] * first + list(pages)
+        for block, some in zip(blocks, batched(targets, BLOCK), strict=False):
+            if some[-1] != nowhere:
+                placements = (self._whole, self._placement)
+                cache = self._scatter(cache, *jax.device_put((_padded(some, nowhere), block), placements))
+        return cache
+
+
+def _padded(pages: Sequence[int], filler: int) -> np.ndarray:
+    return np.array([*pages, *[filler] * (BLOCK - len(pages))], np.int32)
+
+
+def _stacks(cache: KVCache) -> dict[tuple[tuple[int, ...], np.dtype], list[int]]:
+    """Which of the cache's arrays are of one shape and dtype."""
+    stacks: dict[tuple[tuple[int, ...], np.dtype], list[int]] = {}
+    for number, array in enumerate(jax.tree.leaves(cache)):
+        stacks.setdefault((array.shape, array.dtype), []).append(number)
+    return stacks
+
+
+def _gather(cache: KVCache, pages: Int32[Array, " block"]) -> Block:
+    arrays = jax.tree.leaves(cache)
+    return tuple(jnp.stack([arrays[number][pages] for number in numbers]) for numbers in _stacks(cache).values())
+
+
+def _scatter(cache: KVCache, pages: Int32[Array, " block"], block: Block) -> KVCache:
+    arrays, structure = jax.tree.flatten(cache)
+    for stack, numbers in zip(block, _stacks(cache).values(), strict=True):
+        for place, number in enumerate(numbers):
+            arrays[number] = arrays[number].at[pages].set(stack[place], mode="drop")
+    return jax.tree.unflatten(structure, arrays)

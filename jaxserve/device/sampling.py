@@ -1,0 +1,221 @@
+"""From logits to tokens: every parameter per row, everything on the device.
+
+Order: logit bias, penalties, constraint, temperature, top-k, top-p, min-p, then one uniform number a row, from a key
+folded from the request's seed and the token's position, inverts the distribution. A step in which no row needs a
+feature skips it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from jaxserve.device.batch import BIASES, CONSTRAINED, FILTERS, PENALIZES, REPORTS_LOGPROBS, SAMPLES, Upload
+from jaxserve.device.decode_state import DecodeState
+from jaxserve.request import MAX_LOGPROBS
+
+BLOCK = 128
+"""Tokens of the vocabulary that are looked at together before the whole is."""
+
+Logits = Float[Array, "row vocab"]
+
+
+def row_sums(values: Float[Array, "row ..."]) -> Float[Array, "row ..."]:
+    """Sums over the last axis in a fixed order: halves are added until one element is left. The order of XLA's own sums
+    follows the shape of the whole, so that a row's sum would depend on how many rows there are."""
+    size = values.shape[-1]
+    padding = [(0, 0)] * (values.ndim - 1) + [(0, (1 << (size - 1).bit_length()) - size)]
+    values = jnp.pad(values, padding)
+    while (half := values.shape[-1] // 2) > 0:
+        values = values[..., :half] + values[..., half:]
+    return values[..., 0]
+
+
+def any_row(rows: Upload, feature: int) -> Bool[Array, ""]:
+    """Whether a row asks for a feature (a bit of `Upload.features`)."""
+    return jnp.any(rows.features & feature != 0)
+
+
+def sample_tokens(
+    logits: Logits, rows: Upload, state: DecodeState, allowed: Int32[Array, "row mask_word"]
+) -> Int32[Array, " row"]:
+    """The next token of each row.
+
+    Args:
+        logits: float32, raw.
+        rows: the step's upload.
+        state: penalty counts and logit biases, by slot.
+        allowed: the tokens that a row with a constraint may take: bit b of word w is token 32 w + b.
+    """
+    processes = any_row(rows, BIASES | PENALIZES | SAMPLES) | jnp.any(rows.length < rows.min_length)
+    branches = (_most_likely, _most_likely_allowed, _process_and_choose, _process_and_choose_allowed)
+    branch = 2 * processes + any_row(rows, CONSTRAINED)
+    return lax.switch(branch, branches, logits, rows, state, allowed)
+
+
+def _most_likely(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
+    return argmax(logits)
+
+
+def _most_likely_allowed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
+    return argmax(_mask(logits, rows, allowed))
+
+
+def _process_and_choose(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
+    return _choose(_process(logits, rows, state), rows)
+
+
+def _process_and_choose_allowed(
+    logits: Logits, rows: Upload, state: DecodeState, allowed: Array
+) -> Int32[Array, " row"]:
+    return _choose(_mask(_process(logits, rows, state), rows, allowed), rows)
+
+
+def _process(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
+    # A feature that no row asks for still costs a copy of the logits here, but not where none is asked for at all.
+    logits = lax.cond(jnp.any(rows.length < rows.min_length), _mask_stop_ids, lambda x, *_: x, logits, rows)
+    logits = lax.cond(any_row(rows, BIASES), _add_bias, lambda x, *_: x, logits, rows, state)
+    return lax.cond(any_row(rows, PENALIZES), _penalize, lambda x, *_: x, logits, rows, state)
+
+
+def _choose(logits: Logits, rows: Upload) -> Int32[Array, " row"]:
+    return lax.cond(any_row(rows, SAMPLES), _draw_or_argmax, lambda x, _: argmax(x), logits, rows)
+
+
+def _mask(logits: Logits, rows: Upload, allowed: Int32[Array, "row mask_word"]) -> Logits:
+    """Takes from rows with a constraint what it does not allow."""
+    bits = (allowed[:, :, None] >> jnp.arange(32)) & 1
+    is_allowed = bits.reshape(bits.shape[0], -1)[:, : logits.shape[1]] != 0
+    constrained = (rows.features & CONSTRAINED != 0)[:, None]
+    return jnp.where(constrained & ~is_allowed, -jnp.inf, logits)
+
+
+def argmax(logits: Logits) -> Int32[Array, " row"]:
+    """Lowest index of each row's maximum: the best block, then the best in it. One pass that vectorizes, on CPU, where
+    the argmax of a whole row takes ten times as long."""
+    blocks = _blocks(logits, -jnp.inf)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    best = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
+    return (block * BLOCK + best).astype(jnp.int32)
+
+
+def _blocks(values: Logits, filler: float) -> Float[Array, "row vocab_block block"]:
+    """Each row cut into blocks, the last one filled up."""
+    padded = jnp.pad(values, ((0, 0), (0, -values.shape[-1] % BLOCK)), constant_values=filler)
+    return padded.reshape(values.shape[0], -1, BLOCK)
+
+
+def _mask_stop_ids(logits: Logits, rows: Upload) -> Logits:
+    vocab = logits.shape[-1]
+    early = (rows.length < rows.min_length)[:, None] & (rows.stop_ids >= 0)
+    ids = jnp.where(early, rows.stop_ids, vocab)
+    return logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
+
+
+def _add_bias(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
+    vocab = logits.shape[-1]
+    biased = (rows.features & BIASES != 0)[:, None]
+    ids = jnp.where(biased, state.bias_ids.at[rows.slot].get(mode="clip"), vocab)
+    values = state.bias_values.at[rows.slot].get(mode="clip")
+    return logits.at[jnp.arange(logits.shape[0])[:, None], ids].add(values, mode="drop")
+
+
+def _penalize(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
+    """Presence and frequency penalties on the output (as the OpenAI API), repetition on prompt and output (CTRL,
+    arXiv:1909.05858)."""
+    counts = state.output_counts.at[rows.slot].get(mode="clip")
+    seen = state.in_prompt.at[rows.slot].get(mode="clip") | (counts > 0)
+    penalty = rows.repetition_penalty[:, None]
+    repeated = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    penalized = jnp.where(seen, repeated, logits)
+    penalized -= rows.frequency_penalty[:, None] * counts + rows.presence_penalty[:, None] * (counts > 0)
+    return jnp.where((rows.features & PENALIZES != 0)[:, None], penalized, logits)
+
+
+def _draw_or_argmax(logits: Logits, rows: Upload) -> Int32[Array, " row"]:
+    samples = rows.features & SAMPLES != 0
+    scaled = logits / jnp.where(samples, rows.temperature, 1.0)[:, None]
+    weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+    weights = lax.cond(any_row(rows, FILTERS), _filter, lambda w, _: w, weights, rows)
+    return jnp.where(samples, _draw(weights, rows), argmax(logits))
+
+
+def _filter(weights: Logits, rows: Upload) -> Logits:
+    """Zeroes the weights outside top-k, top-p and min-p. Ties at a threshold are all kept."""
+    vocab = weights.shape[-1]
+    filters = rows.features & FILTERS != 0
+    top_k = jnp.where(filters & (rows.top_k > 0), jnp.minimum(rows.top_k, vocab), vocab)
+    top_p = jnp.where(filters, rows.top_p, 1.0)
+    kept = weights * (weights >= _threshold(weights, jnp.ones_like(weights), top_k.astype(jnp.float32))[:, None])
+    target = top_p * row_sums(kept)
+    nucleus = kept * (kept >= _threshold(kept, kept, target)[:, None])
+    kept = jnp.where((top_p < 1.0)[:, None], nucleus, kept)
+    # The likeliest token has weight 1.
+    return kept * (kept >= jnp.where(filters, rows.min_p, 0.0)[:, None])
+
+
+def _threshold(values: Logits, mass: Logits, target: Float[Array, " row"]) -> Float[Array, " row"]:
+    """The largest threshold for which the mass of the values at or above it reaches the target, bit for bit.
+
+    Values are in [0, 1], where the order of floats is that of their bits: 30 halvings of the bits find it.
+    """
+    low = jnp.zeros(values.shape[0], jnp.int32)
+    high = jnp.full(values.shape[0], lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1)
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        threshold = lax.bitcast_convert_type(middle, jnp.float32)[:, None]
+        enough = row_sums(jnp.where(values >= threshold, mass, 0.0)) >= target
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low, _ = lax.fori_loop(0, 30, halve, (low, high))
+    return lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _draw(weights: Logits, rows: Upload) -> Int32[Array, " row"]:
+    """Inverts each row's distribution at one uniform number, by blocks so that the running sums stay short."""
+    blocks = _blocks(weights, 0.0)
+    sums = jnp.cumsum(row_sums(blocks), axis=-1)
+    # Just under 1, so that rounding cannot carry the target past the last token.
+    target = _uniform(rows.seed, rows.length) * (1 - 2**-20) * sums[:, -1]
+    block = jnp.minimum(jnp.sum(sums <= target[:, None], axis=-1), sums.shape[1] - 1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    before = jnp.where(block > 0, jnp.take_along_axis(sums, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+    offset = jnp.sum(jnp.cumsum(inside, axis=-1) <= (target - before)[:, None], axis=-1)
+    last = jnp.max(jnp.where(inside > 0, jnp.arange(BLOCK), 0), axis=-1)
+    return (block * BLOCK + jnp.minimum(offset, last)).astype(jnp.int32)
+
+
+def _uniform(seed: Int32[Array, " row"], position: Int32[Array, " row"]) -> Float[Array, " row"]:
+    """One number in [0, 1) for each (seed, position)."""
+
+    def one(seed: Array, position: Array) -> Array:
+        key = jax.random.key(lax.bitcast_convert_type(seed, jnp.uint32), impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(key, position))
+
+    return jax.vmap(one)(seed, position)
+
+
+def token_logprobs(
+    logits: Logits, tokens: Int32[Array, " row"]
+) -> tuple[Float[Array, "row reported"], Int32[Array, "row reported"]]:
+    """Log-probabilities and ids of a token of each row and then of the likeliest, from raw logits."""
+    best = jnp.max(logits, axis=-1)
+    total = best + jnp.log(row_sums(jnp.exp(logits - best[:, None])))
+    top, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+    values = jnp.concatenate([chosen, top], axis=-1) - total[:, None]
+    return values, jnp.concatenate([tokens[:, None], ids], axis=-1)
+
+
+def report_logprobs(
+    logits: Logits, tokens: Int32[Array, " row"], rows: Upload
+) -> tuple[Float[Array, "row reported"], Int32[Array, "row reported"]]:
+    """`token_logprobs` of the chosen tokens; zeros if no row asks."""
+
+    def skip(logits: Logits, tokens: Array) -> tuple[Array, Array]:
+        shape = (logits.shape[0], 1 + min(MAX_LOGPROBS, logits.shape[-1]))
+        return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+
+    return lax.cond(any_row(rows, REPORTS_LOGPROBS), token_logprobs, skip, logits, tokens)

@@ -1,0 +1,271 @@
+"""Streams that outlive their reader: every event is kept, so that another reader goes on where the last one was."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from jaxserve.events import Delta, Event, Finished, Started, TokenLogprob
+from jaxserve.front.request_stream import wake
+from jaxserve.request_errors import InvalidRequest, QueueFull, StreamNotFound, StreamTaken
+
+RETRY_AFTER = 1.0
+"""Seconds after which a client is told to try again when as many streams are kept as may be."""
+EVENT_BYTES = 200
+"""About what one event takes, beside its text and log-probabilities."""
+LOGPROB_BYTES = 100
+"""About what one log-probability takes."""
+
+
+class ResumableStream:
+    """The events of one request in the order in which they were given: one Delta a token, and one without a token for
+    text that was held back to a sequence's end. Has the interface of `RequestStream` for the thread that delivers.
+
+    Args:
+        request_id: of the request.
+        owner: its tenant.
+        cancel: ends the request.
+        sequences: of the request.
+    """
+
+    def __init__(self, request_id: str, owner: str, cancel: Callable[[], None], sequences: int):
+        self.request_id = request_id
+        self.owner = owner
+        self.cancel = cancel
+        self.bytes = 0
+        """About what the events take."""
+        self.is_finished = False
+        self.idle_since: float | None = None
+        """Monotonic seconds since when nobody reads; None while somebody does."""
+        self.changed = threading.Condition()
+        self.events: list[Event] = []
+        self.begins: list[int] = []
+        """Tokens before each event, over all sequences."""
+        self.tokens = 0
+        self._left = sequences
+        self._reader: StreamReader | None = None
+
+    def attach(self, from_token: int) -> "StreamReader":
+        """A reader that begins after as many tokens; the one before it ends with StreamTaken. Raises InvalidRequest."""
+        with self.changed:
+            if not 0 <= from_token <= self.tokens:
+                raise InvalidRequest("from_token", f"must be in [0, {self.tokens}], got {from_token}")
+            before = self._reader
+            self._reader = StreamReader(self, from_token)
+            self.idle_since = None
+            self.changed.notify_all()
+        if before is not None:
+            _wake_one(before.take_waiter())
+        return self._reader
+
+    def leave(self, reader: "StreamReader") -> None:
+        """The reader has gone; the request goes on."""
+        with self.changed:
+            if self._reader is reader:
+                self._reader = None
+                self.idle_since = time.monotonic()
+
+    def is_read_by(self, reader: "StreamReader") -> bool:
+        """Whether no other reader has come since."""
+        return self._reader is reader
+
+    # The delivery thread's side.
+
+    def start(self, started: Started) -> None:
+        """Gives `Started`."""
+        self._add(started, 0, 0)
+
+    def push(self, index: int, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None) -> int:
+        """Gives a Delta; returns the number of tokens that are unread."""
+        delta = Delta(self.request_id, index, tuple(token_ids), text, None if logprobs is None else tuple(logprobs))
+        size = 4 * len(text) + LOGPROB_BYTES * sum(1 + len(entry.top) for entry in logprobs or ())
+        return self._add(delta, len(token_ids), size)
+
+    def finish(self, finished: Finished) -> None:
+        """Gives a sequence's terminal event."""
+        self._add(finished, 0, 0)
+        with self.changed:
+            self._left -= 1
+            self.is_finished = not self._left
+            if self._reader is None:
+                self.idle_since = time.monotonic()
+            self.changed.notify_all()
+
+    def _add(self, event: Event, tokens: int, size: int) -> int:
+        with self.changed:
+            self.events.append(event)
+            self.begins.append(self.tokens)
+            self.tokens += tokens
+            self.bytes += EVENT_BYTES + size
+            self.changed.notify_all()
+            reader = self._reader
+            return 0 if reader is None else self.tokens - reader.read_tokens
+
+    def take_waiter(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
+        """The reader's future, to be woken by the caller in its event loop."""
+        reader = self._reader
+        return None if reader is None else reader.take_waiter()
+
+
+class StreamReader:
+    """Yields `Started`, the Deltas after a number of tokens, and every `Finished`; what is there at once is joined as
+    far as it is of one sequence and has tokens. Once another reader has come it raises StreamTaken."""
+
+    def __init__(self, stream: ResumableStream, from_token: int):
+        self.request_id = stream.request_id
+        self.read_tokens = from_token
+        self._stream = stream
+        self._from_token = from_token
+        self._next = 0
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+
+    def cancel(self) -> None:
+        """Ends the request, not only the reading."""
+        self._stream.cancel()
+
+    def leave(self) -> None:
+        """Stops reading; the request goes on, to be taken up by another reader."""
+        self._stream.leave(self)
+
+    def take_waiter(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
+        """The future on which an asynchronous reader waits."""
+        waiter, self._waiter = self._waiter, None
+        return waiter
+
+    def _take(self) -> Event | None:
+        """The next event, if there is one. Called under the stream's lock."""
+        stream = self._stream
+        if not stream.is_read_by(self):
+            raise StreamTaken(f"request {self.request_id!r}: another reader has taken the stream")
+        while self._next < len(stream.events):
+            event, begin = stream.events[self._next], stream.begins[self._next]
+            self._next += 1
+            if isinstance(event, Delta):
+                if begin < self._from_token:
+                    continue
+                event = self._joined(event)
+            return event
+        return None
+
+    def _joined(self, delta: Delta) -> Delta:
+        """The delta with those behind it of the same sequence. Text without a token stays apart: see `Attach`."""
+        parts, stream = [delta], self._stream
+        while delta.token_ids and self._next < len(stream.events):
+            event = stream.events[self._next]
+            if not isinstance(event, Delta) or event.index != delta.index or not event.token_ids:
+                break
+            parts.append(event)
+            self._next += 1
+        self.read_tokens += sum(len(part.token_ids) for part in parts)
+        if len(parts) == 1:
+            return delta
+        logprobs = [entry for part in parts for entry in part.logprobs or ()]
+        token_ids = tuple(token for part in parts for token in part.token_ids)
+        text = "".join(part.text for part in parts)
+        return Delta(self.request_id, delta.index, token_ids, text, tuple(logprobs) if delta.logprobs else None)
+
+    def _is_over(self) -> bool:
+        return self._stream.is_finished and self._next == len(self._stream.events)
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        with self._stream.changed:
+            while (event := self._take()) is None:
+                if self._is_over():
+                    raise StopIteration
+                self._stream.changed.wait()
+            return event
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        while True:
+            with self._stream.changed:
+                event = self._take()
+                if event is not None:
+                    return event
+                if self._is_over():
+                    raise StopAsyncIteration
+                loop = asyncio.get_running_loop()
+                future = loop.create_future()
+                self._waiter = (loop, future)
+            await future
+
+
+class ResumableStreams:
+    """The streams that may be taken up again, in bounded number, size and time. Thread-safe.
+
+    Args:
+        limit: streams kept, those of requests in flight included.
+        limit_bytes: about what their events may take. Past it those that ended first are forgotten, and then the
+            request whose events take most is aborted.
+        seconds: how long a stream is kept after it has ended, and a request runs on without a reader.
+    """
+
+    def __init__(self, limit: int, limit_bytes: int, seconds: float):
+        self._limit = limit
+        self._limit_bytes = limit_bytes
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._swept = 0.0
+        self._streams: dict[tuple[str, str], ResumableStream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def add(self, stream: ResumableStream) -> None:
+        """Keeps the stream of a new request; that of an ended one with its id is forgotten. Raises QueueFull."""
+        with self._lock:
+            self._streams.pop((stream.owner, stream.request_id), None)
+            if len(self._streams) >= self._limit:
+                ended = next((key for key, kept in self._streams.items() if kept.is_finished), None)
+                if ended is None:
+                    raise QueueFull(self._limit, RETRY_AFTER)
+                del self._streams[ended]
+            self._streams[stream.owner, stream.request_id] = stream
+
+    def discard(self, stream: ResumableStream) -> None:
+        """Forgets a stream whose request was not accepted."""
+        with self._lock:
+            self._streams.pop((stream.owner, stream.request_id), None)
+
+    def attach(self, request_id: str, owner: str, from_token: int) -> StreamReader:
+        """A reader of a kept stream. Raises StreamNotFound, also for another tenant's, and InvalidRequest."""
+        self.sweep()
+        with self._lock:
+            stream = self._streams.get((owner, request_id))
+        if stream is None:
+            raise StreamNotFound(f"request_id: no stream of {request_id!r} is kept")
+        return stream.attach(from_token)
+
+    def sweep(self, interval: float = 0.0) -> None:
+        """Forgets and aborts what is past its bounds, if that was not done in the last `interval` seconds."""
+        now = time.monotonic()
+        if not self._streams or now - self._swept < interval:
+            return
+        self._swept = now
+        with self._lock:
+            for key, stream in list(self._streams.items()):
+                if stream.idle_since is not None and now - stream.idle_since > self._seconds:
+                    if stream.is_finished:
+                        del self._streams[key]
+                    else:
+                        stream.cancel()
+            self._shrink()
+
+    def _shrink(self) -> None:
+        total = sum(stream.bytes for stream in self._streams.values())
+        for key, stream in list(self._streams.items()):
+            if total > self._limit_bytes and stream.is_finished:
+                total -= stream.bytes
+                del self._streams[key]
+        if total > self._limit_bytes:
+            max(self._streams.values(), key=lambda stream: stream.bytes).cancel()
+
+
+def _wake_one(waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None) -> None:
+    if waiter is not None:
+        waiter[0].call_soon_threadsafe(wake, [waiter[1]])

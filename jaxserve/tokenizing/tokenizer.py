@@ -1,0 +1,198 @@
+"""Text to token ids and back, for tokenizers of Hugging Face folders and of GGUF files."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+import tokenizers
+from tokenizers import processors
+
+from jaxserve.tokenizing.chat_template import ChatTemplate, ChatTemplateError
+from jaxserve.tokenizing.gguf_tokenizer import build_gguf_tokenizer
+from jaxserve.tokenizing.token_bytes import TokenizerError, read_token_bytes
+from jaxserve.tokenizing.token_floor import TokenFloor
+from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer, HuggingFaceTokenizer, TokenizerSource
+
+_COMPOSITION = 4
+"""Most characters that become one when text is composed (NFC, NFKC)."""
+
+
+class Tokenizer:
+    """A model's tokenizer. Thread-safe: nothing changes after construction.
+
+    Attributes:
+        vocab_size: ids that the model knows; `encode` gives no others.
+        bos_id: begins a sequence.
+        eos_ids: end a sequence; the tokenizer's own comes first.
+        special_ids: of tokens that are no part of a text.
+        text_bytes: by id, what a token adds to a text: its bytes, none if it is special. At least `vocab_size` entries.
+        strips_leading_space: a text loses one space at its start when decoded.
+        longest_token: upper bound of the characters of text in one token.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, source: TokenizerSource):
+        """Use `from_source`."""
+        self._tokenizer = tokenizer
+        self._plain = _without_special_tokens(tokenizer)
+        self._source = source
+        self._chat_template = None
+        if source.chat_template is not None:
+            self._chat_template = ChatTemplate(source.chat_template, source.special_tokens)
+        self.vocab_size = source.vocab_size
+        self.bos_id = source.bos_id
+        self.eos_ids = source.eos_ids
+        token_bytes = read_token_bytes(tokenizer, source.vocab_size)
+        self._bytes = token_bytes.table
+        self.special_ids = token_bytes.special_ids
+        self.text_bytes = tuple(b"" if id in self.special_ids else data for id, data in enumerate(self._bytes))
+        self.strips_leading_space = token_bytes.strips_leading_space
+        self._floor = TokenFloor(self._bytes)
+        self._composes = tokenizer.normalizer is not None
+        self.longest_token = max(map(len, self._bytes)) * (_COMPOSITION if self._composes else 1)
+
+    @staticmethod
+    def from_source(source: TokenizerSource) -> "Tokenizer":
+        """Builds a checkpoint's tokenizer. Raises TokenizerError."""
+        match source.tokenizer:
+            case HuggingFaceTokenizer(tokenizer_json):
+                tokenizer = _parse(tokenizer_json)
+                add_bos, add_eos = source.add_bos, source.add_eos
+            case GGUFTokenizer() as gguf:
+                built = build_gguf_tokenizer(gguf)
+                tokenizer = built.tokenizer
+                add_bos = built.adds_bos if source.add_bos is None else source.add_bos
+                add_eos = source.add_eos or False
+        if add_bos is not None or add_eos is not None:
+            tokenizer.post_processor = _post_processor(tokenizer, source, add_bos or False, add_eos or False)
+        return Tokenizer(tokenizer, source)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any Unicode text; NUL is legal.
+            add_special_tokens: begin and end it with special tokens as the model wants raw prompts.
+            parse_special: the texts of special tokens become those tokens; otherwise they are text like any other.
+
+        Raises ValueError for text that is not valid Unicode, and where a token is not in the model's vocabulary.
+        """
+        _check_unicode(text)
+        tokenizer = self._tokenizer if parse_special else self._plain
+        # Unlike `encode`, this releases the GIL and leaves out the offsets, which take longer than the ids.
+        ids = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        # A tokenizer may have tokens that the model has no embedding for.
+        if len(self._bytes) > self.vocab_size and max(ids, default=0) >= self.vocab_size:
+            beyond = max(ids)
+            raise ValueError(
+                f"{tokenizer.id_to_token(beyond)!r} is token {beyond}; the model has no more than {self.vocab_size}"
+            )
+        return ids
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound of the tokens of a text, a hundred times faster than `encode`."""
+        if self._composes and not text.isascii():
+            return len(text) // self.longest_token
+        return self._floor.least_tokens(text.encode("utf-8", "surrogatepass"))
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids; bytes that are not valid UTF-8 become U+FFFD.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        table = self.text_bytes if skip_special else self._bytes
+        if ids and not 0 <= min(ids) <= max(ids) < len(table):
+            raise ValueError(f"token ids must be in [0, {len(table) - 1}], got {min(ids)} to {max(ids)}")
+        text = b"".join([table[id] for id in ids]).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.strips_leading_space else text
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token stands for, of special tokens too; empty for an id that no token has."""
+        if not 0 <= id < len(self._bytes):
+            raise ValueError(f"token id must be in [0, {len(self._bytes) - 1}], got {id}")
+        return self._bytes[id]
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template, in Jinja; None where it has none."""
+        return self._source.chat_template
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] = (),
+    ) -> str:
+        """The prompt that the model's chat template makes of messages and tools. Raises ChatTemplateError."""
+        if self._chat_template is None:
+            raise ChatTemplateError("the model has no chat template")
+        return self._chat_template.render(messages, add_generation_prompt, tools)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] = (),
+    ) -> list[int]:
+        """Token ids of `render_chat`. A template writes its special tokens itself, so none are added.
+
+        Raises ChatTemplateError, and ValueError as `encode`.
+        """
+        return self.encode(self.render_chat(messages, add_generation_prompt, tools), add_special_tokens=False)
+
+    def to_files(self) -> dict[str, str]:
+        """Files of a Hugging Face folder, content by name, that make the same tokenizer, here and in transformers."""
+        config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._source.special_tokens}
+        files = {"tokenizer.json": self._tokenizer.to_str()}
+        if self._source.chat_template is not None:
+            files["chat_template.jinja"] = self._source.chat_template
+        return files | {"tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2)}
+
+
+def _parse(tokenizer_json: str) -> tokenizers.Tokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the library raises nothing narrower
+        raise TokenizerError(f"tokenizer.json cannot be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, to which special tokens are text. It shares the model, and so takes little memory."""
+    plain = tokenizers.Tokenizer(tokenizer.model)
+    if tokenizer.normalizer is not None:
+        plain.normalizer = tokenizer.normalizer
+    if tokenizer.pre_tokenizer is not None:
+        plain.pre_tokenizer = tokenizer.pre_tokenizer
+    if tokenizer.post_processor is not None:
+        plain.post_processor = tokenizer.post_processor
+    added = [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
+    plain.add_tokens(added)
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _post_processor(
+    tokenizer: tokenizers.Tokenizer, source: TokenizerSource, add_bos: bool, add_eos: bool
+) -> processors.TemplateProcessing:
+    ids = {"bos": source.bos_id if add_bos else None, "eos": source.eos_ids[0] if add_eos and source.eos_ids else None}
+    for name, wanted in (("bos", add_bos), ("eos", add_eos)):
+        if wanted and ids[name] is None:
+            raise TokenizerError(f"add_{name}_token is set, but there is no {name}_token_id")
+    special = [
+        {"id": name, "ids": [id], "tokens": [tokenizer.id_to_token(id) or name]}
+        for name, id in ids.items()
+        if id is not None
+    ]
+    single = [name for name in ("bos" if add_bos else "", "$A", "eos" if add_eos else "") if name]
+    return processors.TemplateProcessing(single=single, pair=None, special_tokens=special)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # Python decodes bytes that are no UTF-8 to these, where asked to (`surrogateescape`).
+        what = f"the byte 0x{code - 0xDC00:02X}" if 0xDC80 <= code <= 0xDCFF else f"the lone surrogate U+{code:04X}"
+        raise ValueError(f"is not valid Unicode text: {what} at character {error.start}") from None

@@ -1,0 +1,78 @@
+"""How many pages the cache gets, and that an engine on a device with a memory of its own takes what is left of it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jaxserve.checkpoints import describe_model, load_model
+from jaxserve.config import EngineConfig
+from jaxserve.device import allocation, model_runner
+from jaxserve.device.allocation import AllocationError, allocate, estimated_temporaries
+from jaxserve.device.kv_cache import page_bytes
+from jaxserve.device.lowering import temporary_bytes
+from jaxserve.models.published import PUBLISHED
+from pallas_kernels import select
+
+QWEN = Path(__file__).parents[1] / "fixtures" / "families" / "qwen3"
+MODEL = PUBLISHED["llama-3.2-1b"]
+ATTENTION = select("cpu", "cpu_xla")
+CONFIG = EngineConfig(slots=4, max_context=1024)
+PAGE = page_bytes(MODEL, ATTENTION, CONFIG)
+WANTED = 4 * 64 + 1
+
+
+def pages(config: EngineConfig = CONFIG, *, limit: int | None = None, weights: int = 0, temporaries: int = 0) -> int:
+    found = allocate(MODEL, ATTENTION, config, limit=limit, weights=weights, temporaries=temporaries)
+    return found.num_pages
+
+
+def test_every_slot_has_its_full_context_where_there_is_room():
+    assert pages() == pages(limit=64 << 30) == WANTED
+
+
+def test_the_configuration_comes_before_what_the_device_has():
+    assert pages(replace(CONFIG, num_pages=50), limit=64 << 30) == 50
+    assert pages(replace(CONFIG, cache_bytes=20 * PAGE + 1)) == 20
+    assert pages(replace(CONFIG, cache_bytes=20 * PAGE + 1), limit=64 << 30) == 20
+
+
+def test_a_device_gives_what_weights_temporaries_and_headroom_leave():
+    limit = 4 << 30
+    found = allocate(MODEL, ATTENTION, CONFIG, limit=limit, weights=limit - (150 << 20), temporaries=1 << 20)
+    taken = found.weights + found.state + found.temporaries + found.headroom
+    assert 2 <= found.num_pages < WANTED
+    assert taken + found.cache <= limit < taken + found.cache + found.page
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(CONFIG, num_pages=WANTED), replace(CONFIG, cache_bytes=WANTED * PAGE)]
+)
+def test_what_does_not_fit_is_refused_with_who_takes_what(config: EngineConfig):
+    with pytest.raises(AllocationError, match=r"does not fit: of a device's 4\.29 GB, weights take 4\.29"):
+        pages(config, limit=4 << 30, weights=4 << 30)
+
+
+def runner(monkeypatch: pytest.MonkeyPatch, limit: int, in_use: int) -> model_runner.ModelRunner:
+    monkeypatch.setattr(model_runner, "device_limit", lambda placement: limit)
+    monkeypatch.setattr(model_runner, "device_in_use", lambda placement: in_use)
+    config = EngineConfig(model=str(QWEN), slots=4, max_context=256, prefill_chunks=(16,))
+    return model_runner.ModelRunner(load_model(str(QWEN), "bfloat16"), config)
+
+
+def test_an_engine_takes_the_memory_that_its_device_has_left(monkeypatch: pytest.MonkeyPatch):
+    limit, in_use = 1 << 20, 1 << 19
+    found = runner(monkeypatch, limit, in_use)
+    taken = found.allocation
+    assert 2 <= found.num_pages < taken.wanted_pages
+    assert in_use + taken.state + taken.temporaries + taken.headroom + taken.cache <= limit
+    assert sum(leaf.nbytes for leaf in model_runner.jax.tree.leaves(found._cache)) == taken.cache
+
+
+def test_steps_that_need_more_than_was_estimated_cost_pages(monkeypatch: pytest.MonkeyPatch):
+    expected = runner(monkeypatch, 1 << 20, 1 << 19)
+    needed = max(temporary_bytes(step) for step in (*expected._forwards.values(), *expected._chooses.values()))
+    monkeypatch.setattr(allocation, "estimated_temporaries", lambda model, config: 0)
+    found = runner(monkeypatch, 1 << 20, 1 << 19)
+    assert found.allocation.temporaries == needed > 0
+    assert needed <= estimated_temporaries(describe_model(str(QWEN))[0], found.config)
