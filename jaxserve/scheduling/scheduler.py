@@ -5,13 +5,12 @@ is masked on the device meanwhile. Everything else (lengths, pages, prompts) is 
 """
 
 import heapq
-from collections import deque
 from dataclasses import replace
 from operator import attrgetter
 
 from jaxserve.core.messages import Gauges, SequenceOutput, Submit, TokenLogprobs
 from jaxserve.events import FinishReason
-from jaxserve.scheduling.page_allocator import PageAllocator, PageKey, next_key, root_key
+from jaxserve.scheduling.page_allocator import PageAllocator
 from jaxserve.scheduling.sequence import (
     COMPLETED,
     EMITTED,
@@ -19,18 +18,19 @@ from jaxserve.scheduling.sequence import (
     STOPPED,
     Piece,
     Retired,
-    SavedPages,
     Sequence,
     StepPlan,
     StepResults,
 )
+from jaxserve.scheduling.sequence_pages import SequencePages
 from jaxserve.scheduling.shared_prompt import SharedPrompt
+from jaxserve.scheduling.waiting_queue import WaitingQueue
 
 _order = attrgetter("order")
 
 
 class Scheduler:
-    """Waiting and running sequences, and their pages.
+    """Waiting and running sequences.
 
     Order is by priority, then arrival. The head of the queue is never overtaken, so a giant request starts as soon as
     the sequences before it have left room. Under page pressure the last in order gives way: its pages move to host
@@ -61,26 +61,18 @@ class Scheduler:
         self.slots = slots
         self.page_size = page_size
         self.prefill_chunks = prefill_chunks
-        self.prefix_cache = prefix_cache
         self.allocator = PageAllocator(num_pages)
         self.running: list[Sequence] = []
         """Holders of a slot, in order of admission."""
-        self.host_pages = host_pages
-        self.saved_pages = 0
-        """Pages in host memory."""
-        self.restored_pages = 0
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.overrun_tokens = 0
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._pages = SequencePages(self.allocator, page_size, prefix_cache, host_pages)
+        self._waiting = WaitingQueue()
         self._active: dict[int, Sequence] = {}
         self._free_slots = list(range(slots))
-        self._fences: deque[tuple[int, list[int]]] = deque()
         self._new_owners: list[tuple[int, Sequence]] = []
-        self._grown: list[tuple[int, Sequence]] = []
-        self._saves: list[tuple[SavedPages, list[int]]] = []
-        self._restores: list[tuple[SavedPages, int, list[int]]] = []
         self._ended: list[SequenceOutput] = []
         self._deadlines: list[tuple[float, int]] = []
         self._arrivals = 0
@@ -91,7 +83,7 @@ class Scheduler:
         """Queues a request, each sequence of which must fit into all pages; `held`: not before `release`. Its handles
         must not be active."""
         assert submit.handle not in self._active, f"handle {submit.handle} is active"
-        assert self._pages_for(submit.max_length) < self.allocator.num_pages, "request exceeds all pages"
+        assert self._pages.count(submit.max_length) < self.allocator.num_pages, "request exceeds all pages"
         sequences = [self._add(submit)] + [
             self._add(replace(submit, handle=handle, seed=seed, fork_seeds=[], prompt_logprobs=-1))
             for handle, seed in enumerate(submit.fork_seeds, submit.handle + 1)
@@ -114,13 +106,13 @@ class Scheduler:
 
     def _start(self, sequences: list[Sequence]) -> None:
         first, *forks = sequences
-        self._queue(first)
+        self._waiting.add(first)
         if forks and first.prompt_length > self.page_size:
             first.shared_prompt = SharedPrompt(first, forks)
             for fork in forks:
                 fork.shared_prompt = first.shared_prompt
         else:
-            self._queue(*forks)
+            self._waiting.add(*forks)
 
     def _add(self, submit: Submit) -> Sequence:
         sequence = Sequence(submit, self._arrivals)
@@ -129,10 +121,6 @@ class Scheduler:
         if submit.deadline is not None:
             heapq.heappush(self._deadlines, (submit.deadline, submit.handle))
         return sequence
-
-    def _queue(self, *sequences: Sequence) -> None:
-        for sequence in sequences:
-            heapq.heappush(self._waiting, (sequence.order, sequence))
 
     def abort(
         self, handle: int, now: float, reason: FinishReason = FinishReason.ABORT, error: str | None = None
@@ -181,7 +169,7 @@ class Scheduler:
                 end = min(sequence.prefill_end, computed + budget)
                 budget -= end - computed
                 prompt_end = min(end + 1, sequence.prompt_length)
-                targets = sequence.token_ids[computed + 1 : prompt_end] if _is_scored(sequence) else []
+                targets = sequence.token_ids[computed + 1 : prompt_end] if sequence.wants_prompt_logprobs else []
                 plan.pieces.append(Piece(len(rows), computed, sequence.token_ids[computed:end], targets))
                 if computed == sequence.prefill_start:
                     plan.taken_slots.append(sequence.slot)
@@ -198,9 +186,7 @@ class Scheduler:
         plan.fill_columns()
         self._release_slots(last_steps)
         plan.new_owners, self._new_owners = self._new_owners, []
-        plan.grown, self._grown = self._grown, []
-        plan.saves, self._saves = self._saves, []
-        plan.restores, self._restores = self._restores, []
+        self._pages.hand_over(plan)
         self._step = plan.step
         return plan
 
@@ -215,57 +201,39 @@ class Scheduler:
     def _make_room(self) -> None:
         """Gives each decoding sequence the page of its next token. Where none is left the last in order gives way;
         pages that come back when a step in flight retires are waited for instead."""
-        allocator, page_size = self.allocator, self.page_size
-        tight = allocator.available < len(self.running)
+        pages = self._pages
+        tight = self.allocator.available < len(self.running)
         for sequence in sorted(self.running, key=_order) if tight else self.running:
             if sequence.computed < sequence.capacity or sequence.slot < 0:
                 continue
-            while (page := allocator.allocate(1)) is None and not self._fences:
+            while not pages.grow(sequence) and not pages.is_any_fenced:
                 if self._let_go_of_prompts():
                     continue
                 victim = max(self.running, key=_order)
                 self._preempt(victim)
                 if victim is sequence:
                     break
-            if page is not None:
-                sequence.pages += page
-                sequence.capacity += page_size
-                self._grown.append((sequence.slot, sequence))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
-        self._save_pages(sequence)
+        self._pages.save(sequence)
         self._release_slot(sequence)
-        self._release_pages(sequence)
+        self._pages.release(sequence)
         sequence.computed = 0
-        heapq.heappush(self._waiting, (sequence.order, sequence))
-
-    def _save_pages(self, sequence: Sequence) -> None:
-        """Has the pages copied to host memory, if it has room for them. The steps in flight still write to them; the
-        copy comes behind those steps, and before the next one, which may belong to another owner."""
-        count = self._pages_for(sequence.computed)
-        if count and self.saved_pages + count <= self.host_pages:
-            sequence.saved = SavedPages(sequence.computed, count)
-            self.saved_pages += count
-            self._saves.append((sequence.saved, sequence.pages[:count]))
-
-    def _forget_saved(self, sequence: Sequence) -> None:
-        if sequence.saved is not None:
-            self.saved_pages -= sequence.saved.pages
-            sequence.saved = None
+        self._waiting.add(sequence)
 
     def _admit(self, now: float) -> None:
         """Gives slots and the pages of their tokens to the heads of the queue, as long as both last."""
         while self._waiting and self._free_slots:
-            sequence = self._waiting[0][1]
+            sequence = self._waiting.head
             # A preempted sequence may have its last token still on its way.
             if sequence.in_flight:
                 return
-            if not self._take_pages(sequence):
-                if self.running or self._fences or not self._let_go_of_prompts():
+            if not self._pages.take(sequence, spare=len(self.running)):
+                if self.running or self._pages.is_any_fenced or not self._let_go_of_prompts():
                     return
                 continue
-            heapq.heappop(self._waiting)
+            self._waiting.pop()
             sequence.slot = heapq.heappop(self._free_slots)
             sequence.prefill_start = sequence.computed
             sequence.prefill_end = len(sequence.token_ids)
@@ -280,7 +248,7 @@ class Scheduler:
         prompt = sequence.shared_prompt
         if prompt is not None:
             prompt.take(sequence, self.allocator)
-        if (prompt is None or sequence is prompt.first) and not _is_scored(sequence):
+        if (prompt is None or sequence is prompt.first) and not sequence.wants_prompt_logprobs:
             self.prefix_queries += sequence.prompt_length
             self.prefix_hits += sequence.computed
 
@@ -292,61 +260,10 @@ class Scheduler:
             prompt.let_go(self.allocator)
         return kept
 
-    def _take_pages(self, sequence: Sequence) -> bool:
-        """Pages for all known tokens and the next one; leaves a page for each running sequence. What the prefix cache
-        has is shared, and the rest restored from host memory where it was saved."""
-        allocator = self.allocator
-        # The last token is always computed: its logits are wanted.
-        reusable = (len(sequence.token_ids) - 1) // self.page_size
-        cached = self._written_pages(sequence, reusable)
-        needed = self._pages_for(min(len(sequence.token_ids) + 1, sequence.submit.max_length)) - len(cached)
-        fresh = allocator.allocate(needed) if needed + len(self.running) <= allocator.available else None
-        if fresh is None:
-            allocator.release(cached)
-            return False
-        sequence.pages = cached + fresh
-        sequence.capacity = len(sequence.pages) * self.page_size
-        sequence.registered = len(cached)
-        sequence.computed = len(cached) * self.page_size
-        saved = sequence.saved
-        if saved is not None and saved.tokens > sequence.computed:
-            self._restores.append((saved, len(cached), sequence.pages[len(cached) : saved.pages]))
-            self.restored_pages += saved.pages - len(cached)
-            sequence.computed = saved.tokens
-        self._forget_saved(sequence)
-        return True
-
-    def _written_pages(self, sequence: Sequence, most: int) -> list[int]:
-        """References of pages that hold the sequence's first tokens already: of the prefix cache, or of its prompt.
-        None while log-probabilities of its prompt are wanted: a token that is not computed has none."""
-        if _is_scored(sequence):
-            return []
-        allocator = self.allocator
-        cached = allocator.take_prefix(self._extend_keys(sequence, most)[:most]) if self.prefix_cache else []
-        shared = sequence.shared_prompt.pages[:most] if sequence.shared_prompt is not None else []
-        if len(shared) <= len(cached):
-            return cached
-        allocator.release(cached)
-        allocator.share(shared)
-        return shared
-
-    def _extend_keys(self, sequence: Sequence, count: int) -> list[PageKey]:
-        """The sequence's chain, made at least `count` pages long from its known tokens."""
-        keys, page_size = sequence.keys, self.page_size
-        while len(keys) < count:
-            start = len(keys) * page_size
-            parent = keys[-1] if keys else root_key(sequence.submit.cache_salt)
-            keys.append(next_key(parent, sequence.token_ids[start : start + page_size]))
-        return keys
-
-    def _pages_for(self, length: int) -> int:
-        return -(-length // self.page_size)
-
     def retire(self, plan: StepPlan, results: StepResults, now: float) -> Retired:
         """Takes in what a step gave, in the order of dispatch; `now` is in monotonic seconds."""
         logprobs = results.logprobs
-        while self._fences and self._fences[0][0] <= plan.step:
-            self.allocator.release(self._fences.popleft()[1])
+        self._pages.lift_fences(plan.step)
         handles, tokens = [], []
         outputs = _take_scores(plan, results)
         for row, (sequence, end, token, flag) in enumerate(
@@ -361,11 +278,11 @@ class Scheduler:
             elif sequence.done:
                 self.overrun_tokens += 1
             elif flag:
-                if self.prefix_cache and sequence.pages and not flag & FAILED:
-                    self._register(sequence, end)
+                if not flag & FAILED:
+                    self._pages.register(sequence, end)
                 reported = None if logprobs is None else logprobs[row]
                 outputs.append(self._accept(sequence, token, flag, reported, now))
-                sequence.quiet_until = self._quiet_until(sequence)
+                sequence.quiet_until = 0 if sequence.done else self._pages.quiet_until(sequence)
             else:
                 assert not plan.decodes[row] and plan.sample_index[row] < 0, "a row ended unseen"
         return Retired(handles, tokens, outputs)
@@ -375,30 +292,16 @@ class Scheduler:
         and the steps in flight with them."""
         for sequence in self._active.values():
             sequence.in_flight = 0
-            self._forget_saved(sequence)
+            self._pages.forget_saved(sequence)
             if sequence.slot >= 0:
                 self._release_slot(sequence)
             if sequence.pages:
-                self._release_pages(sequence)
+                self._pages.release(sequence)
                 sequence.computed = 0
-                heapq.heappush(self._waiting, (sequence.order, sequence))
-        while self._fences:
-            self.allocator.release(self._fences.popleft()[1])
+                self._waiting.add(sequence)
         self._let_go_of_prompts()
-        self._new_owners, self._grown, self._saves, self._restores = [], [], [], []
-        self.allocator.forget_prefixes()
-
-    def _register(self, sequence: Sequence, end: int) -> None:
-        """Lets others find the pages filled by tokens before `end`, now that finite logits came from them."""
-        for index in range(sequence.registered, end // self.page_size):
-            self.allocator.register(sequence.pages[index], self._extend_keys(sequence, index + 1)[index])
-        sequence.registered = end // self.page_size
-
-    def _quiet_until(self, sequence: Sequence) -> int:
-        if sequence.done:
-            return 0
-        length = sequence.max_length - 1
-        return min(length, (sequence.registered + 1) * self.page_size) if self.prefix_cache else length
+        self._pages.lose_content()
+        self._new_owners = []
 
     def _accept(
         self, sequence: Sequence, token: int, flags: int, logprobs: TokenLogprobs | None, now: float
@@ -424,7 +327,7 @@ class Scheduler:
         """Queues the further sequences of a prompt when its first has computed these pages of it, or has ended."""
         prompt = sequence.shared_prompt
         if prompt is not None and prompt.first is sequence and not prompt.is_computed:
-            self._queue(*prompt.compute(pages, self.allocator))
+            self._waiting.add(*prompt.compute(pages, self.allocator))
 
     def _finish(
         self,
@@ -443,11 +346,10 @@ class Scheduler:
         prompt = sequence.shared_prompt
         if sequence.slot >= 0:
             self._release_slot(sequence)
-        elif not sequence.pages and not sequence.held and not (prompt is not None and prompt.holds_back(sequence)):
-            self._waiting.remove((sequence.order, sequence))
-            heapq.heapify(self._waiting)
-        self._release_pages(sequence)
-        self._forget_saved(sequence)
+        elif not sequence.pages:
+            self._waiting.discard(sequence)
+        self._pages.release(sequence)
+        self._pages.forget_saved(sequence)
         if prompt is not None:
             prompt.take(sequence, self.allocator)
             self._share_prompt(sequence, [])
@@ -476,17 +378,6 @@ class Scheduler:
         if sequences:
             self.running = [sequence for sequence in self.running if sequence.slot >= 0]
 
-    def _release_pages(self, sequence: Sequence) -> None:
-        """Frees the pages now, or when the last step that may write to them has retired."""
-        if sequence.in_flight:
-            self._fences.append((sequence.last_step, sequence.pages))
-        else:
-            self.allocator.release(sequence.pages)
-        sequence.pages = []
-        sequence.capacity = 0
-        sequence.registered = 0
-        sequence.quiet_until = 0
-
     @property
     def active(self) -> int:
         """Requests that have not ended."""
@@ -505,9 +396,9 @@ class Scheduler:
             waiting=len(self._waiting),
             available_pages=self.allocator.available,
             cached_pages=self.allocator.cached,
-            fenced_pages=sum(len(pages) for _, pages in self._fences),
-            saved_pages=self.saved_pages,
-            restored_pages=self.restored_pages,
+            fenced_pages=self._pages.fenced,
+            saved_pages=self._pages.saved,
+            restored_pages=self._pages.restored,
             preemptions=self.preemptions,
             prefix_queries=self.prefix_queries,
             prefix_hits=self.prefix_hits,
@@ -517,21 +408,9 @@ class Scheduler:
 
     def check(self) -> None:
         """Asserts that slots and pages are each owned exactly once."""
-        self.allocator.check()
+        self._pages.check(self._active.values())
         slots = [sequence.slot for sequence in self.running] + self._free_slots
         assert sorted(slots) == list(range(self.slots)), "a slot is lost or owned twice"
-        owned = {page for sequence in self._active.values() for page in sequence.pages}
-        owned.update(page for _, pages in self._fences for page in pages)
-        saved = [sequence.saved.pages for sequence in self._active.values() if sequence.saved is not None]
-        assert self.saved_pages == sum(saved) <= self.host_pages, "pages in host memory are miscounted"
-        prompts = [s.shared_prompt for s in self._active.values() if s.shared_prompt is not None]
-        owned.update(page for prompt in prompts for page in prompt.pages)
-        assert owned == self.allocator.held, "a page is held by no one, or used without being held"
-
-
-def _is_scored(sequence: Sequence) -> bool:
-    """Whether log-probabilities of its prompt are still to be given."""
-    return sequence.submit.prompt_logprobs >= 0 and sequence.scored < sequence.prompt_length - 1
 
 
 def _take_scores(plan: StepPlan, results: StepResults) -> list[SequenceOutput]:

@@ -100,6 +100,11 @@ class Sequence:
         """Its grammar is being compiled; it waits, and not in the queue."""
         self.done = False
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be given."""
+        return self.submit.prompt_logprobs >= 0 and self.scored < self.prompt_length - 1
+
 
 @dataclass(slots=True)
 class Piece:

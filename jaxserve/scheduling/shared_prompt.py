@@ -20,10 +20,6 @@ class SharedPrompt:
         self._untaken = set(forks)
         """Sequences without a slot so far."""
 
-    def holds_back(self, sequence: Sequence) -> bool:
-        """Whether a sequence is not in the queue yet."""
-        return not self.is_computed and sequence is not self.first
-
     def compute(self, pages: list[int], allocator: PageAllocator) -> list[Sequence]:
         """The first has written these full pages of the prompt, or has ended; returns those to queue now."""
         self.is_computed = True

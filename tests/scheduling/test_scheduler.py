@@ -114,8 +114,8 @@ def test_under_page_pressure_the_youngest_gives_way_and_all_finish_exactly(host_
         scheduler.submit(submit(handle, prompt=8, output=32))
     device.run()
     assert scheduler.preemptions > 0
-    assert (scheduler.restored_pages > 0) == (host_pages > 0)
-    assert scheduler.saved_pages == 0
+    assert (scheduler.gauges(0).restored_pages > 0) == (host_pages > 0)
+    assert scheduler.gauges(0).saved_pages == 0
     for handle in range(6):
         assert device.tokens(handle) == expected(handle, 8, 32)
     assert scheduler.allocator.available == 16
