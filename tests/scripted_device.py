@@ -55,7 +55,7 @@ class ScriptedDevice:
         self.failures: dict[int, int] = {}
         self.written: dict[tuple[int, int], int] = {}
         """Token in each (page, offset), as the device last wrote it."""
-        self.packer = Packer(scheduler.slots, scheduler.allocator.num_pages)
+        self.packer = Packer(scheduler.slots.count, scheduler.allocator.num_pages)
         self.pending: deque[tuple[StepPlan, list[int], list[int]]] = deque()
         self.ended: dict[int, bool] = {}
         self.outputs: dict[int, list[SequenceOutput]] = {}
@@ -139,8 +139,8 @@ class ScriptedDevice:
         """What the real device would be told of each row: its pages, and nothing after them."""
         chunk = self.scheduler.prefill_chunks[-1]
         max_pages = self.scheduler.allocator.num_pages
-        packed = self.packer.pack(plan, self.scheduler.slots, chunk)
-        table = packed[: -3 * chunk].reshape(self.scheduler.slots, -1)
+        packed = self.packer.pack(plan, self.scheduler.slots.count, chunk)
+        table = packed[: -3 * chunk].reshape(self.scheduler.slots.count, -1)
         for row, sequence in enumerate(plan.sequences):
             told = table[row, -max_pages:].tolist()
             assert told == sequence.pages + [0] * (max_pages - len(sequence.pages)), "the device has another page table"

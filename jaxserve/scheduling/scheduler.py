@@ -4,12 +4,11 @@
 is masked on the device meanwhile. Everything else (lengths, pages, prompts) is known ahead. No device is known here.
 """
 
-import heapq
-from dataclasses import replace
 from operator import attrgetter
 
 from jaxserve.core.messages import Gauges, SequenceOutput, Submit, TokenLogprobs
 from jaxserve.events import FinishReason
+from jaxserve.scheduling.live_sequences import LiveSequences
 from jaxserve.scheduling.page_allocator import PageAllocator
 from jaxserve.scheduling.sequence import (
     COMPLETED,
@@ -23,7 +22,8 @@ from jaxserve.scheduling.sequence import (
     StepResults,
 )
 from jaxserve.scheduling.sequence_pages import SequencePages
-from jaxserve.scheduling.shared_prompt import SharedPrompt
+from jaxserve.scheduling.shared_prompt import share_prompt
+from jaxserve.scheduling.slots import Slots
 from jaxserve.scheduling.waiting_queue import WaitingQueue
 
 _order = attrgetter("order")
@@ -58,93 +58,58 @@ class Scheduler:
         prefix_cache: bool = True,
         host_pages: int = 0,
     ):
-        self.slots = slots
+        self.slots = Slots(slots)
         self.page_size = page_size
         self.prefill_chunks = prefill_chunks
         self.allocator = PageAllocator(num_pages)
-        self.running: list[Sequence] = []
-        """Holders of a slot, in order of admission."""
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.overrun_tokens = 0
         self._pages = SequencePages(self.allocator, page_size, prefix_cache, host_pages)
         self._waiting = WaitingQueue()
-        self._active: dict[int, Sequence] = {}
-        self._free_slots = list(range(slots))
-        self._new_owners: list[tuple[int, Sequence]] = []
+        self._live = LiveSequences()
         self._ended: list[SequenceOutput] = []
-        self._deadlines: list[tuple[float, int]] = []
-        self._arrivals = 0
-        self._held: dict[int, list[Sequence]] = {}
         self._step = 0
 
     def submit(self, submit: Submit, *, held: bool = False) -> None:
         """Queues a request, each sequence of which must fit into all pages; `held`: not before `release`. Its handles
         must not be active."""
-        assert submit.handle not in self._active, f"handle {submit.handle} is active"
         assert self._pages.count(submit.max_length) < self.allocator.num_pages, "request exceeds all pages"
-        sequences = [self._add(submit)] + [
-            self._add(replace(submit, handle=handle, seed=seed, fork_seeds=[], prompt_logprobs=-1))
-            for handle, seed in enumerate(submit.fork_seeds, submit.handle + 1)
-        ]
+        sequences = self._live.add(submit)
         if held:
-            self._held[submit.handle] = sequences
-            for sequence in sequences:
-                sequence.held = True
+            self._live.hold(sequences)
         else:
-            self._start(sequences)
+            self._waiting.add(*share_prompt(sequences, self.page_size))
 
     def release(self, handle: int) -> list[Submit]:
         """Queues a request that was held. Gives its sequences, one command for each, without those that have ended."""
-        sequences = [sequence for sequence in self._held.pop(handle) if not sequence.done]
-        for sequence in sequences:
-            sequence.held = False
-        if sequences:
-            self._start(sequences)
+        sequences = self._live.release(handle)
+        self._waiting.add(*share_prompt(sequences, self.page_size))
         return [sequence.submit for sequence in sequences]
-
-    def _start(self, sequences: list[Sequence]) -> None:
-        first, *forks = sequences
-        self._waiting.add(first)
-        if forks and first.prompt_length > self.page_size:
-            first.shared_prompt = SharedPrompt(first, forks)
-            for fork in forks:
-                fork.shared_prompt = first.shared_prompt
-        else:
-            self._waiting.add(*forks)
-
-    def _add(self, submit: Submit) -> Sequence:
-        sequence = Sequence(submit, self._arrivals)
-        self._arrivals += 1
-        self._active[submit.handle] = sequence
-        if submit.deadline is not None:
-            heapq.heappush(self._deadlines, (submit.deadline, submit.handle))
-        return sequence
 
     def abort(
         self, handle: int, now: float, reason: FinishReason = FinishReason.ABORT, error: str | None = None
     ) -> None:
         """Ends an active request wherever it is; its terminal output is in the next `take_ended`."""
-        sequence = self._active.get(handle)
+        sequence = self._live.get(handle)
         if sequence is not None:
-            self._ended.append(self._finish(sequence, reason, now, error=error))
+            output = SequenceOutput(handle, [], None, error=error)
+            self._ended.append(self._finish(sequence, output, reason, now))
 
     def abort_all(self, now: float) -> None:
         """Ends every active request."""
-        for handle in list(self._active):
-            self.abort(handle, now)
+        for sequence in list(self._live):
+            self.abort(sequence.handle, now)
 
     def expire(self, now: float) -> None:
         """Ends the requests whose deadline has passed."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            self.abort(heapq.heappop(self._deadlines)[1], now, FinishReason.DEADLINE)
+        for handle in self._live.take_expired(now):
+            self.abort(handle, now, FinishReason.DEADLINE)
 
     def next_deadline(self) -> float | None:
         """Monotonic seconds of the earliest deadline of an active request."""
-        while self._deadlines and self._deadlines[0][1] not in self._active:
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        return self._live.next_deadline()
 
     def take_ended(self) -> list[SequenceOutput]:
         """Terminal outputs of the sequences that ended outside a step."""
@@ -159,7 +124,7 @@ class Scheduler:
         budget = self._chunk_budget()
         rows: list[Sequence] = plan.sequences
         last_steps: list[Sequence] = []
-        for sequence in self.running:
+        for sequence in self.slots.running:
             computed = sequence.computed
             if computed >= sequence.prefill_end:
                 if computed >= sequence.capacity:
@@ -184,16 +149,17 @@ class Scheduler:
         if not rows:
             return None
         plan.fill_columns()
-        self._release_slots(last_steps)
-        plan.new_owners, self._new_owners = self._new_owners, []
+        self.slots.take_back(*last_steps)
+        self.slots.hand_over(plan)
         self._pages.hand_over(plan)
         self._step = plan.step
         return plan
 
     def _chunk_budget(self) -> int:
         """Prompt tokens that the next step may carry."""
-        pending = [s.prefill_end - s.computed for s in self.running if s.computed < s.prefill_end]
-        if len(pending) < len(self.running) - len(pending):
+        running = self.slots.running
+        pending = [s.prefill_end - s.computed for s in running if s.computed < s.prefill_end]
+        if len(pending) < len(running) - len(pending):
             return self.prefill_chunks[0]
         tokens = sum(pending)
         return next((chunk for chunk in self.prefill_chunks if chunk >= tokens), self.prefill_chunks[-1])
@@ -201,15 +167,15 @@ class Scheduler:
     def _make_room(self) -> None:
         """Gives each decoding sequence the page of its next token. Where none is left the last in order gives way;
         pages that come back when a step in flight retires are waited for instead."""
-        pages = self._pages
-        tight = self.allocator.available < len(self.running)
-        for sequence in sorted(self.running, key=_order) if tight else self.running:
+        pages, running = self._pages, self.slots.running
+        tight = self.allocator.available < len(running)
+        for sequence in sorted(running, key=_order) if tight else running:
             if sequence.computed < sequence.capacity or sequence.slot < 0:
                 continue
             while not pages.grow(sequence) and not pages.is_any_fenced:
-                if self._let_go_of_prompts():
+                if self._pages.let_go_of_prompts(self._live):
                     continue
-                victim = max(self.running, key=_order)
+                victim = max(self.slots.running, key=_order)
                 self._preempt(victim)
                 if victim is sequence:
                     break
@@ -217,34 +183,32 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
         self._pages.save(sequence)
-        self._release_slot(sequence)
+        self.slots.take_back(sequence)
         self._pages.release(sequence)
         sequence.computed = 0
         self._waiting.add(sequence)
 
     def _admit(self, now: float) -> None:
         """Gives slots and the pages of their tokens to the heads of the queue, as long as both last."""
-        while self._waiting and self._free_slots:
+        while self._waiting and self.slots.is_any_free:
             sequence = self._waiting.head
             # A preempted sequence may have its last token still on its way.
             if sequence.in_flight:
                 return
-            if not self._pages.take(sequence, spare=len(self.running)):
-                if self.running or self._pages.is_any_fenced or not self._let_go_of_prompts():
+            if not self._pages.take(sequence, spare=len(self.slots.running)):
+                if self.slots.running or self._pages.is_any_fenced or not self._pages.let_go_of_prompts(self._live):
                     return
                 continue
             self._waiting.pop()
-            sequence.slot = heapq.heappop(self._free_slots)
             sequence.prefill_start = sequence.computed
             sequence.prefill_end = len(sequence.token_ids)
             if sequence.cached is None:
-                sequence.cached = sequence.computed
-                sequence.first_scheduled = now
-                self._note_first_admission(sequence)
-            self.running.append(sequence)
-            self._new_owners.append((sequence.slot, sequence))
+                self._note_first_admission(sequence, now)
+            self.slots.give(sequence)
 
-    def _note_first_admission(self, sequence: Sequence) -> None:
+    def _note_first_admission(self, sequence: Sequence, now: float) -> None:
+        sequence.cached = sequence.computed
+        sequence.first_scheduled = now
         prompt = sequence.shared_prompt
         if prompt is not None:
             prompt.take(sequence, self.allocator)
@@ -252,20 +216,12 @@ class Scheduler:
             self.prefix_queries += sequence.prompt_length
             self.prefix_hits += sequence.computed
 
-    def _let_go_of_prompts(self) -> bool:
-        """Gives up the pages kept for sequences that wait; whether there were any."""
-        prompts = [s.shared_prompt for s in self._active.values() if s.shared_prompt is not None]
-        kept = any(prompt.pages for prompt in prompts)
-        for prompt in prompts:
-            prompt.let_go(self.allocator)
-        return kept
-
     def retire(self, plan: StepPlan, results: StepResults, now: float) -> Retired:
         """Takes in what a step gave, in the order of dispatch; `now` is in monotonic seconds."""
         logprobs = results.logprobs
         self._pages.lift_fences(plan.step)
         handles, tokens = [], []
-        outputs = _take_scores(plan, results)
+        outputs = plan.take_prompt_scores(results)
         for row, (sequence, end, token, flag) in enumerate(
             zip(plan.sequences, plan.ends, results.tokens, results.flags, strict=False)  # the device's rows are padded
         ):
@@ -290,38 +246,41 @@ class Scheduler:
     def restart(self) -> None:
         """Sends every running sequence back to the queue with the tokens it has: the device lost its cache and state,
         and the steps in flight with them."""
-        for sequence in self._active.values():
+        self.slots.take_back(*self.slots.running)
+        for sequence in self._live:
             sequence.in_flight = 0
             self._pages.forget_saved(sequence)
-            if sequence.slot >= 0:
-                self._release_slot(sequence)
             if sequence.pages:
                 self._pages.release(sequence)
                 sequence.computed = 0
                 self._waiting.add(sequence)
-        self._let_go_of_prompts()
+        self._pages.let_go_of_prompts(self._live)
         self._pages.lose_content()
-        self._new_owners = []
+        self.slots.lose_content()
 
     def _accept(
         self, sequence: Sequence, token: int, flags: int, logprobs: TokenLogprobs | None, now: float
     ) -> SequenceOutput:
+        output = SequenceOutput(sequence.handle, [], None)
         if flags & FAILED:
-            return self._finish(sequence, FinishReason.ERROR, now, error="the model's logits are not finite")
-        started, times = None, None
+            output.error = "the model's logits are not finite"
+            return self._finish(sequence, output, FinishReason.ERROR, now)
         if sequence.first_token == 0.0:
             sequence.first_token = now
-            started, times = sequence.cached, (sequence.first_scheduled, now, now)
+            output.started, output.times = sequence.cached, (sequence.first_scheduled, now, now)
             self._share_prompt(sequence, sequence.pages[: (sequence.prompt_length - 1) // self.page_size])
         sequence.token_ids.append(token)
         if flags & STOPPED:
-            return self._finish(sequence, FinishReason.STOP, now, matched_stop=token, started=started)
-        wanted = [logprobs] if logprobs is not None and sequence.submit.logprobs >= 0 else None
+            output.matched_stop = token
+            return self._finish(sequence, output, FinishReason.STOP, now)
+        output.token_ids.append(token)
+        if logprobs is not None and sequence.submit.logprobs >= 0:
+            output.logprobs = [logprobs]
         if flags & COMPLETED:
-            return self._finish(sequence, FinishReason.STOP, now, token_ids=[token], logprobs=wanted, started=started)
-        if len(sequence.token_ids) >= sequence.submit.max_length:
-            return self._finish(sequence, FinishReason.LENGTH, now, token_ids=[token], logprobs=wanted, started=started)
-        return SequenceOutput(sequence.submit.handle, [token], wanted, started, times=times)
+            return self._finish(sequence, output, FinishReason.STOP, now)
+        if len(sequence.token_ids) >= sequence.max_length:
+            return self._finish(sequence, output, FinishReason.LENGTH, now)
+        return output
 
     def _share_prompt(self, sequence: Sequence, pages: list[int]) -> None:
         """Queues the further sequences of a prompt when its first has computed these pages of it, or has ended."""
@@ -329,70 +288,38 @@ class Scheduler:
         if prompt is not None and prompt.first is sequence and not prompt.is_computed:
             self._waiting.add(*prompt.compute(pages, self.allocator))
 
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        now: float,
-        *,
-        token_ids: list[int] | None = None,
-        logprobs: list[TokenLogprobs] | None = None,
-        started: int | None = None,
-        matched_stop: int | None = None,
-        error: str | None = None,
-    ) -> SequenceOutput:
+    def _finish(self, sequence: Sequence, output: SequenceOutput, reason: FinishReason, now: float) -> SequenceOutput:
+        """Ends a sequence wherever it is, and makes its last output terminal."""
         sequence.done = True
-        del self._active[sequence.submit.handle]
-        prompt = sequence.shared_prompt
-        if sequence.slot >= 0:
-            self._release_slot(sequence)
-        elif not sequence.pages:
+        self._live.remove(sequence)
+        self.slots.take_back(sequence)
+        if not sequence.pages:
             self._waiting.discard(sequence)
         self._pages.release(sequence)
         self._pages.forget_saved(sequence)
-        if prompt is not None:
-            prompt.take(sequence, self.allocator)
+        if sequence.shared_prompt is not None:
+            sequence.shared_prompt.take(sequence, self.allocator)
             self._share_prompt(sequence, [])
-        return SequenceOutput(
-            sequence.submit.handle,
-            token_ids or [],
-            logprobs,
-            started,
-            reason.value,
-            matched_stop,
-            len(sequence.token_ids) - sequence.prompt_length,
-            (sequence.first_scheduled, sequence.first_token, now),
-            error,
-        )
-
-    def _release_slot(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        heapq.heappush(self._free_slots, sequence.slot)
-        sequence.slot = -1
-
-    def _release_slots(self, sequences: list[Sequence]) -> None:
-        """`_release_slot` of several, in one pass over those that run."""
-        for sequence in sequences:
-            heapq.heappush(self._free_slots, sequence.slot)
-            sequence.slot = -1
-        if sequences:
-            self.running = [sequence for sequence in self.running if sequence.slot >= 0]
+        output.finish_reason = reason.value
+        output.completion_tokens = len(sequence.token_ids) - sequence.prompt_length
+        output.times = (sequence.first_scheduled, sequence.first_token, now)
+        return output
 
     @property
     def active(self) -> int:
-        """Requests that have not ended."""
-        return len(self._active)
+        """Sequences that have not ended."""
+        return len(self._live)
 
     @property
     def is_idle(self) -> bool:
         """Whether every active request is held."""
-        return not self._active or bool(self._held and all(sequence.held for sequence in self._active.values()))
+        return self._live.are_all_held
 
     def gauges(self, compiles_after_warmup: int) -> Gauges:
         """The state after the last call."""
         return Gauges(
             step=self._step,
-            running=len(self.running),
+            running=len(self.slots.running),
             waiting=len(self._waiting),
             available_pages=self.allocator.available,
             cached_pages=self.allocator.cached,
@@ -408,18 +335,5 @@ class Scheduler:
 
     def check(self) -> None:
         """Asserts that slots and pages are each owned exactly once."""
-        self._pages.check(self._active.values())
-        slots = [sequence.slot for sequence in self.running] + self._free_slots
-        assert sorted(slots) == list(range(self.slots)), "a slot is lost or owned twice"
-
-
-def _take_scores(plan: StepPlan, results: StepResults) -> list[SequenceOutput]:
-    """The scores of prompt tokens that are new: a sequence that gave way may compute some of them again."""
-    outputs = []
-    for piece in plan.pieces if results.prompt_logprobs else ():
-        sequence = plan.sequences[piece.row]
-        scores = results.prompt_logprobs.get(piece.row, [])[sequence.scored - piece.start :]
-        if scores and not sequence.done:
-            sequence.scored += len(scores)
-            outputs.append(SequenceOutput(sequence.handle, [], None, prompt_logprobs=scores))
-    return outputs
+        self.slots.check()
+        self._pages.check(self._live)

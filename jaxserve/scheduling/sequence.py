@@ -161,6 +161,17 @@ class StepPlan:
             if self.ends[piece.row] == self.sequences[piece.row].prefill_end:
                 self.sample_index[piece.row] = self.chunk_tokens - 1
 
+    def take_prompt_scores(self, results: "StepResults") -> list[SequenceOutput]:
+        """The scores of prompt tokens that are new: a sequence that gave way may compute some of them again."""
+        outputs = []
+        for piece in self.pieces if results.prompt_logprobs else ():
+            sequence = self.sequences[piece.row]
+            scores = results.prompt_logprobs.get(piece.row, [])[sequence.scored - piece.start :]
+            if scores and not sequence.done:
+                sequence.scored += len(scores)
+                outputs.append(SequenceOutput(sequence.handle, [], None, prompt_logprobs=scores))
+        return outputs
+
 
 @dataclass(frozen=True, slots=True)
 class StepResults:

@@ -108,6 +108,14 @@ class SequencePages:
         sequence.registered = 0
         sequence.quiet_until = 0
 
+    def let_go_of_prompts(self, sequences: Iterable[Sequence]) -> bool:
+        """Gives up the pages kept for further sequences of a prompt, which wait; whether there were any."""
+        prompts = [sequence.shared_prompt for sequence in sequences if sequence.shared_prompt is not None]
+        kept = any(prompt.pages for prompt in prompts)
+        for prompt in prompts:
+            prompt.let_go(self._allocator)
+        return kept
+
     def lift_fences(self, step: int) -> None:
         """Frees what only steps up to this one could write to, now that it has retired."""
         while self._fences and self._fences[0][0] <= step:

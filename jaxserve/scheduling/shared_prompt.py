@@ -38,3 +38,14 @@ class SharedPrompt:
         """Gives the pages up. Who has not taken them computes the prompt anew, or finds it in the prefix cache."""
         allocator.release(self.pages)
         self.pages = []
+
+
+def share_prompt(sequences: list[Sequence], page_size: int) -> list[Sequence]:
+    """Makes the sequences of one request share its prompt, if that fills a page. Gives those to queue now."""
+    if len(sequences) < 2 or sequences[0].prompt_length <= page_size:
+        return sequences
+    first, *forks = sequences
+    prompt = SharedPrompt(first, forks)
+    for sequence in sequences:
+        sequence.shared_prompt = prompt
+    return [first]

@@ -66,7 +66,7 @@ def test_a_short_request_leaves_at_once_and_its_slot_has_an_owner_within_two_ste
         steps += 1
     assert max(len(device.tokens(handle)) for handle in range(1, 10)) < 16
     device.step()
-    assert len(scheduler.running) == 10  # request 10 has the slot
+    assert len(scheduler.slots.running) == 10  # request 10 has the slot
     device.run()
 
 
