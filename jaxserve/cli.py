@@ -1,7 +1,6 @@
 """The command line. The only module of the package that may import `rpc`."""
 
 import argparse
-import ast
 import io
 import json
 import os
@@ -11,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxserve.commands.options import METAVARS, add_field_options, engine_config, given_fields, source_fields
+from jaxserve.commands.options import add_field_options, engine_config, given_fields, source_fields
 from jaxserve.commands.start import CommandError, ExitStatus, start_engine
 from jaxserve.config import EngineConfig
 from jaxserve.core import garbage_collection
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 SERVED = {"core": "process"}
 """What a served engine has other than EngineConfig says: its loop shares no GIL with the protocol."""
+SERVER_OPTIONS = ("host", "grpc_port", "http_port", "metrics_port", "grace", "otlp_endpoint")
 SAMPLING_OPTIONS = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in ("logit_bias", "n"))
 STOPPING_OPTIONS = tuple(StoppingParams.__dataclass_fields__)
 SIZED = ("dtype", "kv_dtype", "quantization", "tensor_parallel", "slots", "page_size", "attention")
@@ -108,23 +108,12 @@ def _config(arguments: argparse.Namespace, defaults: dict[str, str] | None = Non
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    known = source_fields("rpc.server", "ServerConfig")  # importing it would load gRPC
-    options = (("--host", "host", str), ("--grpc-port", "port", int), ("--grace", "grace", float))
-    for option, name, kind in options:
-        field = known[name]
-        assert field.default is not None
-        default = ast.literal_eval(field.default)
-        text = f"{field.doc} (default: {default})"
-        parser.add_argument(option, type=kind, default=default, metavar=METAVARS[kind], help=text)
-    text = known["otlp_endpoint"].doc.replace("`", "")
-    parser.add_argument("--otlp-endpoint", default=None, metavar="URL", help=f"{text} (default: none)")
     from rpc.security.config import SecurityConfig
+    from rpc.server_config import ServerConfig
 
+    add_field_options(parser, ServerConfig, SERVER_OPTIONS)
     group = parser.add_argument_group("security", "Addresses other than loopback need keys and TLS.")
     add_field_options(group, SecurityConfig)
-    for option, name in (("--http-port", "http_port"), ("--metrics-port", "metrics_port")):
-        text = f"{known[name].doc.replace('`', '')} (default: none)"
-        parser.add_argument(option, type=int, default=None, metavar=METAVARS[int], help=text)
     _engine_options(parser, SERVED)
     parser.set_defaults(run=_serve)
 
@@ -132,7 +121,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     from rpc.lifecycle import PortUnavailable
     from rpc.security.config import SecurityConfig
-    from rpc.server import ServerConfig, print_report, serve
+    from rpc.serve import print_report, serve
+    from rpc.server_config import ServerConfig
     from rpc.tracing import TracingUnavailable
 
     config = _config(arguments, SERVED)
@@ -149,18 +139,12 @@ def _serve(arguments: argparse.Namespace) -> int:
         return engine
 
     try:
-        return serve(
-            start,
-            arguments.host,
-            arguments.grpc_port,
-            arguments.grace,
-            http_port=arguments.http_port,
-            metrics_port=arguments.metrics_port,
-            otlp_endpoint=arguments.otlp_endpoint,
+        server_config = ServerConfig(
+            **given_fields(arguments, ServerConfig),
             longest_context=config.max_context or ServerConfig.longest_context,
             security=SecurityConfig(**given_fields(arguments, SecurityConfig)),
-            report=report,
         )
+        return serve(start, server_config, report)
     except ValueError as error:
         if listening:
             raise

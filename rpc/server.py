@@ -1,20 +1,14 @@
-"""The gRPC server: a port that answers from the first moment, and a process that leaves in good order.
+"""The server: ports that answer from the first moment, and an end in good order.
 
-listen, health NOT_SERVING -> load the engine in a thread -> SERVING -> signal -> NOT_SERVING, drain -> stop, exit
+listen, health NOT_SERVING -> load the engine in a thread -> SERVING -> NOT_SERVING, drain -> stop
 """
 
 import asyncio
-import json
 import logging
-import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from enum import IntEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,11 +29,11 @@ from rpc.malformed import MalformedRequests
 from rpc.metrics import Metrics
 from rpc.open_calls import OpenCalls
 from rpc.security.access import Access
-from rpc.security.config import SecurityConfig
 from rpc.security.grpc_guard import Guard
 from rpc.security.keys import KeyFile
 from rpc.security.tenants import for_tenants
 from rpc.served_engine import ServedEngine
+from rpc.server_config import ServerConfig
 from rpc.servicer import InferenceServicer
 from rpc.tracing import TraceParents, traced, tracer_provider
 from rpc.v1 import jaxserve_pb2 as pb
@@ -66,100 +60,14 @@ FLUSH_SPANS_MS = 2000
 ABORT_TIME = 5.0
 """Seconds for aborted calls to tell their clients so, past the grace."""
 
-
-class ExitCode(IntEnum):
-    """What `serve` returns, for the process to exit with."""
-
-    DRAINED = 0
-    """Every accepted request finished, or there was none."""
-    ABORTED = 3
-    """The grace passed, or a second signal came, and requests in flight were aborted."""
-
-
 Report = Callable[[dict[str, object]], None]
 """Told what becomes of the server: `event` is listening, ready, draining or stopped."""
-
-
-def print_report(report: dict[str, object]) -> None:
-    """Writes one JSON line to standard output."""
-    print(json.dumps(report), flush=True)
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """Everything that shapes a server, but for its engine."""
-
-    host: str = "127.0.0.1"
-    """Address to bind. Anything but loopback lets others in, and needs keys and TLS, or --allow-open."""
-    port: int = 50051
-    """0 takes a free one, named in the report."""
-    http_port: int | None = None
-    """Port of the OpenAI API over HTTP; 0 takes a free one, named in the report. None serves gRPC alone."""
-    metrics_port: int | None = None
-    """Port of /metrics and /health alone; 0 takes a free one, named in the report. `http_port` has them as well."""
-    otlp_endpoint: str | None = None
-    """URL that OpenTelemetry spans are sent to by OTLP over HTTP, as http://127.0.0.1:4318/v1/traces. None sends none;
-    needs the extra `otel`."""
-    grace: float = 30.0
-    """Seconds that requests in flight have to finish once a signal asks the server to stop."""
-    longest_context: int = 8192
-    """Tokens of the longest prompt to expect; bounds the size of a request message."""
-    max_concurrent_streams: int = 4096
-    """Calls at once on one connection; further ones wait in the client. Above the engine's queue, so that the queue's
-    bound answers and a health check never waits."""
-    keepalive_interval: float = 20.0
-    """Seconds of silence after which the server pings a client with open calls."""
-    keepalive_timeout: float = 10.0
-    """Seconds without an answer to that ping after which the client is gone and its calls are cancelled."""
-    stall_limit: float = 60.0
-    """Seconds a client may leave a message unread before its request is aborted."""
-    max_connections: int = 4096
-    """Connections at once; a further one is closed as it comes."""
-    handshake_timeout: float = 10.0
-    """Seconds in which a new connection must have shaken hands (TLS and HTTP/2)."""
-    max_connection_idle: float = 3600.0
-    """Seconds after which a connection without a call is closed."""
-    max_header_bytes: int = 16384
-    """Bytes of the headers of one call; refused above."""
-    security: SecurityConfig = field(default_factory=SecurityConfig)
-    """Keys and certificates."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError where the address would let others in without keys or TLS."""
-        self.security.check_host(self.host)
-
-    @property
-    def max_request_bytes(self) -> int:
-        """Bytes of one request message: 64 a token, for text of long tokens, and 1 MiB for all else."""
-        return (1 << 20) + 64 * self.longest_context
-
-    def channel_options(self) -> list[tuple[str, int]]:
-        """The options of the gRPC server."""
-        return [
-            ("grpc.max_receive_message_length", self.max_request_bytes),
-            ("grpc.max_concurrent_streams", self.max_concurrent_streams),
-            ("grpc.max_metadata_size", self.max_header_bytes),
-            ("grpc.absolute_max_metadata_size", self.max_header_bytes),
-            ("grpc.max_allowed_incoming_connections", self.max_connections),
-            ("grpc.server_handshake_timeout_ms", round(self.handshake_timeout * 1000)),
-            ("grpc.max_connection_idle_ms", round(self.max_connection_idle * 1000)),
-            # A second server on the port must fail to bind, not share its connections.
-            ("grpc.so_reuseport", 0),
-            ("grpc.keepalive_time_ms", round(self.keepalive_interval * 1000)),
-            ("grpc.keepalive_timeout_ms", round(self.keepalive_timeout * 1000)),
-            # Of every ping; gRPC waits a minute else, and then closes the connection.
-            ("grpc.http2.ping_timeout_ms", round(self.keepalive_timeout * 1000)),
-            ("grpc.http2.max_pings_without_data", 0),
-            # What clients may send: a ping every 10 s, and only while a call is open.
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 0),
-        ]
 
 
 class Server:
     """One gRPC server on the running event loop. `start`, then `load` or `attach`, then `stop`."""
 
-    def __init__(self, config: ServerConfig = ServerConfig(), report: Report = print_report):
+    def __init__(self, config: ServerConfig, report: Report = lambda _: None):
         self.config = config
         self.port = 0
         """The port of gRPC that is bound, after `start`."""
@@ -219,7 +127,7 @@ class Server:
         """Binds the ports and answers. Raises PortUnavailable where a port cannot be had."""
         await self.lifecycle.move_to(State.LOADING)
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host  # IPv6
-        address, tls = f"{host}:{self.config.port}", self.config.security.tls_files()
+        address, tls = f"{host}:{self.config.grpc_port}", self.config.security.tls_files()
         try:
             if tls is None:
                 self.port = self._server.add_insecure_port(address)
@@ -331,78 +239,3 @@ async def _in_daemon_thread[Result](work: Callable[[], Result], name: str) -> Re
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return await future
-
-
-def serve(
-    engine_factory: Callable[[], ServedEngine],
-    host: str = ServerConfig.host,
-    port: int = ServerConfig.port,
-    grace: float = ServerConfig.grace,
-    *,
-    http_port: int | None = ServerConfig.http_port,
-    metrics_port: int | None = ServerConfig.metrics_port,
-    otlp_endpoint: str | None = ServerConfig.otlp_endpoint,
-    longest_context: int = ServerConfig.longest_context,
-    security: SecurityConfig | None = None,
-    report: Report = print_report,
-) -> int:
-    """Serves an engine until SIGTERM or SIGINT, and returns the exit code, an `ExitCode`.
-
-    The port answers health checks NOT_SERVING while `engine_factory` runs in a thread. The first signal drains for up
-    to `grace` seconds; a second one aborts what is left. A signal while the engine still loads ends the process from
-    here with DRAINED, since native code that loads or compiles cannot be stopped.
-
-    Raises:
-        PortUnavailable: a port cannot be had.
-        ValueError: the address needs keys and TLS, or their files cannot be used.
-        Exception: what `engine_factory` raises.
-    """
-    config = ServerConfig(
-        host=host,
-        port=port,
-        http_port=http_port,
-        metrics_port=metrics_port,
-        otlp_endpoint=otlp_endpoint,
-        grace=grace,
-        longest_context=longest_context,
-        security=security or SecurityConfig(),
-    )
-    code, loading = asyncio.run(_serve(engine_factory, config, report))
-    if loading:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
-async def _serve(
-    engine_factory: Callable[[], ServedEngine], config: ServerConfig, report: Report
-) -> tuple[ExitCode, bool]:
-    """Returns the exit code, and whether the engine was still loading."""
-    server = Server(config, report)
-    stopping = asyncio.Event()
-
-    def on_signal() -> None:
-        if stopping.is_set():
-            server.hurry()
-        stopping.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    await server.start()
-    loading = asyncio.create_task(server.load(engine_factory))
-    asked = asyncio.create_task(stopping.wait())
-    try:
-        await asyncio.wait((loading, asked), return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
-            loading.result()
-            await asked
-        still_loading = not loading.done()
-    finally:
-        loading.cancel()
-        asked.cancel()
-        drained = await server.stop()
-    code = ExitCode.DRAINED if drained else ExitCode.ABORTED
-    report({"event": "stopped", "exit_code": int(code)})
-    return code, still_loading

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from openai import AsyncOpenAI
 
 from rpc.served_engine import ServedEngine
-from rpc.server import Server, ServerConfig
+from rpc.server import Server
+from rpc.server_config import ServerConfig
 
 PATIENCE = 60.0
 """Seconds after which something that must happen has not; nothing is asserted to be fast by it."""
@@ -18,7 +19,7 @@ PATIENCE = 60.0
 @asynccontextmanager
 async def http_serving(engine: ServedEngine, config: ServerConfig | None = None) -> AsyncIterator[tuple[Server, str]]:
     """A server for the engine on this event loop, and the address of its HTTP port, as "127.0.0.1:8000"."""
-    server = Server(replace(config or ServerConfig(), port=0, http_port=0), report=lambda _: None)
+    server = Server(replace(config or ServerConfig(), grpc_port=0, http_port=0), report=lambda _: None)
     await server.start()
     await server.attach(engine)
     try:

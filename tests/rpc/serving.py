@@ -13,7 +13,8 @@ from typing import cast
 
 from rpc.client import AsyncClient
 from rpc.served_engine import ServedEngine
-from rpc.server import Server, ServerConfig
+from rpc.server import Server
+from rpc.server_config import ServerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +47,7 @@ async def serving(
 ) -> AsyncIterator[tuple[Server, AsyncClient]]:
     """A server for the engine on this event loop, and a client connected to it."""
     # A pause of the whole machine, however long, is no client that has gone.
-    server = Server(config or ServerConfig(port=0, keepalive_timeout=3600.0), report=lambda _: None)
+    server = Server(config or ServerConfig(grpc_port=0, keepalive_timeout=3600.0), report=lambda _: None)
     await server.start()
     await server.attach(engine)
     try:
@@ -78,10 +79,11 @@ async def back_to_the_start(engine: ServedEngine, server: Server | None = None) 
 SERVER_SCRIPT = """
 import sys, threading, time
 sys.path.append({tests!r})
-from rpc.server import serve
+from rpc.serve import serve
+from rpc.server_config import ServerConfig
 from scripted_engine import ScriptedEngine
 {setup}
-sys.exit(serve(engine_factory, port=0, grace={grace}, http_port={http_port}))
+sys.exit(serve(engine_factory, ServerConfig(grpc_port=0, grace={grace}, http_port={http_port})))
 """
 
 

@@ -18,7 +18,8 @@ from rpc.client import AsyncClient, Credentials, Forbidden, Unauthenticated
 from rpc.security.access import OPEN_PATHS, Access
 from rpc.security.config import SecurityConfig
 from rpc.security.keys import KeyFile, add_key
-from rpc.server import Server, ServerConfig
+from rpc.server import Server
+from rpc.server_config import ServerConfig
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
@@ -35,7 +36,7 @@ class Keys:
 
     @property
     def config(self) -> ServerConfig:
-        return ServerConfig(port=0, security=SecurityConfig(api_keys=str(self.file)))
+        return ServerConfig(grpc_port=0, security=SecurityConfig(api_keys=str(self.file)))
 
 
 @pytest.fixture

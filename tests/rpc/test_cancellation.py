@@ -12,7 +12,7 @@ from serving import ROOT, back_to_the_start, eventually, serving
 
 from jaxserve.events import FinishReason
 from jaxserve.request import Request
-from rpc.server import ServerConfig
+from rpc.server_config import ServerConfig
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
@@ -229,7 +229,7 @@ async def test_a_slow_reader_is_aborted_at_the_buffers_bound_and_still_told() ->
 
 async def test_a_reader_that_stalls_is_aborted_at_the_stall_limit() -> None:
     engine = ScriptedEngine(step_time=0.0, max_context=1 << 24, stream_buffer_tokens=1 << 24)
-    config = ServerConfig(port=0, stall_limit=0.3)
+    config = ServerConfig(grpc_port=0, stall_limit=0.3)
     async with (
         serving(engine, config) as (server, client),
         grpc.aio.insecure_channel(client.address, options=SMALL_WINDOW) as channel,

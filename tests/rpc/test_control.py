@@ -13,7 +13,8 @@ from serving import eventually, serving
 
 from jaxserve.request_errors import EngineUnavailable, InvalidRequest
 from rpc.client import AsyncClient
-from rpc.server import SERVICES, Server, ServerConfig
+from rpc.server import SERVICES, Server
+from rpc.server_config import ServerConfig
 
 pytestmark = pytest.mark.asyncio
 
@@ -85,7 +86,7 @@ async def test_while_the_engine_loads_the_port_answers_not_serving() -> None:
         may_load.wait()
         return ScriptedEngine()
 
-    server = Server(ServerConfig(port=0), report=lambda _: None)
+    server = Server(ServerConfig(grpc_port=0), report=lambda _: None)
     await server.start()
     loading = asyncio.ensure_future(server.load(engine_factory))
     try:
@@ -131,7 +132,7 @@ async def test_health_of_an_unknown_service_is_not_found() -> None:
 
 
 async def test_a_health_watch_sees_every_change_and_does_not_hold_the_server() -> None:
-    server = Server(ServerConfig(port=0), report=lambda _: None)
+    server = Server(ServerConfig(grpc_port=0), report=lambda _: None)
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
@@ -167,6 +168,6 @@ async def test_reflection_lists_the_services_and_describes_them() -> None:
 
 async def test_a_second_server_cannot_take_the_same_port() -> None:
     async with serving(ScriptedEngine()) as (server, _):
-        second = Server(ServerConfig(port=server.port), report=lambda _: None)
+        second = Server(ServerConfig(grpc_port=server.port), report=lambda _: None)
         with pytest.raises(RuntimeError):
             await second.start()

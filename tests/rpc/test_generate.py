@@ -12,7 +12,7 @@ from serving import serving
 from jaxserve.events import Delta, Finished, FinishReason, Started
 from jaxserve.request import Request
 from rpc.client import AsyncClient, RpcFailed
-from rpc.server import ServerConfig
+from rpc.server_config import ServerConfig
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
@@ -140,7 +140,7 @@ async def test_an_unexpected_exception_is_internal_and_logged_with_the_request_i
 
 
 async def test_a_message_larger_than_the_limit_is_refused() -> None:
-    config = ServerConfig(port=0, longest_context=16)
+    config = ServerConfig(grpc_port=0, longest_context=16)
     async with serving(ScriptedEngine(), config) as (_, client):
         with pytest.raises(Exception, match="larger than the server takes"):
             await client.generate("x" * (config.max_request_bytes + 1)).text()

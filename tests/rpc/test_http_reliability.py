@@ -16,7 +16,7 @@ from serving import ServerProcess, back_to_the_start, eventually, server_process
 
 from rpc.security.config import SecurityConfig
 from rpc.security.keys import add_key
-from rpc.server import ServerConfig
+from rpc.server_config import ServerConfig
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 BODIES = {COMPLETIONS: {"prompt": "hi"}, CHAT: {"messages": [{"role": "user", "content": "hi"}]}}

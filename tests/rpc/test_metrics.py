@@ -12,7 +12,8 @@ from scripted_engine import ScriptedEngine
 from serving import ROOT, eventually
 
 from rpc.client import AsyncClient
-from rpc.server import Server, ServerConfig
+from rpc.server import Server
+from rpc.server_config import ServerConfig
 
 pytestmark = pytest.mark.asyncio
 
@@ -70,7 +71,7 @@ async def test_every_name_is_there_and_the_counts_are_those_of_the_answers() -> 
 
 
 async def test_a_server_of_grpc_alone_has_them_on_a_port_of_their_own() -> None:
-    server = Server(replace(ServerConfig(), port=0, metrics_port=0), report=lambda _: None)
+    server = Server(replace(ServerConfig(), grpc_port=0, metrics_port=0), report=lambda _: None)
     await server.start()
     assert server.metrics is not None
     address = f"127.0.0.1:{server.metrics.port}"

@@ -13,7 +13,7 @@ from running_time import RunningTime, resident_bytes
 from serving import ROOT, back_to_the_start, eventually, lent, serving
 from simulated import exact
 
-from rpc.server import ServerConfig
+from rpc.server_config import ServerConfig
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
@@ -58,7 +58,7 @@ async def test_500_streams_whose_clients_are_killed_return_their_pages_within_2_
 
 
 async def test_a_client_that_sleeps_is_cancelled_within_the_keepalive_times_and_1_s(simulated: "Engine") -> None:
-    config = ServerConfig(port=0, keepalive_interval=1.0, keepalive_timeout=1.0)
+    config = ServerConfig(grpc_port=0, keepalive_interval=1.0, keepalive_timeout=1.0)
     async with serving(lent(simulated), config) as (server, client):
         with clients(client.address, 1, 10) as started, RunningTime() as clock:
             await all_open(started)
@@ -76,7 +76,7 @@ async def test_a_client_that_sleeps_is_cancelled_within_the_keepalive_times_and_
 async def test_20_slow_readers_cost_little_memory_and_no_neighbour_and_end_at_the_stall_limit(
     simulated: "Engine",
 ) -> None:
-    config = ServerConfig(port=0, stall_limit=4.0)
+    config = ServerConfig(grpc_port=0, stall_limit=4.0)
     async with serving(lent(simulated), config) as (server, client):
         with RunningTime() as clock:
 

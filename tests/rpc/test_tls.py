@@ -13,7 +13,8 @@ from jaxserve.request_errors import EngineUnavailable
 from rpc.client import AsyncClient, Client, Credentials
 from rpc.security.config import SecurityConfig
 from rpc.security.tls import TlsError
-from rpc.server import Server, ServerConfig
+from rpc.server import Server
+from rpc.server_config import ServerConfig
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ async def works(server: Server, credentials: Credentials) -> bool:
 
 async def refused_after_it_worked(security: SecurityConfig, good: Credentials, *bad: Credentials) -> None:
     """A server lets `good` in, none of `bad`, and `good` still after those."""
-    async with serving(ScriptedEngine(), ServerConfig(port=0, security=security)) as (server, _):
+    async with serving(ScriptedEngine(), ServerConfig(grpc_port=0, security=security)) as (server, _):
         assert await works(server, good)
         for credentials in bad:
             assert not await works(server, credentials), credentials
@@ -48,7 +49,7 @@ async def test_a_certificate_that_has_expired_or_names_another_host_is_not_trust
     expired = SecurityConfig(*(None, *authority.issue("expired", lifetime=timedelta(days=-1))))
     elsewhere = SecurityConfig(*(None, *authority.issue("elsewhere", host="elsewhere.example")))
     for security in (expired, elsewhere):
-        async with serving(ScriptedEngine(), ServerConfig(port=0, security=security)) as (server, _):
+        async with serving(ScriptedEngine(), ServerConfig(grpc_port=0, security=security)) as (server, _):
             assert not await works(server, authority.client())
 
 
@@ -68,7 +69,7 @@ async def test_mutual_tls_wants_a_certificate_of_its_authority_that_is_valid(aut
 
 
 async def test_the_plain_client_speaks_tls_too(authority: Authority):
-    async with serving(ScriptedEngine(), ServerConfig(port=0, security=authority.server())) as (server, _):
+    async with serving(ScriptedEngine(), ServerConfig(grpc_port=0, security=authority.server())) as (server, _):
 
         def ask() -> str:
             with Client(f"127.0.0.1:{server.port}", authority.client()) as client:
@@ -80,7 +81,9 @@ async def test_the_plain_client_speaks_tls_too(authority: Authority):
 async def test_files_that_do_not_belong_together_are_refused_before_the_port_is_bound(authority: Authority):
     cert, _ = authority.issue("one")
     _, key = authority.issue("two")
-    server = Server(ServerConfig(port=0, security=SecurityConfig(tls_cert=cert, tls_key=key)), report=lambda _: None)
+    server = Server(
+        ServerConfig(grpc_port=0, security=SecurityConfig(tls_cert=cert, tls_key=key)), report=lambda _: None
+    )
     with pytest.raises(TlsError, match="no certificate and its key"):
         await server.start()
     with pytest.raises(ValueError, match="both or neither"):

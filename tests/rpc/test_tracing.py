@@ -13,7 +13,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from scripted_engine import ScriptedEngine
 from serving import back_to_the_start
 
-from rpc.server import Server, ServerConfig
+from rpc.server import Server
+from rpc.server_config import ServerConfig
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
@@ -65,7 +66,7 @@ def attributes_of(span) -> dict[str, object]:
 async def test_each_request_is_one_span_under_its_senders_with_the_conventions_attributes() -> None:
     engine = ScriptedEngine()
     with collector() as (endpoint, spans):
-        config = replace(ServerConfig(), port=0, http_port=0, otlp_endpoint=endpoint)
+        config = replace(ServerConfig(), grpc_port=0, http_port=0, otlp_endpoint=endpoint)
         server = Server(config, report=lambda _: None)
         await server.start()
         await server.attach(engine)
