@@ -17,7 +17,18 @@ from jaxserve.checkpoints import describe_model
 from jaxserve.config import EngineConfig
 from jaxserve.constraints.check import ConstraintChecker, ConstraintLimits
 from jaxserve.core.client import start_core
-from jaxserve.core.messages import Abort, Failed, Gauges, Profile, Progress, Ready, Shutdown, StepRecord, Vocabulary
+from jaxserve.core.messages import (
+    Abort,
+    Failed,
+    Gauges,
+    Profile,
+    Progress,
+    Ready,
+    Shutdown,
+    StepRecord,
+    Submit,
+    Vocabulary,
+)
 from jaxserve.core.profiling import MAX_SECONDS
 from jaxserve.core.watchdog import Watchdog
 from jaxserve.events import Completion, Delta, Finished
@@ -30,7 +41,6 @@ from jaxserve.front.resumable_stream import ResumableStream, ResumableStreams, S
 from jaxserve.front.statistics import Statistics
 from jaxserve.request import Request
 from jaxserve.request_errors import EngineUnavailable, InvalidRequest, RequestError
-from jaxserve.tokenizing.text_stream import TextStream
 from jaxserve.tokenizing.tokenizer import Tokenizer
 
 ProgressCallback = Callable[[str, float | None], None]
@@ -166,38 +176,46 @@ class Engine:
         Raises:
             RequestError: one of its subclasses says why the request was not accepted; nothing is then allocated.
         """
-        self._admission.check(request)
-        self._requests.check_room(request)
-        n, output, stopping = request.sampling.n, request.output, request.stopping
-        first = self._take_handles(n)
-        submit = self._admission.prepare(request, first, time.monotonic())
-        stream, reader = self._new_stream(request, lambda: self._abort(first, n))
+        return self.submit_all((request,))[0]
 
-        def new_text() -> TextStream | None:
-            if not (output.return_text or stopping.stop):
-                return None
-            return TextStream(
-                self.tokenizer,
-                stop=stopping.stop,
-                include_stop=stopping.include_stop,
-                min_tokens=stopping.min_tokens,
-                keeps_first_space=request.constraint is not None,
-            )
-
+    def submit_all(self, requests: Sequence[Request]) -> list[RequestStream | StreamReader]:
+        """Accepts all of the requests or none of them, as `submit` does one."""
+        for request in requests:
+            self._admission.check(request)
+        needed = sum(request.sampling.n for request in requests)
+        if len(requests) > 1 and needed > self.capacity:
+            raise InvalidRequest("prompt", f"{needed} sequences are asked for at once (limit {self.capacity})")
+        self._requests.check_room(requests)
+        submits = [
+            self._admission.prepare(request, self._take_handles(request.sampling.n), time.monotonic())
+            for request in requests
+        ]
+        streams = [self._new_stream(*pair) for pair in zip(requests, submits, strict=True)]
         try:
-            self._requests.add(ActiveRequest(request, submit, stream, n), [new_text() for _ in range(n)])
+            self._requests.add(
+                [
+                    (ActiveRequest(request, submit, stream, request.sampling.n), self._admission.texts(request))
+                    for request, submit, (stream, _) in zip(requests, submits, streams, strict=True)
+                ]
+            )
         except RequestError:
-            if isinstance(stream, ResumableStream):
-                self._kept.discard(stream)
+            for stream, _ in streams:
+                if isinstance(stream, ResumableStream):
+                    self._kept.discard(stream)
             raise
-        self._core.send(submit)
-        return reader
+        for submit in submits:
+            self._core.send(submit)
+        return [reader for _, reader in streams]
 
     def _new_stream(
-        self, request: Request, cancel: Callable[[], None]
+        self, request: Request, submit: Submit
     ) -> tuple[RequestStream | ResumableStream, RequestStream | StreamReader]:
         """What takes a request's events, and what reads them first."""
         n = request.sampling.n
+
+        def cancel() -> None:
+            self._abort(submit.handle, n)
+
         if not request.output.resumable:
             stream = RequestStream(request.request_id, cancel, n)
             return stream, stream

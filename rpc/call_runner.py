@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 
@@ -63,7 +63,7 @@ class CallRunner:
         # The RPC is done later than its handler: the status is sent in between.
         context.add_done_callback(lambda _: self._calls.close(call))  # pyright: ignore[reportArgumentType]
         self._lifecycle.ready_engine()
-        stream = await self.admit(build(_deadline(context)), call)
+        (stream,) = await self.admit([build(_deadline(context))], [call])
         await self._follow(stream, call, take)
 
     async def attach(
@@ -93,21 +93,26 @@ class CallRunner:
             stream.leave()  # ends what still runs, unless its stream is to be taken up again
         self.raise_for(ending, call)
 
-    async def admit(self, request: Request, call: OpenCall) -> EventStream:
-        """Validates and queues, before anything is written. Raises what `errors.failure_of` knows."""
-        engine = self._lifecycle.ready_engine()
-        quick = _is_quick(request)
-        call.stream = engine.submit(request) if quick else await self._submit_from_thread(engine, request)
-        return call.stream
+    async def admit(self, requests: Sequence[Request], calls: Sequence[OpenCall]) -> Sequence[EventStream]:
+        """Validates and queues all of the requests or none, before anything is written; each is a call's.
 
-    async def _submit_from_thread(self, engine: ServedEngine, request: Request) -> EventStream:
+        Raises what `errors.failure_of` knows.
+        """
+        engine = self._lifecycle.ready_engine()
+        submit = partial(engine.submit_all, requests)
+        streams = submit() if _are_quick(requests) else await self._submit_from_thread(engine, submit)
+        for call, stream in zip(calls, streams, strict=True):
+            call.stream = stream
+        return streams
+
+    async def _submit_from_thread(
+        self, engine: ServedEngine, submit: Callable[[], Sequence[EventStream]]
+    ) -> Sequence[EventStream]:
         limit = engine.config.total_slots + engine.config.max_waiting
         if self._submitting >= limit:
             raise QueueFull(limit, RETRY_AFTER)
         self._submitting += 1
-        submitted = asyncio.get_running_loop().run_in_executor(
-            self._tokenizing, contextvars.copy_context().run, partial(engine.submit, request)
-        )
+        submitted = asyncio.get_running_loop().run_in_executor(self._tokenizing, contextvars.copy_context().run, submit)
         submitted.add_done_callback(self._on_submitted)
         try:
             return await asyncio.shield(submitted)
@@ -116,7 +121,7 @@ class CallRunner:
             submitted.add_done_callback(_cancel_unwanted)
             raise
 
-    def _on_submitted(self, _: asyncio.Future[EventStream]) -> None:
+    def _on_submitted(self, _: asyncio.Future[Sequence[EventStream]]) -> None:
         self._submitting -= 1
 
     def raise_for(self, last: Finished | None, call: OpenCall) -> None:
@@ -146,16 +151,19 @@ def _deadline(context: grpc.aio.ServicerContext) -> float | None:
     return None if remaining is None else time.monotonic() + remaining
 
 
-def _is_quick(request: Request) -> bool:
-    """Whether submitting takes no longer than an event loop may be held."""
-    if request.constraint is not None:
-        return False  # compiled in a process of its own, which may take its time
-    if request.token_ids is not None:
-        return len(request.token_ids) <= INLINE_TOKENS
-    # A chat template is rendered in a process of its own, which may take its time.
-    return request.prompt is not None and len(request.prompt) <= INLINE_CHARACTERS
+def _are_quick(requests: Sequence[Request]) -> bool:
+    """Whether submitting them takes no longer than an event loop may be held."""
+    characters = tokens = 0
+    for request in requests:
+        # A chat template is rendered, and a constraint compiled, in a process of its own, which may take its time.
+        if request.messages is not None or request.constraint is not None:
+            return False
+        characters += len(request.prompt or "")
+        tokens += len(request.token_ids or ())
+    return characters <= INLINE_CHARACTERS and tokens <= INLINE_TOKENS
 
 
-def _cancel_unwanted(submitted: asyncio.Future[EventStream]) -> None:
+def _cancel_unwanted(submitted: asyncio.Future[Sequence[EventStream]]) -> None:
     if not submitted.cancelled() and submitted.exception() is None:
-        submitted.result().cancel()
+        for stream in submitted.result():
+            stream.cancel()

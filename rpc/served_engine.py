@@ -152,8 +152,8 @@ class ServedEngine(Protocol):
         """The latest steps, oldest first."""
         ...
 
-    def submit(self, request: Request) -> EventStream:
-        """Validates, tokenizes and queues a request. Raises a RequestError, having allocated nothing."""
+    def submit_all(self, requests: Sequence[Request]) -> Sequence[EventStream]:
+        """Validates, tokenizes and queues all of the requests. Raises a RequestError, having allocated nothing."""
         ...
 
     def attach(self, request_id: str, from_token: int, tenant: str = "") -> EventStream:

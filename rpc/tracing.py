@@ -4,7 +4,7 @@ Needs the extra `otel`. Spans are made from what the engine says when a request 
 """
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, cast
 
@@ -73,10 +73,13 @@ class _TracedEngine:
     def __getattr__(self, name: str) -> object:
         return getattr(self._engine, name)
 
-    def submit(self, request: Request) -> EventStream:
+    def submit_all(self, requests: Sequence[Request]) -> Sequence[EventStream]:
         began = time.time_ns()
-        stream = self._engine.submit(request)
-        return _TracedStream(stream, self._tracer, request, self._engine.model_name, began)
+        streams, model = self._engine.submit_all(requests), self._engine.model_name
+        return [
+            _TracedStream(stream, self._tracer, request, model, began)
+            for stream, request in zip(streams, requests, strict=True)
+        ]
 
 
 class _TracedStream:

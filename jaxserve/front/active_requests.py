@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jaxserve.core.messages import Submit
@@ -78,28 +78,36 @@ class ActiveRequests:
         """Whether requests are accepted, if there is room."""
         return self._accepting and self._failure is None
 
-    def check_room(self, request: Request) -> None:
-        """Raises EngineUnavailable, DuplicateRequestId, QueueFull or TenantBusy if the request cannot come in now."""
+    def check_room(self, requests: Sequence[Request]) -> None:
+        """Raises EngineUnavailable, DuplicateRequestId, QueueFull or TenantBusy if they cannot all come in now."""
         if self._failure is not None:
             raise EngineUnavailable(f"the engine has failed: {self._failure}")
         if not self._accepting:
             raise EngineUnavailable("the engine is draining and takes no requests")
-        if (request.tenant, request.request_id) in self._by_id:
-            raise DuplicateRequestId(f"request_id: {request.request_id!r} is active")
-        if len(self._by_handle) + request.sampling.n > self.capacity:
+        ids: set[tuple[str, str]] = set()
+        added: Counter[str] = Counter()
+        for request in requests:
+            key = (request.tenant, request.request_id)
+            if key in self._by_id or key in ids:
+                raise DuplicateRequestId(f"request_id: {request.request_id!r} is active")
+            ids.add(key)
+            added[request.tenant] += request.sampling.n
+        if len(self._by_handle) + added.total() > self.capacity:
             raise QueueFull(self.capacity, RETRY_AFTER)
         limit = self._tenant_limit
-        if request.tenant and limit is not None and self._tenants[request.tenant] + request.sampling.n > limit:
+        if limit is not None and any(tenant and self._tenants[tenant] + n > limit for tenant, n in added.items()):
             raise TenantBusy(limit, RETRY_AFTER)
 
-    def add(self, active: ActiveRequest, texts: Iterable[TextStream | None]) -> None:
-        """Takes a request in with a text for each of its sequences, or raises what `check_room` does."""
+    def add(self, requests: Sequence[tuple[ActiveRequest, Sequence[TextStream | None]]]) -> None:
+        """Takes all of the requests in, each with a text for each of its sequences, or raises what `check_room` does
+        and takes none."""
         with self._changed:
-            self.check_room(active.request)
-            self._by_id[active.request.tenant, active.request.request_id] = active
-            self._tenants[active.request.tenant] += active.sequences
-            for index, text in enumerate(texts):
-                self._by_handle[active.submit.handle + index] = ActiveSequence(active, index, text)
+            self.check_room([active.request for active, _ in requests])
+            for active, texts in requests:
+                self._by_id[active.request.tenant, active.request.request_id] = active
+                self._tenants[active.request.tenant] += active.sequences
+                for index, text in enumerate(texts):
+                    self._by_handle[active.submit.handle + index] = ActiveSequence(active, index, text)
 
     def get(self, handle: int) -> ActiveSequence | None:
         """The sequence with this handle, if it is active."""

@@ -8,6 +8,7 @@ from jaxserve.core.messages import Submit
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import Constraint, Request, output_seed
 from jaxserve.request_errors import InvalidRequest, ModelNotFound
+from jaxserve.tokenizing.text_stream import TextStream
 from jaxserve.tokenizing.tokenizer import ChatTemplateError, Tokenizer
 
 
@@ -86,6 +87,22 @@ class Admission:
             fork_seeds=[output_seed(seed, index) for index in range(1, sampling.n)],
             grammar=grammar,
         )
+
+    def texts(self, request: Request) -> list[TextStream | None]:
+        """For each sequence of a request what makes text of its tokens; None where nobody needs it."""
+        stopping = request.stopping
+        if not (request.output.return_text or stopping.stop):
+            return [None] * request.sampling.n
+        return [
+            TextStream(
+                self.tokenizer,
+                stop=stopping.stop,
+                include_stop=stopping.include_stop,
+                min_tokens=stopping.min_tokens,
+                keeps_first_space=request.constraint is not None,
+            )
+            for _ in range(request.sampling.n)
+        ]
 
     def _grammar(self, constraint: Constraint) -> str:
         if self.constraints is None:

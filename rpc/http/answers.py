@@ -54,6 +54,8 @@ class Answer:
 
     def __init__(self, asked: Asked, request_id: str, model: str, tokenizer: TextTokenizer):
         self.asked = asked
+        self.begun = False
+        """A token has come."""
         self._tokenizer = tokenizer
         syntax = asked.tool_syntax
         self.choices = [
@@ -70,6 +72,7 @@ class Answer:
 
     def delta_chunk(self, index: int, delta: Delta) -> bytes:
         """What new tokens add to the stream; nothing where they have nothing to show."""
+        self.begun = True
         choice = self.choices[index]
         text = delta.text if choice.reader is None else choice.reader.push(delta.text)
         if not (text or delta.logprobs or (self.asked.return_token_ids and delta.token_ids)):
@@ -119,6 +122,7 @@ class Answer:
 
     def add_delta(self, index: int, delta: Delta) -> None:
         """Keeps new tokens."""
+        self.begun = True
         choice = self.choices[index]
         choice.texts.append(delta.text if choice.reader is None else choice.reader.push(delta.text))
         choice.token_ids += delta.token_ids

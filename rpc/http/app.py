@@ -167,6 +167,7 @@ class GenerateEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
+        arrival = time.monotonic()
         request = Request(scope, receive, send)
         set_trace_parent(request.headers.get("traceparent"), request.headers.get("tracestate"))
         front, request_id = self._front, request_id_of(request)
@@ -176,7 +177,7 @@ class GenerateEndpoint:
         try:
             engine = front.lifecycle.ready_engine()
             asked = self._parse(await read_object(request, front.max_body_bytes), engine)
-            await generation.admit(asked, receive)
+            await generation.admit(asked, receive, None if asked.timeout is None else arrival + asked.timeout)
             answer = self._answer_class(asked, request_id, engine.model_name, engine.tokenizer)
             if asked.stream:
                 await generation.stream(answer, [(b"x-request-id", request_id.encode())], send)

@@ -39,6 +39,7 @@ def parse_chat(body: Mapping[str, object], engine: ServedEngine) -> Asked:
         raise InvalidRequest("top_logprobs", "needs logprobs to be true")
     stream, include_usage = take_stream(fields)
     return_token_ids = fields.take_bool("return_token_ids")
+    timeout = fields.take_timeout()
     fields.take_without_effect(WITHOUT_EFFECT, CHAT_WITHOUT_EFFECT)
     constraint = take_response_format(fields)
     flat = fields.take_engine_fields()
@@ -54,7 +55,7 @@ def parse_chat(body: Mapping[str, object], engine: ServedEngine) -> Asked:
         tools=offered.tools,
         output=output_params(wanted),
     )
-    return Asked((request,), stream, include_usage, return_token_ids, offered.syntax)
+    return Asked((request,), stream, include_usage, return_token_ids, timeout, offered.syntax)
 
 
 def _take_max_tokens(fields: Fields, flat: dict[str, object]) -> None:

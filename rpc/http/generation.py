@@ -2,14 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 
 from starlette.types import Receive, Send
 
-from jaxserve.events import Delta, Finished
+from jaxserve.events import Delta, Finished, FinishReason
 from rpc.call_runner import CallRunner, worse
-from rpc.errors import RequestFailed
 from rpc.http.answers import Answer
 from rpc.http.errors import error_of
 from rpc.http.schema import Asked
@@ -32,27 +31,33 @@ class Generation:
         self._open_calls = calls
         self._disconnect = disconnect
         self._calls: list[OpenCall] = []
+        self._streams: Sequence[EventStream] = ()
         self._watching: asyncio.Task[None] | None = None
         self.request_id = request_id
 
-    async def admit(self, asked: Asked, receive: Receive) -> None:
-        """Queues every prompt, or none. `receive`: has nothing more to give but the client's leaving.
+    async def admit(self, asked: Asked, receive: Receive, deadline: float | None) -> None:
+        """Queues every prompt, or none. Raises what `error_of` knows.
 
-        Raises what `error_of` knows.
+        Args:
+            asked: the prompts.
+            receive: has nothing more to give but the client's leaving.
+            deadline: `time.monotonic()` seconds by which all must have ended; None where there is none.
         """
         self._watching = asyncio.create_task(_until_gone(receive))
-        for number, request in enumerate(asked.requests):
-            name = self.request_id if len(asked.requests) == 1 else f"{self.request_id}-{number}"
-            call = self._open_calls.open(name, self._disconnect)
-            self._calls.append(call)
-            await self._runner.admit(replace(request, request_id=name), call)
+        alone = len(asked.requests) == 1
+        names = [self.request_id if alone else f"{self.request_id}-{number}" for number in range(len(asked.requests))]
+        requests = [
+            replace(request, request_id=name, deadline=deadline)
+            for request, name in zip(asked.requests, names, strict=True)
+        ]
+        self._calls = [self._open_calls.open(name, self._disconnect) for name in names]
+        self._streams = await self._runner.admit(requests, self._calls)
         # Only now, when there is something to cancel: it runs at once where the client has gone already.
         self._watching.add_done_callback(lambda _: self._cancel())
 
     def _cancel(self) -> None:
-        for call in self._calls:
-            if call.stream is not None:
-                call.stream.cancel()
+        for stream in self._streams:
+            stream.cancel()
 
     def close(self) -> None:
         """Ends what has not ended. Idempotent."""
@@ -74,15 +79,23 @@ class Generation:
                 elif isinstance(event, Finished):
                     last = worse(last, event)
                     answer.add_finished(first + event.index, event)
-            self._runner.raise_for(last, call)
+            self._raise_for(last, call, answer)
 
         await self._each(collect)
         return answer.whole()
 
     async def stream(self, answer: Answer, headers: list[tuple[bytes, bytes]], send: Send) -> None:
-        """Sends server-sent events until every sequence has ended."""
+        """Sends server-sent events until every sequence has ended. Raises what `error_of` knows before the first."""
+        started, starting = False, asyncio.Lock()
 
         async def write(data: bytes) -> None:
+            nonlocal started
+            if not started:
+                async with starting:
+                    if not started:
+                        head = [*_EVENT_STREAM, *headers]
+                        await send({"type": "http.response.start", "status": 200, "headers": head})
+                        started = True
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         async def follow(number: int, call: OpenCall, stream: EventStream) -> None:
@@ -93,6 +106,8 @@ class Generation:
                     data = answer.delta_chunk(first + event.index, event)
                 elif isinstance(event, Finished):
                     last = worse(last, event)
+                    if not started:
+                        self._raise_for(event, call, answer)  # a status can still say it
                     data = answer.finished_chunk(first + event.index, event)
                 else:
                     continue
@@ -100,22 +115,26 @@ class Generation:
                     call.write_began = time.monotonic()
                     await write(data)
                     call.write_began = None
-            self._runner.raise_for(last, call)
+            self._raise_for(last, call, answer)
 
-        await send({"type": "http.response.start", "status": 200, "headers": [*_EVENT_STREAM, *headers]})
         try:
             await self._each(follow)
             end = answer.last_chunks()
         except Exception as error:
+            if not started:
+                raise
             end = b"data: " + error_of(error, self.request_id).envelope() + b"\n\n"
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
+    def _raise_for(self, last: Finished | None, call: OpenCall, answer: Answer) -> None:
+        """Raises where an ending is no answer. Past a deadline what has come is one, if anything has."""
+        late = last is not None and last.finish_reason is FinishReason.DEADLINE
+        if not (late and answer.begun):
+            self._runner.raise_for(last, call)
+
     async def _each(self, follow: Callable[[int, OpenCall, EventStream], Coroutine[None, None, None]]) -> None:
         """Follows every stream at once; where one fails, the others end too."""
-        followed = [(number, call, call.stream) for number, call in enumerate(self._calls)]
-        streams = [(number, call, stream) for number, call, stream in followed if stream is not None]
-        if len(streams) != len(followed):
-            raise RequestFailed("a prompt was not admitted")
+        streams = [(number, *one) for number, one in enumerate(zip(self._calls, self._streams, strict=True))]
         if len(streams) == 1:
             await follow(*streams[0])
             return

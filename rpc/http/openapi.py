@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS
 from rpc.http.chat import MAX_MESSAGES
-from rpc.http.schema import MAX_PROMPTS
+from rpc.http.schema import MAX_PROMPTS, MAX_TIMEOUT
 from rpc.http.tools import MAX_TOOLS
 
 Schema = dict[str, object]
@@ -72,6 +72,12 @@ SHARED: Mapping[str, Schema] = {
     "ignore_eos": _boolean("The model's end-of-sequence ids do not end the sequence."),
     "priority": _integer(-(2**31), _MAX_INT, "Higher goes first."),
     "cache_salt": _string("Requests share cached prefixes only within one salt."),
+    "timeout": _number(
+        0,
+        MAX_TIMEOUT,
+        "Seconds from the request's arrival; then it ends with finish_reason deadline, or status 504 without a token.",
+        open_low=True,
+    ),
     "stream": _boolean("Server-sent events as tokens come, the last of which is [DONE]."),
     "stream_options": {
         "type": ["object", "null"],
@@ -233,7 +239,7 @@ _MODEL: Schema = {
     "required": ["id", "object", "created", "owned_by", "max_model_len"],
     "properties": {"id": {"type": "string"}, "object": {"enum": ["model"]}, "max_model_len": {"type": "integer"}},
 }
-_FINISH = {"enum": ["stop", "length", "tool_calls", "abort"]}
+_FINISH = {"enum": ["stop", "length", "tool_calls", "deadline", "abort"]}
 
 _REFUSALS = {
     400: "The request is not valid; `param` names the field.",
@@ -248,6 +254,7 @@ _REFUSALS = {
     429: "The queue is full; `retry-after` says when to try again.",
     500: "The engine failed this request.",
     503: "The server is loading, draining or has failed.",
+    504: "The timeout passed before the first token.",
 }
 
 
@@ -287,7 +294,7 @@ def _generates(name: str, about: str, body: Mapping[str, Schema], required: str,
         "operationId": name,
         "summary": about,
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-        "responses": {"200": done, **_refusals(400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503)},
+        "responses": {"200": done, **_refusals(400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 504)},
     }
 
 

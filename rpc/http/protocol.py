@@ -1,9 +1,13 @@
-"""uvicorn's HTTP/1.1 protocol with bounds that it lacks: on the head of a request, and on the time it may take."""
+"""uvicorn's HTTP/1.1 protocol with bounds that it lacks, on the head of a request and on the time it may take, and with
+refusals that arrive though the request is not read to its end.
+"""
 
 import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from rpc.http.lingering import LingeringTransport
 
 MAX_HEAD_BYTES = 32 << 10
 """Of a request line and its headers together."""
@@ -18,20 +22,28 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
         self._in_head = True
+        self._in_message = False
+        """Of the request that comes, or will not be read, some was read."""
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Starts the time of the first head."""
-        super().connection_made(transport)
+        self._lingering = LingeringTransport(transport, lambda: self._in_message)
+        super().connection_made(self._lingering)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the clock."""
+        """Stops the clocks."""
         self._stop_timer()
+        self._lingering.stop()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Bounds what comes before a head is complete."""
+        if self._lingering.is_lingering:
+            self._lingering.drop(data)
+            return
+        self._in_message = True
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_timer is None:
@@ -42,6 +54,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Gives the scope its transport."""
+        self._in_message = True
         super().on_message_begin()
         self.scope["extensions"] = {"transport": self.transport}  # pyright: ignore[reportGeneralTypeIssues]
 
@@ -63,6 +76,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The next head begins."""
         self._in_head = True
+        self._in_message = False
         self._head_bytes = 0
         if self.cycle is not None and not self.transport.is_closing():
             super().on_message_complete()

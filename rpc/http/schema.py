@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MAX_PROMPTS = 128
 """Most prompts in one request."""
 
+MAX_TIMEOUT = 86_400.0
+"""Longest `timeout`, in seconds."""
+
 CONSTRAINTS = tuple(field.name for field in dataclasses.fields(Constraint))
 """Parameters that say what the output must match."""
 
@@ -57,6 +60,7 @@ class Asked:
         stream: events rather than one answer.
         include_usage: the stream ends with token counts.
         return_token_ids: choices have `token_ids`.
+        timeout: seconds from its arrival until it ends at the latest; None for no end.
         tool_syntax: how the model calls the tools that it is offered; None where it is offered none.
     """
 
@@ -64,6 +68,7 @@ class Asked:
     stream: bool
     include_usage: bool
     return_token_ids: bool
+    timeout: float | None = None
     tool_syntax: "ToolSyntax | None" = None
 
     @property
@@ -94,6 +99,15 @@ class Fields:
             raise InvalidRequest(name, f"must be true or false, got {value!r:.100}")
         return bool(value)
 
+    def take_timeout(self) -> float | None:
+        """The seconds that a request may take; None for any."""
+        value = self.take("timeout")
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TIMEOUT:
+            raise InvalidRequest("timeout", f"must be seconds in (0, {MAX_TIMEOUT:g}], got {value!r:.100}")
+        return float(value)
+
     def take_without_effect(self, *known: Mapping[str, tuple[Check, str]]) -> None:
         """Takes parameters that change nothing, and refuses values that would."""
         for name, (holds, what) in {name: rule for rules in known for name, rule in rules.items()}.items():
@@ -118,6 +132,7 @@ def parse_completion(body: Mapping[str, object], engine: ServedEngine) -> Asked:
     logprobs = fields.take("logprobs")
     stream, include_usage = take_stream(fields)
     return_token_ids = fields.take_bool("return_token_ids")
+    timeout = fields.take_timeout()
     fields.take_without_effect(WITHOUT_EFFECT, COMPLETIONS_WITHOUT_EFFECT)
     best_of = fields.take("best_of")
     constraint = take_response_format(fields)
@@ -128,7 +143,7 @@ def parse_completion(body: Mapping[str, object], engine: ServedEngine) -> Asked:
     common = Request.from_json({**flat, **constraint, "prompt": ""})
     common = replace(common, prompt=None, output=output_params(logprobs))
     requests = tuple(replace(common, **prompt) for prompt in prompts)  # pyright: ignore[reportArgumentType]
-    return Asked(requests, stream, include_usage, return_token_ids)
+    return Asked(requests, stream, include_usage, return_token_ids, timeout)
 
 
 def output_params(logprobs: object) -> OutputParams:

@@ -1,5 +1,6 @@
 """An engine in front of which each call acts for its tenant alone."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -17,8 +18,9 @@ class _TenantEngine:
     def __getattr__(self, name: str) -> object:
         return getattr(self._engine, name)
 
-    def submit(self, request: Request) -> EventStream:
-        return self._engine.submit(replace(request, tenant=current_principal().tenant))
+    def submit_all(self, requests: Sequence[Request]) -> Sequence[EventStream]:
+        tenant = current_principal().tenant
+        return self._engine.submit_all([replace(request, tenant=tenant) for request in requests])
 
     def attach(self, request_id: str, from_token: int) -> EventStream:
         return self._engine.attach(request_id, from_token, current_principal().tenant)

@@ -61,7 +61,7 @@ def request_bytes(path: str, body: bytes, *headers: str) -> bytes:
 
 
 async def exchange(address: str, data: bytes) -> RawAnswer:
-    """Writes bytes to the server and reads until it closes the connection."""
+    """Writes bytes to the server and reads until it closes the connection, which must not be reset."""
     host, port = address.split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     answer = bytearray()
@@ -70,8 +70,6 @@ async def exchange(address: str, data: bytes) -> RawAnswer:
         async with asyncio.timeout(PATIENCE):
             while piece := await reader.read(1 << 16):
                 answer += piece
-    except ConnectionResetError:
-        pass  # refused before all was written
     finally:
         writer.close()
     head, _, body = bytes(answer).partition(b"\r\n\r\n")

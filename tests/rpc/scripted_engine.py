@@ -162,23 +162,28 @@ class ScriptedEngine:
         self._thread = threading.Thread(target=self._run, name="scripted-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> RequestStream:
-        prompt = self._validated(request)
+    def submit_all(self, requests: Sequence[Request]) -> list[RequestStream]:
+        prompts = [self._validated(request) for request in requests]
         self.may_submit.wait()
         with self._changed:
             if not self._accepting:
                 raise EngineUnavailable("the engine is draining and takes no requests")
-            if request.request_id in self._active:
-                raise DuplicateRequestId(f"request_id: {request.request_id!r} is active")
+            for request in requests:
+                if request.request_id in self._active:
+                    raise DuplicateRequestId(f"request_id: {request.request_id!r} is active")
             capacity = self.config.slots + self.config.max_waiting
-            if len(self._active) >= capacity:
+            if len(self._active) + len(requests) > capacity:
                 raise QueueFull(capacity, 0.25)
-            stream = RequestStream(request.request_id, lambda: self._cancel(request.request_id, stream))
-            room = self.max_context - len(prompt)
-            limit = min(request.stopping.max_tokens or room, room)
-            self._active[request.request_id] = _Active(request, prompt, stream, time.monotonic(), limit)
-            self.submitted += 1
+            streams = [self._accept(request, prompt) for request, prompt in zip(requests, prompts, strict=True)]
             self._changed.notify_all()
+        return streams
+
+    def _accept(self, request: Request, prompt: list[int]) -> RequestStream:
+        stream = RequestStream(request.request_id, lambda: self._cancel(request.request_id, stream))
+        room = self.max_context - len(prompt)
+        limit = min(request.stopping.max_tokens or room, room)
+        self._active[request.request_id] = _Active(request, prompt, stream, time.monotonic(), limit)
+        self.submitted += 1
         return stream
 
     def _validated(self, request: Request) -> list[int]:

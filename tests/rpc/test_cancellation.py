@@ -4,6 +4,8 @@ import asyncio
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 import grpc.aio
 import pytest
@@ -139,14 +141,15 @@ async def test_a_deadline_ends_the_request_in_mid_stream() -> None:
 async def test_the_servers_own_deadline_status_follows_the_terminal_event() -> None:
     """As a client sees it whose clock runs behind: the engine's deadline passes before the call's."""
     engine = ScriptedEngine()
-    submit = engine.submit
+    submit_all = engine.submit_all
 
-    def submit_with_less_time(request: Request):
+    def submit_with_less_time(requests: Sequence[Request]):
+        (request,) = requests
         assert request.deadline is not None
         assert request.deadline == pytest.approx(time.monotonic() + 5, abs=4)
-        return submit(Request(prompt=request.prompt, request_id=request.request_id, deadline=time.monotonic() + 0.1))
+        return submit_all([replace(request, deadline=time.monotonic() + 0.1)])
 
-    engine.submit = submit_with_less_time
+    engine.submit_all = submit_with_less_time
     async with serving(engine) as (server, client):
         generation = client.generate("hello", timeout=5)
         with pytest.raises(TimeoutError, match="the work was stopped"):

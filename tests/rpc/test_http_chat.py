@@ -164,7 +164,7 @@ SAYINGS = [
 def answered(syntax: ToolSyntax, text: str, stream: bool, size: int) -> tuple[str, list, str]:
     """Content, calls and reason of an answer to which the model said a text, given in pieces of a size."""
     request = SimpleNamespace(sampling=SimpleNamespace(n=1), output=SimpleNamespace(logprobs=None))
-    asked = Asked((request,), stream, False, False, syntax)  # pyright: ignore[reportArgumentType]
+    asked = Asked((request,), stream, False, False, None, syntax)  # pyright: ignore[reportArgumentType]
     answer = ChatAnswer(asked, "id", "model", ByteTokenizer())
     finished = Finished("id", 0, FinishReason.STOP, Usage(1, 0, 1), Timings(0, 0, 0, 0))
     deltas = [Delta("id", text=text[start : start + size]) for start in range(0, len(text), size)]

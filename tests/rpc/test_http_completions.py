@@ -6,7 +6,7 @@ import openai
 import pytest
 from http_serving import openai_serving
 from scripted_engine import LETTERS, ScriptedEngine
-from serving import eventually
+from serving import back_to_the_start, eventually
 
 pytestmark = pytest.mark.asyncio
 
@@ -102,12 +102,14 @@ async def test_refusals_raise_the_clients_own_classes() -> None:
         assert unknown.value.param == "beam_width"
         with pytest.raises(openai.NotFoundError):
             await client.completions.create(model="other", prompt="x")
-        streams = [await client.completions.create(model="scripted", prompt="x", stream=True) for _ in range(2)]
+        stream = await client.completions.create(model="scripted", prompt="x", stream=True)
+        waiting = asyncio.ensure_future(client.completions.create(model="scripted", prompt="x", stream=True))
+        await eventually(lambda: engine.submitted == 2)
         with pytest.raises(openai.RateLimitError) as busy:
             await client.completions.create(model="scripted", prompt="x")
         assert int(busy.value.response.headers["retry-after"]) >= 1
-        for stream in streams:
-            await stream.close()
+        waiting.cancel()
+        await stream.close()
         await eventually(lambda: engine.loads().running + engine.loads().waiting == 0)
         with pytest.raises(openai.InternalServerError):
             await client.completions.create(model="scripted", prompt="raise")
@@ -127,3 +129,46 @@ async def test_models_are_listed_and_found_by_name() -> None:
         assert (await client.models.retrieve("scripted")).id == "scripted"
         with pytest.raises(openai.NotFoundError):
             await client.models.retrieve("another/one")
+
+
+async def test_of_several_prompts_all_are_accepted_or_none() -> None:
+    engine = ScriptedEngine(slots=1, max_waiting=2)
+    async with openai_serving(engine) as (server, client):
+        with pytest.raises(openai.BadRequestError) as bad:
+            await client.completions.create(model="scripted", prompt=[[1], [2], [300]])
+        assert bad.value.param == "token_ids"
+        stream = await client.completions.create(model="scripted", prompt="x", stream=True)
+        with pytest.raises(openai.RateLimitError):
+            await client.completions.create(model="scripted", prompt=["a", "b", "c"])
+        assert engine.submitted == 1
+        with pytest.raises(openai.ConflictError):  # the second of the two has the first one's name
+            headers = {"x-request-id": "twice"}
+            asked = {"model": "scripted", "prompt": "a", "max_tokens": 2, "extra_headers": headers}
+            await asyncio.gather(*(client.completions.create(**asked) for _ in range(2)))
+        assert engine.submitted == 2
+        await stream.close()
+        await back_to_the_start(engine, server)
+
+
+async def test_past_its_timeout_a_request_ends_with_what_has_come_or_with_504() -> None:
+    engine = ScriptedEngine(step_time=0.01)
+    async with openai_serving(engine) as (server, client):
+        asked = {"model": "scripted", "prompt": "x", "extra_body": {"timeout": 0.5}}
+        whole = (await client.completions.create(**asked)).choices[0]
+        assert (whole.finish_reason, whole.text) == ("deadline", text_of(len(whole.text)))
+        chunks = [chunk.choices[0] async for chunk in await client.completions.create(**asked, stream=True)]
+        assert chunks[-1].finish_reason == "deadline"
+        text = "".join(chunk.text for chunk in chunks)
+        assert text and text == text_of(len(text))
+        several = await client.completions.create(**{**asked, "prompt": ["a", "b"]})
+        assert [choice.finish_reason for choice in several.choices] == ["deadline"] * 2
+        engine.paused.set()  # no token comes any more
+        for stream in (False, True):
+            with pytest.raises(openai.InternalServerError, match="the deadline passed") as late:
+                await client.completions.create(**asked, stream=stream)
+            assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
+        for wrong in (0, -1, 86401, "1", True, [1]):
+            with pytest.raises(openai.BadRequestError) as bad:
+                await client.completions.create(model="scripted", prompt="x", extra_body={"timeout": wrong})
+            assert bad.value.param == "timeout"
+        await back_to_the_start(engine, server)

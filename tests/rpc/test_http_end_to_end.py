@@ -116,18 +116,37 @@ async def test_a_forced_call_is_one_of_the_tools_with_arguments_of_its_schema(en
         # SmolLM2's own template has no tools; what it would be told of them is not the point here.
         patch.setattr(type(engine.tokenizer), "chat_template", "{{ tools }}<tool_call>")
         async with openai_serving(lent(engine)) as (_, client):
-            answer = await client.chat.completions.create(
-                model=engine.model_name,
-                messages=CHAT,
-                tools=tools,
-                tool_choice={"type": "function", "function": {"name": "paint"}},
-                max_tokens=200,
-                seed=4,
-            )
+            asked = {
+                "model": engine.model_name,
+                "messages": CHAT,
+                "tools": tools,
+                "tool_choice": {"type": "function", "function": {"name": "paint"}},
+                "max_tokens": 200,
+                "seed": 4,
+            }
+            answer = await client.chat.completions.create(**asked)
+            chunks = [chunk.choices[0] async for chunk in await client.chat.completions.create(**asked, stream=True)]
     choice = answer.choices[0]
     (call,) = choice.message.tool_calls
     assert (choice.finish_reason, choice.message.content, call.function.name) == ("tool_calls", None, "paint")
     jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+    (streamed,) = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    assert (chunks[-1].finish_reason, streamed.function) == ("tool_calls", call.function)
+
+
+async def test_a_prompt_too_long_among_several_lets_none_of_them_begin(engine: "Engine") -> None:
+    async with openai_serving(lent(engine)) as (server, client):
+        before = engine.loads()
+        with pytest.raises(openai.BadRequestError, match="limit"):
+            await client.completions.create(model=engine.model_name, prompt=["hello", "again " * 4000])
+        with pytest.raises(openai.BadRequestError, match="sequences are asked for at once"):
+            await client.completions.create(model=engine.model_name, prompt=["hello"] * 100, n=8)
+        await back_to_the_start(engine, server)
+        assert engine.loads() == before
+        answer = await client.completions.create(
+            model=engine.model_name, prompt="The sea", extra_body={"ignore_eos": True, "timeout": 1.5}
+        )
+        assert answer.choices[0].finish_reason in ("deadline", "length")
 
 
 async def test_a_closed_connection_frees_the_pages_within_two_steps(engine: "Engine") -> None:

@@ -14,6 +14,7 @@ from running_time import RunningTime, resident_bytes
 from scripted_engine import ScriptedEngine, expected_ids
 from serving import ServerProcess, back_to_the_start, eventually, server_process
 
+from rpc.http.lingering import LINGER_BYTES
 from rpc.security.config import SecurityConfig
 from rpc.security.keys import add_key
 from rpc.server_config import ServerConfig
@@ -106,9 +107,7 @@ async def test_values_out_of_range_are_refused_by_name_at_once_and_nothing_is_qu
                     assert param == name or (name, param) == ("prompt", "token_ids"), (name, value, answer.body)
                     assert clock.seconds - began <= 0.05
         assert engine.submitted == 0
-        # Of several prompts those before the one that is refused are cancelled.
-        assert (await post(address, COMPLETIONS, {"prompt": [[1], [300]]})).status == 400
-        await back_to_the_start(engine, server)
+        assert len(server.calls) == 0
 
 
 @pytest.mark.asyncio
@@ -169,6 +168,51 @@ def test_hostile_bodies_and_heads_are_refused_and_cost_no_memory() -> None:
     with server_process("def engine_factory(): return ScriptedEngine(max_context=8192)", http=True) as server:
         server.report("ready")
         asyncio.run(scenario(server))
+
+
+@pytest.mark.asyncio
+async def test_a_body_past_the_limit_is_refused_with_413_however_it_is_sent_and_the_client_reads_so() -> None:
+    """Also one that cannot stop sending: a connection closed with bytes unread is reset, and the answer lost."""
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * (19 << 20)}], "unknown": True}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n".encode()
+    sized = head + b"content-length: %d\r\n" % len(body)
+    pieces = (body[start : start + 65536] for start in range(0, len(body), 65536))
+    chunked = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    engine = ScriptedEngine()
+    async with http_serving(engine) as (server, address):
+        for data in (
+            sized + b"\r\n" + body,
+            head + b"transfer-encoding: chunked\r\n\r\n" + chunked,
+            sized + b"expect: 100-continue\r\n\r\n",  # the body is not asked for
+            sized + b"expect: 100-continue\r\n\r\n" + body,
+            sized + b"\r\n" + body + GET_HEALTH,  # what follows a refusal is not answered
+        ):
+            answer = await exchange(address, data)
+            assert (answer.status, answer.error()["code"]) == (413, "request_too_large")
+            assert answer.headers["connection"] == "close"
+        assert engine.submitted == 0
+        async with openai_client(address) as client:
+            with pytest.raises(openai.APIStatusError) as large:
+                await client.completions.create(model="scripted", prompt=body.decode())
+            assert large.value.status_code == 413
+            assert (await client.completions.create(model="scripted", prompt="x", max_tokens=2)).choices[0].text == "ab"
+        assert server.http is not None
+        await eventually(lambda: server.http is not None and not server.http.connections)
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_never_stops_sending_is_reset() -> None:
+    async with http_serving(ScriptedEngine()) as (server, address):
+        host, port = address.split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n".encode())
+        with pytest.raises(ConnectionError):
+            for _ in range(3 * LINGER_BYTES >> 20):
+                writer.write(b"100000\r\n%s\r\n" % bytes(1 << 20))
+                await writer.drain()
+        assert server.http is not None
+        await eventually(lambda: server.http is not None and not server.http.connections)
+        writer.close()
 
 
 @pytest.mark.asyncio
