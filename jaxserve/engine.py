@@ -190,8 +190,10 @@ class Engine:
             self._admission.prepare(request, self._take_handles(request.sampling.n), time.monotonic())
             for request in requests
         ]
-        streams = [self._new_stream(*pair) for pair in zip(requests, submits, strict=True)]
+        streams: list[tuple[RequestStream | ResumableStream, RequestStream | StreamReader]] = []
         try:
+            for request, submit in zip(requests, submits, strict=True):
+                streams.append(self._new_stream(request, submit))
             self._requests.add(
                 [
                     (ActiveRequest(request, submit, stream, request.sampling.n), self._admission.texts(request))

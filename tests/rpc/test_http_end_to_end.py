@@ -131,7 +131,8 @@ async def test_a_forced_call_is_one_of_the_tools_with_arguments_of_its_schema(en
     assert (choice.finish_reason, choice.message.content, call.function.name) == ("tool_calls", None, "paint")
     jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
     (streamed,) = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
-    assert (chunks[-1].finish_reason, streamed.function) == ("tool_calls", call.function)
+    assert (streamed.function.name, streamed.function.arguments) == ("paint", call.function.arguments)
+    assert (chunks[-1].finish_reason, streamed.index) == ("tool_calls", 0)
 
 
 async def test_a_prompt_too_long_among_several_lets_none_of_them_begin(engine: "Engine") -> None:
