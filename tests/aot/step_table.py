@@ -5,6 +5,7 @@
 A cell takes half a minute to two, for two or three programs of a whole model.
 """
 
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Cell:
     def config(self) -> EngineConfig:
         return EngineConfig(slots=SLOTS, max_context=CONTEXT, tensor_parallel=self.tensor_parallel)
 
+    @functools.cache  # noqa: B019
     def cost(self) -> ModelCost:
         """What the floors are computed from."""
         model, config = PUBLISHED[self.model], self.config

@@ -9,51 +9,66 @@ from step_table import CELLS, COVERING, TABLE, Cell, figures, floors
 from jaxserve.device.allocation import estimated_temporaries
 from jaxserve.models.published import PUBLISHED
 
-pytestmark = pytest.mark.aot
 TABLED = json.loads(TABLE.read_text())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A few cells stand for the others, each of which takes minutes of compiling."""
+    """Every cell as it stands in the committed table; and compiled anew, which takes minutes a cell, a few that stand
+    for the others."""
     full = metafunc.config.getoption("--aot-matrix", default="covering") == "full"
-    metafunc.parametrize("compiled", list(TABLED) if full else COVERING, indirect=True, scope="module")
+    compiled = [
+        pytest.param((name, True), marks=pytest.mark.aot, id=f"{name}-compiled")
+        for name in (CELLS if full else COVERING)
+    ]
+    if "compiled" in metafunc.fixturenames:
+        metafunc.parametrize("step", compiled, indirect=True, scope="module")
+    elif "step" in metafunc.fixturenames:
+        tabled = [pytest.param((name, False), id=name) for name in CELLS]
+        metafunc.parametrize("step", tabled + compiled, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> tuple[Cell, dict]:
-    cell = CELLS[request.param]
-    return cell, figures(cell, TABLED[cell.name]["pages"])
+def step(request: pytest.FixtureRequest) -> tuple[Cell, dict]:
+    name, compiles = request.param
+    assert name in TABLED, f"python tests/aot/step_table.py '{name}' adds it"
+    return CELLS[name], figures(CELLS[name], TABLED[name]["pages"]) if compiles else TABLED[name]
 
 
-def test_the_cache_is_overwritten_in_place_and_never_copied(compiled: tuple[Cell, dict]):
+@pytest.fixture
+def compiled(step: tuple[Cell, dict]) -> tuple[Cell, dict]:
+    """For a test that is about nothing but what was compiled anew."""
+    return step
+
+
+def test_the_cache_is_overwritten_in_place_and_never_copied(step: tuple[Cell, dict]):
     for half in ("decode", "mixed"):
-        step = compiled[1][half]
-        assert step["cache_is_aliased"] and step["cache_copies"] == 0
-        assert step["aliased"] >= step["cache"] > 0
+        found = step[1][half]
+        assert found["cache_is_aliased"] and found["cache_copies"] == 0
+        assert found["aliased"] >= found["cache"] > 0
 
 
-def test_temporaries_are_a_twentieth_of_weights_and_cache_at_most(compiled: tuple[Cell, dict]):
-    _, found = compiled
+def test_temporaries_are_a_twentieth_of_weights_and_cache_at_most(step: tuple[Cell, dict]):
+    _, found = step
     held = found["weights"] + found["decode"]["cache"]
     assert max(found[half]["temporaries"] for half in ("decode", "mixed", "choose")) <= 0.05 * held
 
 
-def test_the_estimate_of_temporaries_is_no_less_than_what_the_compiler_says(compiled: tuple[Cell, dict]):
-    cell, found = compiled
+def test_the_estimate_of_temporaries_is_no_less_than_what_the_compiler_says(step: tuple[Cell, dict]):
+    cell, found = step
     needed = max(found[half]["temporaries"] for half in ("decode", "mixed", "choose"))
     assert needed <= estimated_temporaries(PUBLISHED[cell.model], cell.config)
 
 
-def test_devices_talk_four_times_a_layer_and_twice_a_step(compiled: tuple[Cell, dict]):
-    cell, found = compiled
+def test_devices_talk_four_times_a_layer_and_twice_a_step(step: tuple[Cell, dict]):
+    cell, found = step
     shared = {"all-gather": 4 * PUBLISHED[cell.model].num_layers + 1, "all-reduce": 1}
     for half in ("decode", "mixed"):
         assert found[half]["collectives"] == (shared if cell.tensor_parallel > 1 else {})
     assert found["choose"]["collectives"] == {}
 
 
-def test_no_less_work_is_counted_than_arithmetic_says(compiled: tuple[Cell, dict]):
-    cell, found = compiled
+def test_no_less_work_is_counted_than_arithmetic_says(step: tuple[Cell, dict]):
+    cell, found = step
     for half in ("decode", "mixed"):
         if cell.device == "h100":
             assert found[half]["flops"] == 0  # this compiler counts nothing without a GPU
