@@ -28,6 +28,12 @@ def covering(factors: Mapping[str, Sequence[Hashable]], seed: int = 0) -> list[d
     return cases
 
 
+def each_value(factors: Mapping[str, Sequence[Hashable]]) -> list[dict[str, Hashable]]:
+    """As many cases as the longest factor has values; each value of each factor is in one at least."""
+    count = max(map(len, factors.values()))
+    return [{name: values[case % len(values)] for name, values in factors.items()} for case in range(count)]
+
+
 def every(factors: Mapping[str, Sequence[Hashable]]) -> list[dict[str, Hashable]]:
     """All combinations."""
     return [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]

@@ -111,7 +111,7 @@ def test_large_scores_do_not_overflow(implementation: str):
 # Faults planted on purpose: each must be seen by the comparison above that is meant to see it.
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("which", ["k_pages", "v_pages"])
 def test_a_corrupted_page_is_seen(implementation: str, which: str):
     case = PagedSequences(select("cpu", implementation), Shape(), lengths=[100])
@@ -123,7 +123,7 @@ def test_a_corrupted_page_is_seen(implementation: str, which: str):
     assert relative_error(got, case.dense(piece)) > 10 * TOLERANCE["bfloat16"]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERY)
 def test_pages_in_the_wrong_order_are_seen(implementation: str):
     """Order matters only through which keys a token may see: the swap moves a page past the end."""
     case = PagedSequences(select("cpu", implementation), Shape(), lengths=[100])
@@ -134,7 +134,7 @@ def test_pages_in_the_wrong_order_are_seen(implementation: str):
     assert relative_error(got, case.dense(piece)) > 10 * TOLERANCE["bfloat16"]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERY)
 def test_a_window_one_too_wide_is_seen(implementation: str):
     attention = select("cpu", implementation)
     narrow = PagedSequences(attention, Shape(sliding_window=8, dtype="float32"), lengths=[64])

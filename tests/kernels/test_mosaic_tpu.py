@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from paged_sequences import PagedSequences, Shape, TokenRange, bits, relative_error
-from pairwise import covering
+from pairwise import covering, each_value
 
 from pallas_kernels.mosaic_tpu import MosaicTpuPagedAttention, attend
 from pallas_kernels.mosaic_tpu.work import chunk_units, chunk_writes
@@ -25,7 +25,7 @@ FEATURES = {
 FACTORS = {
     "head_dim": (64, 96, 128, 256),
     "page_size": (16, 64),
-    "kv_heads": (1, 2, 3),
+    "kv_heads": (1, 2, 3, 4, 8),
     "kv_dtype": ("bfloat16", "float32", "int8", "float8_e4m3fn"),
     "features": tuple(FEATURES),
 }
@@ -37,7 +37,10 @@ def shape_of(case: dict) -> Shape:
     return Shape(q_heads=case["kv_heads"] * 3, dtype=dtype, **case, **features)
 
 
-SHAPES = [shape_of(case) for case in covering(FACTORS)]
+# Interpreting is compiling for the CPU, seconds a shape: every run takes each value once, `scripts/test --aot` each pair.
+FEW = [shape_of(case) for case in each_value(FACTORS)]
+PAIRS = [shape_of(case) for case in covering(FACTORS)]
+SHAPES = [*FEW, *[pytest.param(shape, marks=pytest.mark.aot) for shape in PAIRS if shape not in FEW]]
 
 
 def mixed(case: PagedSequences) -> Iterator[tuple[TokenRange, np.ndarray]]:
