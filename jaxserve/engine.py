@@ -50,6 +50,10 @@ Prompt = str | Request | Mapping[str, Any]
 """Text, a request, or a mapping of a request's API names."""
 
 
+STOP_SECONDS = 10.0
+"""Seconds in which a core that is told to stop must end: more than its step in flight takes."""
+
+
 __all__ = ["Engine", "EngineLoads", "EngineStartError", "RequestStream", "collect"]
 
 
@@ -340,8 +344,12 @@ class Engine:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether requests are accepted and the step loop moves."""
-        return self._requests.is_open and (self._watchdog is None or not self._watchdog.is_hung)
+        """Whether requests are accepted and the step loop moves: not while a failed step's device state is rebuilt."""
+        return self._requests.is_open and not self._delivery.gauges.restarting and not self._is_hung
+
+    @property
+    def _is_hung(self) -> bool:
+        return self._watchdog is not None and self._watchdog.is_hung
 
     def profile(self, seconds: float) -> str:
         """Takes a trace of the device by jax.profiler while requests go on. Blocks until it is written. Thread-safe.
@@ -374,6 +382,8 @@ class Engine:
     def shutdown(self, grace: float = 0.0) -> bool:
         """Drains for up to `grace` seconds, aborts what is left, and stops. Idempotent.
 
+        A core that does not end within STOP_SECONDS, or hangs already, is given up: what is in flight ends with an error.
+
         Returns:
             Whether every request in flight finished by itself.
         """
@@ -381,7 +391,9 @@ class Engine:
         finished = self._requests.wait_until_none(grace)
         if self._delivery.is_running:
             self._core.send(Shutdown())
-            self._delivery.join()
+            if self._is_hung or not self._delivery.join(STOP_SECONDS):
+                self._core.kill()
+                self._delivery.join()
         self._core.join()
         if self._watchdog is not None:
             self._watchdog.stop()

@@ -254,7 +254,7 @@ class Request:
     model: str | None = None
     """The served model's name; None takes the one that is served."""
     priority: int = 0
-    """Higher goes first."""
+    """Higher goes first: each level counts as 4,096 arrivals earlier, so that no level waits for ever."""
     cache_salt: str = ""
     """Requests share cached prefixes only within one salt, and one tenant."""
     tenant: str = ""

@@ -1,5 +1,6 @@
 """What the front sees of a core, and what carries their messages: a bounded outbox, and a socket between processes."""
 
+import contextlib
 import queue
 import socket
 import struct
@@ -27,6 +28,11 @@ class Core(Protocol):
 
     def join(self) -> None:
         """Waits for the core to end after Shutdown."""
+        ...
+
+    def kill(self) -> None:
+        """Gives up a core that hangs, with all that it does: `receive` gives None, and `join` does not wait for it. A
+        process is ended; a thread cannot be, and is left behind."""
         ...
 
 
@@ -77,6 +83,19 @@ class MessageSocket:
     def send_bytes(self, data: bytes) -> None:
         """Sends a string. Raises BrokenPipeError or ConnectionResetError if the other end is gone."""
         self._socket.sendall(_LENGTH.pack(len(data)) + data)
+
+    def send_at_once(self, data: bytes) -> memoryview:
+        """Sends a string as far as it goes without waiting, and returns the bytes that did not, for `send_rest`. Raises
+        as `send_bytes` does."""
+        rest = memoryview(_LENGTH.pack(len(data)) + data)
+        with contextlib.suppress(BlockingIOError):
+            while rest:
+                rest = rest[self._socket.send(rest, socket.MSG_DONTWAIT) :]
+        return rest
+
+    def send_rest(self, rest: memoryview) -> None:
+        """Sends what `send_at_once` left, waiting for room. Raises as `send_bytes` does."""
+        self._socket.sendall(rest)
 
     def recv_bytes(self) -> bytes:
         """The next string. Raises EOFError or ConnectionResetError if the other end is gone."""

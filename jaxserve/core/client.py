@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import deque
 from dataclasses import asdict
 
 from jaxserve.config import EngineConfig
@@ -24,6 +25,7 @@ class CoreThread:
         self._config = config
         self._replica = replica
         self._stopping = False
+        self._given_up = False
         self._outbox = Outbox(config.publish_ahead)
         self._loop: StepLoop | None = None
         self._thread = threading.Thread(target=self._run, name="jaxserve-core", daemon=True)
@@ -52,7 +54,13 @@ class CoreThread:
 
     def join(self) -> None:
         """Waits for the core to end after Shutdown."""
-        self._thread.join()
+        if not self._given_up:
+            self._thread.join()
+
+    def kill(self) -> None:
+        """Leaves the thread behind; it ends with this process."""
+        self._given_up = True
+        self._outbox.close()
 
 
 class CoreProcess:
@@ -77,15 +85,40 @@ class CoreProcess:
         self._lock = threading.Lock()
         self._stopping = False
         self._ended = False
+        self._unsent: deque[bytes] = deque()
+        """Commands that wait behind one that is not sent to its end."""
+        self._is_sending = False
 
     def send(self, command: Message) -> None:
-        """Gives the core a command. Thread-safe. A command to a core that has ended is dropped: `receive` says so."""
+        """Gives the core a command. Thread-safe. A command to a core that has ended is dropped: `receive` says so.
+
+        Never waits, since an event loop may call it: where the core does not read, a thread sends the rest.
+        """
         data = encode(command)
         with self._lock:
             if self._ended:
                 return
             self._stopping = self._stopping or isinstance(command, Shutdown)
+            if self._is_sending:
+                self._unsent.append(data)
+                return
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                if rest := self._connection.send_at_once(data):
+                    self._is_sending = True
+                    threading.Thread(
+                        target=self._send_rest, args=(rest,), name="jaxserve-core-send", daemon=True
+                    ).start()
+
+    def _send_rest(self, rest: memoryview) -> None:
+        """Sends what the core had no room for, and all that came meanwhile."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._connection.send_rest(rest)
+            while True:
+                with self._lock:
+                    if not self._unsent:
+                        self._is_sending = False
+                        return
+                    data = self._unsent.popleft()
                 self._connection.send_bytes(data)
 
     def receive(self) -> Message | None:
@@ -108,6 +141,11 @@ class CoreProcess:
         with self._lock:
             self._ended = True
             self._connection.close()
+
+    def kill(self) -> None:
+        """Ends the process."""
+        self._stopping = True
+        self._process.kill()
 
     @property
     def pid(self) -> int:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from jaxserve.config import EngineConfig
@@ -212,8 +212,16 @@ class StepLoop:
             raise failure
         log.error("a step failed (%d of at most %d): %s", self._failures, MAX_RESTARTS, failure, exc_info=failure)
         self._pending.clear()
+        self._publish_restarting(1)
         self._runner.reset()
         self._scheduler.restart()
+        self._publish_restarting(0)
+
+    def _publish_restarting(self, restarting: int) -> None:
+        """Publishes what is there to publish, and that the device's state is being rebuilt, or has been."""
+        self._publish_retired()
+        gauges = self._scheduler.gauges(self._runner.compiles_after_warmup)
+        self._publish(StepOutput([], [], [], replace(gauges, restarting=restarting), None))
 
     def _receive(self) -> bool:
         """Handles the commands that have arrived; waits for one when there is nothing to do. False at Shutdown."""

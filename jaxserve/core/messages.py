@@ -158,6 +158,8 @@ class Gauges:
     overrun_tokens: int
     """Row-steps spent on sequences that had already ended."""
     compiles_after_warmup: int
+    restarting: int = 0
+    """Cores that are rebuilding the state of their device after a failed step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 from jaxserve.config import EngineConfig
 from jaxserve.core import garbage_collection
@@ -17,6 +18,9 @@ from jaxserve.log import configure_logging
 
 SWITCH_INTERVAL = 0.0005
 """Seconds after which a thread that wants the GIL gets it."""
+
+ORPHAN_SECONDS = 1.0
+"""Seconds in which a core without a front may end in good order."""
 
 
 def main() -> int:
@@ -37,13 +41,15 @@ def main() -> int:
             try:
                 core.send(decode(connection.recv_bytes()))
             except (EOFError, ConnectionResetError):
+                # The front is gone. Whatever this process does, loads or hangs in, nobody waits for it.
                 core.send(Shutdown())
-                return
+                time.sleep(ORPHAN_SECONDS)
+                os._exit(1)
 
+    threading.Thread(target=receive_all, name="jaxserve-core-receive", daemon=True).start()
     while (message := core.receive()) is not None:
         if isinstance(message, Ready):
             garbage_collection.quieten()
-            threading.Thread(target=receive_all, name="jaxserve-core-receive", daemon=True).start()
         failed = failed or isinstance(message, Failed)
         try:
             connection.send_bytes(encode(message))

@@ -72,6 +72,11 @@ class ReplicatedCore:
         for thread in self._threads:
             thread.join()
 
+    def kill(self) -> None:
+        """Gives up all replicas."""
+        for core in self._cores:
+            core.kill()
+
     def _forward(self, number: int) -> None:
         """Passes on what one replica says, on a thread of its own."""
         while (message := self._cores[number].receive()) is not None:

@@ -75,9 +75,10 @@ class Delivery:
         """Whether the core has not ended."""
         return self._thread.is_alive()
 
-    def join(self) -> None:
-        """Waits for the core to end."""
-        self._thread.join()
+    def join(self, timeout: float | None = None) -> bool:
+        """Waits for the core to end, up to `timeout` seconds; whether it has."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

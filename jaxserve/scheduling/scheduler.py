@@ -32,8 +32,9 @@ _order = attrgetter("order")
 class Scheduler:
     """Waiting and running sequences.
 
-    Order is by priority, then arrival. The head of the queue is never overtaken, so a giant request starts as soon as
-    the sequences before it have left room. Under page pressure the last in order gives way: its pages move to host
+    Order is by arrival, where each level of priority counts as PRIORITY_LEAD arrivals earlier. The head of the queue is
+    never overtaken: a request, however large, starts at the latest when the sequences before it in order, and those that
+    held a slot when it came, have ended, whatever else comes. Under page pressure the last in order gives way: its pages move to host
     memory and come back when there is room. Where host memory is full it is recomputed from its tokens, which is as
     exact and dearer on every platform: a token's keys and values are some KiB, computing them two FLOPs a weight. A
     sequence whose last token is on its way gives its slot back at once, its pages when the step retires.

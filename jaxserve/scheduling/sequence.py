@@ -14,6 +14,10 @@ EMITTED, STOPPED, FAILED, COMPLETED = 1, 2, 4, 8
 """Flags of a row that sampled: it gave a token; that token is one of its stop ids; its logits were not finite; nothing
 may follow the token (which the host finds out, not the device)."""
 
+PRIORITY_LEAD = 4096
+"""Arrivals by which one level of priority brings a sequence forward. More than most engines hold at once, so that a
+higher priority goes first; and bounded, so that a flood of it does not keep a lower one waiting for ever."""
+
 
 @dataclass(slots=True)
 class SavedPages:
@@ -61,7 +65,7 @@ class Sequence:
         self.submit = submit
         self.handle = submit.handle
         self.max_length = submit.max_length
-        self.order = (-submit.priority, arrival)
+        self.order = (arrival - PRIORITY_LEAD * submit.priority, arrival)
         """Smaller goes first, and gives way last."""
         self.token_ids = list(submit.token_ids)
         """Prompt and verified output."""

@@ -45,6 +45,9 @@ class ScriptedCore:
     def join(self) -> None:
         pass
 
+    def kill(self) -> None:
+        self._said.put(None)
+
 
 @pytest.fixture
 def cores() -> list[ScriptedCore]:
