@@ -382,7 +382,8 @@ class Engine:
     def shutdown(self, grace: float = 0.0) -> bool:
         """Drains for up to `grace` seconds, aborts what is left, and stops. Idempotent.
 
-        A core that does not end within STOP_SECONDS, or hangs already, is given up: what is in flight ends with an error.
+        A core that does not end within STOP_SECONDS, or hangs already, is given up; what is in flight ends with an
+        error.
 
         Returns:
             Whether every request in flight finished by itself.

@@ -33,11 +33,12 @@ class Scheduler:
     """Waiting and running sequences.
 
     Order is by arrival, where each level of priority counts as PRIORITY_LEAD arrivals earlier. The head of the queue is
-    never overtaken: a request, however large, starts at the latest when the sequences before it in order, and those that
-    held a slot when it came, have ended, whatever else comes. Under page pressure the last in order gives way: its pages move to host
-    memory and come back when there is room. Where host memory is full it is recomputed from its tokens, which is as
-    exact and dearer on every platform: a token's keys and values are some KiB, computing them two FLOPs a weight. A
-    sequence whose last token is on its way gives its slot back at once, its pages when the step retires.
+    never overtaken: a request, however large, starts at the latest when the sequences before it in order, and those
+    that held a slot when it came, have ended, whatever else comes. Under page pressure the last in order gives way: its
+    pages move to host memory and come back when there is room. Where host memory is full it is recomputed from its
+    tokens, which is as exact and dearer on every platform: a token's keys and values are some KiB, computing them two
+    FLOPs a weight. A sequence whose last token is on its way gives its slot back at once, its pages when the step
+    retires.
 
     Args:
         slots: sequences that run together.

@@ -53,7 +53,7 @@ def test_a_giant_request_in_an_endless_flood_starts_when_those_before_it_have_en
         scheduler.submit(small())
     for _ in range(random_.randint(0, 20)):
         device.step()
-    holders = {one.handle for one in scheduler.running}
+    holders = {one.handle for one in scheduler.slots.running}
     output = random_.randint(1, 8)
     giant = submit(0, tokens - output, output)
     arrival = len(flood)
@@ -117,7 +117,7 @@ Phase = Callable[[ScriptedDevice, int], bool]
 
 
 def _sequence(device: ScriptedDevice, handle: int):
-    return device.scheduler._active.get(handle)
+    return device.scheduler._live.get(handle)
 
 
 def _has_slot(device: ScriptedDevice, handle: int) -> bool:
