@@ -79,6 +79,8 @@ class EngineLoads:
     """Pages of preempted requests in host memory."""
     restored_pages: int
     """Pages copied back from there so far."""
+    resumable_streams: int
+    """Streams kept to be taken up again, those of requests in flight included."""
     steps: int
     preemptions: int
     prefix_queries: int
@@ -324,6 +326,7 @@ class Engine:
             total_pages=self.device.num_pages,
             saved_pages=gauges.saved_pages,
             restored_pages=gauges.restored_pages,
+            resumable_streams=len(self._kept),
             steps=gauges.step,
             preemptions=gauges.preemptions,
             prefix_queries=gauges.prefix_queries,

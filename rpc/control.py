@@ -77,6 +77,9 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
             overrun_tokens=loads.overrun_tokens,
             compiles_after_warmup=loads.compiles_after_warmup,
             open_calls=len(self._calls),
+            saved_pages=loads.saved_pages,
+            restored_pages=loads.restored_pages,
+            resumable_streams=loads.resumable_streams,
         )
 
     @errors.answered
@@ -143,6 +146,9 @@ def _limits(engine: ServedEngine, max_request_bytes: int) -> pb.Limits:
         max_stop_token_ids=limits.MAX_STOP_TOKEN_IDS,
         max_request_id_length=limits.MAX_REQUEST_ID_LENGTH,
         max_n=min(engine.config.max_n, engine.config.total_slots + engine.config.max_waiting),
+        max_resumable_streams=engine.config.resumable_streams,
+        max_resumable_bytes=engine.config.resumable_bytes,
+        resumable_seconds=engine.config.resumable_seconds,
     )
 
 

@@ -50,7 +50,7 @@ class OrchestratorServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Decode(self, request, context):
-        """Decodes greedily and streams each step's text and token ids. Errors are those of jaxserve.v1.
+        """Decodes greedily and streams each step's text and token ids, an end-of-sequence id included. Errors are those of jaxserve.v1.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

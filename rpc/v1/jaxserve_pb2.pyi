@@ -348,7 +348,7 @@ class Device(_message.Message):
     def __init__(self, platform: _Optional[str] = ..., kind: _Optional[str] = ..., jax_version: _Optional[str] = ..., attention: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_context", "slots", "max_waiting", "max_request_bytes", "stream_buffer_tokens", "max_logprobs", "max_logit_bias", "max_stop_strings", "max_stop_string_length", "max_stop_token_ids", "max_request_id_length", "max_n")
+    __slots__ = ("max_context", "slots", "max_waiting", "max_request_bytes", "stream_buffer_tokens", "max_logprobs", "max_logit_bias", "max_stop_strings", "max_stop_string_length", "max_stop_token_ids", "max_request_id_length", "max_n", "max_resumable_streams", "max_resumable_bytes", "resumable_seconds")
     MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -361,6 +361,9 @@ class Limits(_message.Message):
     MAX_STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_ID_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_N_FIELD_NUMBER: _ClassVar[int]
+    MAX_RESUMABLE_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    MAX_RESUMABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESUMABLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     max_context: int
     slots: int
     max_waiting: int
@@ -373,14 +376,17 @@ class Limits(_message.Message):
     max_stop_token_ids: int
     max_request_id_length: int
     max_n: int
-    def __init__(self, max_context: _Optional[int] = ..., slots: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., stream_buffer_tokens: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_length: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ..., max_request_id_length: _Optional[int] = ..., max_n: _Optional[int] = ...) -> None: ...
+    max_resumable_streams: int
+    max_resumable_bytes: int
+    resumable_seconds: float
+    def __init__(self, max_context: _Optional[int] = ..., slots: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., stream_buffer_tokens: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_string_length: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ..., max_request_id_length: _Optional[int] = ..., max_n: _Optional[int] = ..., max_resumable_streams: _Optional[int] = ..., max_resumable_bytes: _Optional[int] = ..., resumable_seconds: _Optional[float] = ...) -> None: ...
 
 class GetLoadsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetLoadsResponse(_message.Message):
-    __slots__ = ("running", "waiting", "slots", "free_pages", "cached_pages", "available_pages", "total_pages", "steps", "preemptions", "prefix_queries", "prefix_hits", "overrun_tokens", "compiles_after_warmup", "open_calls")
+    __slots__ = ("running", "waiting", "slots", "free_pages", "cached_pages", "available_pages", "total_pages", "steps", "preemptions", "prefix_queries", "prefix_hits", "overrun_tokens", "compiles_after_warmup", "open_calls", "saved_pages", "restored_pages", "resumable_streams")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -395,6 +401,9 @@ class GetLoadsResponse(_message.Message):
     OVERRUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPILES_AFTER_WARMUP_FIELD_NUMBER: _ClassVar[int]
     OPEN_CALLS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    RESUMABLE_STREAMS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     slots: int
@@ -409,7 +418,10 @@ class GetLoadsResponse(_message.Message):
     overrun_tokens: int
     compiles_after_warmup: int
     open_calls: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., free_pages: _Optional[int] = ..., cached_pages: _Optional[int] = ..., available_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., overrun_tokens: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., open_calls: _Optional[int] = ...) -> None: ...
+    saved_pages: int
+    restored_pages: int
+    resumable_streams: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., slots: _Optional[int] = ..., free_pages: _Optional[int] = ..., cached_pages: _Optional[int] = ..., available_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., overrun_tokens: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., open_calls: _Optional[int] = ..., saved_pages: _Optional[int] = ..., restored_pages: _Optional[int] = ..., resumable_streams: _Optional[int] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "messages")

@@ -100,6 +100,9 @@ class ScriptedLoads:
     total_pages: int
     steps: int
     cached_pages: int = 0
+    saved_pages: int = 0
+    restored_pages: int = 0
+    resumable_streams: int = 0
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0

@@ -94,6 +94,7 @@ async def test_an_ended_stream_can_be_had_again_from_any_token(simulated: Engine
     async with served(simulated) as (_, client):
         generation = client.generate(PROMPT, **fields(20))
         tokens = [token async for delta in generation for token in delta.token_ids]
+        assert (await client.loads()).resumable_streams == simulated.loads().resumable_streams > 0
         for start in (0, 1, 7, 19, 20):
             again = client.attach(generation.request_id, start)
             assert [token async for delta in again for token in delta.token_ids] == tokens[start:]

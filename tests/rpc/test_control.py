@@ -1,6 +1,7 @@
 """Control, health and reflection of a running server."""
 
 import asyncio
+import dataclasses
 import threading
 
 import grpc
@@ -8,7 +9,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from scripted_engine import ScriptedEngine
+from scripted_engine import ScriptedEngine, ScriptedLoads
 from serving import eventually, serving
 
 from jaxserve.request_errors import EngineUnavailable, InvalidRequest
@@ -62,6 +63,8 @@ async def test_server_info_says_state_device_and_limits() -> None:
         assert info.device.jax_version
         assert (info.limits.slots, info.limits.max_waiting) == (3, 5)
         assert info.limits.max_request_bytes == server.config.max_request_bytes
+        kept = (info.limits.max_resumable_streams, info.limits.max_resumable_bytes, info.limits.resumable_seconds)
+        assert kept == (256, 64 << 20, 60.0)
 
 
 async def test_loads_count_what_runs_and_waits() -> None:
@@ -77,6 +80,16 @@ async def test_loads_count_what_runs_and_waits() -> None:
         for task in tasks:
             task.cancel()
         await eventually(lambda: engine.loads().running + engine.loads().waiting == 0)
+
+
+async def test_whatever_the_engine_counts_is_told_by_the_same_name() -> None:
+    engine = ScriptedEngine()
+    counts = {field.name: 100 + number for number, field in enumerate(dataclasses.fields(ScriptedLoads))}
+    async with serving(engine) as (_, client):
+        engine.loads = lambda: ScriptedLoads(**counts)
+        told = await client.loads()
+    assert {name: getattr(told, name) for name in counts} == counts
+    assert told.free_pages == counts["available_pages"] - counts["cached_pages"]
 
 
 async def test_while_the_engine_loads_the_port_answers_not_serving() -> None:

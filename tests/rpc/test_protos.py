@@ -2,7 +2,6 @@
 
 import ast
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from google.protobuf import descriptor_pb2
@@ -56,9 +55,19 @@ def test_type_stubs_know_every_field(name: str) -> None:
     assert fields == expected, "run scripts/generate_protos"
 
 
-@pytest.mark.parametrize("messages, services", STUBS.values())
-def test_service_stubs_know_every_method(messages: ModuleType, services: ModuleType) -> None:
-    for name, service in messages.DESCRIPTOR.services_by_name.items():
-        servicer = getattr(services, f"{name}Servicer")
-        methods = {method for method in vars(servicer) if not method.startswith("_")}
-        assert methods == {method.name for method in service.methods}, "run scripts/generate_protos"
+@pytest.mark.parametrize("name", STUBS)
+def test_service_stubs_know_every_method_and_what_is_said_of_it(name: str, tmp_path: Path) -> None:
+    described = tmp_path / "descriptors"
+    arguments = ["protoc", f"-I{ROOT}", "--include_source_info", f"--descriptor_set_out={described}", f"{name}.proto"]
+    assert protoc.main(arguments) == 0
+    (proto,) = descriptor_pb2.FileDescriptorSet.FromString(described.read_bytes()).file
+    comments = {tuple(place.path): place.leading_comments.split() for place in proto.source_code_info.location}
+    for number, service in enumerate(proto.service):
+        servicer = getattr(STUBS[name][1], f"{service.name}Servicer")
+        stubs = {key: (method.__doc__ or "").split() for key, method in vars(servicer).items() if key[0] != "_"}
+        # A path in a descriptor: field 6 of a file is its services, field 2 of a service its methods.
+        said = {method.name: comments[6, number, 2, index] for index, method in enumerate(service.method)}
+        assert {key: words for key, words in said.items() if words} == {
+            key: words for key, words in stubs.items() if said[key]
+        }, "run scripts/generate_protos"
+        assert stubs.keys() == said.keys(), "run scripts/generate_protos"
