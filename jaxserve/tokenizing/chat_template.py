@@ -19,8 +19,8 @@ class ChatTemplateError(ValueError):
 class RenderLimits:
     """What rendering one chat may take."""
 
-    cpu_seconds: float = 1.0
-    """Seconds of processor time: a busy machine does not count."""
+    cpu_seconds: float = 0.5
+    """Seconds of processor time, so that the refusal comes within one: a busy machine does not count."""
     memory_bytes: int = 512 << 20
     """Address space of the renderer, the interpreter's 50 MiB included."""
     max_characters: int = 16 << 20
