@@ -5,6 +5,10 @@ The grid goes over units of work (`work.AttendUnits`). Within a unit a loop take
 page into a ring of buffers by DMAs that run ahead of it, past the end of the unit into the next ones. What a query sums
 follows blocks at absolute positions, so neighbours and the cut of a prompt change no bit; a block that a query sees
 nothing of changes nothing in its sums.
+
+Decode rows write their token here too: its page is in VMEM anyway, so that a write kernel's pass over it is saved. Of a
+layer of 64 rows, 8 kv heads of 128 and pages of 64 bfloat16 tokens, 32 MiB of traffic become 4, and a launch and the 64
+steps of its grid are gone.
 """
 
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.interface import LayerCache
 from pallas_kernels.mosaic_tpu.layout import LANES, PageLayout
+from pallas_kernels.mosaic_tpu.page_copies import Ring, Scalars, Writer
 from pallas_kernels.mosaic_tpu.work import AttendUnits
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -48,6 +53,8 @@ class Kernel:
     has_sinks: bool
     compute_dtype: jnp.dtype
     """Of the operands of the products."""
+    writes: bool
+    """Each unit's last token is new, and written before it is attended to. For tiles of one token."""
 
 
 def attend(
@@ -57,19 +64,21 @@ def attend(
     units: AttendUnits,
     kernel: Kernel,
     sinks: Float32[Array, "kv_head query sink_lanes"] | None,
+    new: LayerCache | None,
     *,
     interpret: object = False,
-) -> Float[Array, "tile kv_head query lanes"]:
-    """What the queries gather, in their dtype; zeros for tokens of no row.
+) -> tuple[Float[Array, "tile kv_head query lanes"], LayerCache]:
+    """What the queries gather, in their dtype, zeros for tokens of no row; and the cache with the new tokens.
 
     Args:
         q: of each tile and kv head the queries of its group, those of a query head side by side: query i is of token
             i % kernel.tile.
-        cache: with the call's tokens already written.
+        cache: with the call's tokens already written, but for those in `new`. DONATED where there are some.
         page_table: of the call's rows.
         units: the work.
         kernel: sizes and scoring.
         sinks: as q without tiles, each query's in all lanes.
+        new: where the kernel writes, each unit's token [unit, kv_head, 1, lanes], scales [unit, kv_head, 1].
         interpret: as of `pl.pallas_call`.
     """
     layout = kernel.layout
@@ -80,27 +89,35 @@ def attend(
     if sinks is not None:
         in_specs.append(pl.BlockSpec(sinks.shape, lambda unit, *_: (0, 0, 0)))
         operands.append(sinks)
-    arrays = jax.tree.leaves(cache)
+    for token in jax.tree.leaves(new):
+        in_specs.append(_unit_block(token.shape))
+        operands.append(token)
+    arrays, structure = jax.tree.flatten(cache)
+    anywhere = [pl.BlockSpec(memory_space=pl.ANY)] * len(arrays)
+    written = arrays if kernel.writes else []
+    first = len(scalars) + len(operands)
     blocks = [(layout.buffers, layout.block_pages, *array.shape[1:]) for array in arrays]
     state = (kv_heads, queries)
     context = page_table.shape[0] * page_table.shape[1] * layout.page_size
-    return pl.pallas_call(
+    out, *arrays_out = pl.pallas_call(
         partial(_attend_kernel, kernel=kernel, arrays=len(arrays)),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (q, *written)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(units.tile.shape[0],),
-            in_specs=[*in_specs, *[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays)],
-            out_specs=q_block,
+            in_specs=[*in_specs, *anywhere],
+            out_specs=[q_block, *anywhere[: len(written)]],
             scratch_shapes=[
                 *[pltpu.VMEM(block, array.dtype) for block, array in zip(blocks, arrays, strict=True)],
+                *[pltpu.VMEM(layout.written_part(array.shape), array.dtype) for array in written],
                 pltpu.VMEM((*state, LANES), jnp.float32),
                 pltpu.VMEM((*state, LANES), jnp.float32),
                 pltpu.VMEM((*state, lanes), jnp.float32),
-                pltpu.SMEM((4,), jnp.int32),
-                pltpu.SemaphoreType.DMA((layout.buffers,)),
+                pltpu.SMEM((5,), jnp.int32),
+                pltpu.SemaphoreType.DMA((layout.buffers + 1,)),
             ],
         ),
+        input_output_aliases={first + number: 1 + number for number in range(len(written))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_LIMIT),
         cost_estimate=pl.CostEstimate(
             flops=4 * kv_heads * queries * lanes * context,
@@ -110,30 +127,39 @@ def attend(
         interpret=interpret,
         name=f"jaxserve_attend_tile_{kernel.tile}",
     )(*scalars, *operands, *arrays)
+    return out, jax.tree.unflatten(structure, arrays_out) if kernel.writes else cache
 
 
-class _Scalars:
-    """The operands in scalar memory."""
-
-    def __init__(self, refs):
-        *units, self.live_ahead, self.table = refs
-        self.units = AttendUnits(*units)
+def _unit_block(shape: tuple[int, ...]) -> pl.BlockSpec:
+    """Of an array whose axis 0 counts units, the unit's part."""
+    return pl.BlockSpec((1, *shape[1:]), lambda unit, *_: (unit, *[0] * (len(shape) - 1)))
 
 
 def _attend_kernel(*refs, kernel: Kernel, arrays: int):
     layout = kernel.layout
-    count = len(AttendUnits._fields) + 2
-    scalars, refs = _Scalars(refs[:count]), refs[count:]
-    q_ref, refs = refs[0], refs[1:]
-    sink_ref, refs = (refs[0], refs[1:]) if kernel.has_sinks else (None, refs)
-    pages, out_ref, refs = refs[:arrays], refs[arrays], refs[arrays + 1 :]
-    buffers, (largest, total, weighted, cursor, arrived) = refs[:arrays], refs[arrays:]
+    rest = list(refs)
+
+    def take(count: int):
+        taken, rest[:count] = rest[:count], []
+        return taken
+
+    written = arrays if kernel.writes else 0
+    scalars = Scalars(take(len(AttendUnits._fields) + 2))
+    (q_ref,) = take(1)
+    sink_ref = take(1)[0] if kernel.has_sinks else None
+    new, pages, (out_ref,) = take(written), take(arrays), take(1)
+    # Where pages are written they are read by the same name: a race between the two is one that can be seen.
+    pages = take(written) or pages
+    buffers, parts = take(arrays), take(written)
+    largest, total, weighted, cursor, semaphores = rest
     unit, units = pl.program_id(0), scalars.units
-    ring = _Ring(scalars, kernel, pages, buffers, arrived, cursor)
+    ring = Ring(scalars, layout, kernel.max_pages, pages, buffers, semaphores, cursor)
+    writer = Writer(scalars, layout, kernel.max_pages, new, pages, buffers, parts, semaphores, cursor)
 
     @pl.when(unit == 0)
     def _():
         ring.begin()
+        writer.begin()
 
     @pl.when(units.opens[unit] == 1)
     def _():
@@ -148,6 +174,8 @@ def _attend_kernel(*refs, kernel: Kernel, arrays: int):
         slot = ring.take(unit, number)
         block = [buffer.at[slot] for buffer in buffers]
         start = number * layout.block
+        if kernel.writes:
+            writer.write(unit, number, slot)
 
         @pl.when((start < first) | (start + layout.block - 1 > last))
         def _():
@@ -168,74 +196,11 @@ def _attend_kernel(*refs, kernel: Kernel, arrays: int):
         out = weighted[...] / jnp.where(whole == 0.0, 1.0, whole)
         out_ref[0] = jnp.where(lives, out, 0.0).astype(out_ref.dtype)
 
+    if kernel.writes:
 
-class _Ring:
-    """Blocks of pages on their way from the cache into VMEM, in the order in which the units use them."""
-
-    def __init__(self, scalars, kernel: Kernel, pages, buffers, arrived, cursor):
-        self.scalars, self.layout, self.max_pages = scalars, kernel.layout, kernel.max_pages
-        self.pages, self.buffers, self.arrived = pages, buffers, arrived
-        self.count = scalars.units.tile.shape[0]
-        self.cursor = cursor
-        """The unit and the block to fetch next, how many were fetched and how many were used."""
-
-    def begin(self):
-        """Fetches the first blocks, one less than there are buffers."""
-        self.cursor[2], self.cursor[3] = 0, 0
-        self._aim_from(0)
-
-        def fetch(_, carry):
-            self._fetch_next()
-            return carry
-
-        lax.fori_loop(0, self.layout.buffers - 1, fetch, 0)
-
-    def take(self, unit, number):
-        """The buffer with block `number` of the unit, arrived; fetches one more into the buffer that was used last."""
-        self._fetch_next()
-        used = self.cursor[3]
-        slot = lax.rem(used, self.layout.buffers)
-        self._await(unit, number, slot)
-        self.cursor[3] = used + 1
-        return slot
-
-    def _await(self, unit, number, slot):
-        self._each_page(unit, number, slot, lambda copy: copy.wait())
-
-    def _aim_from(self, unit):
-        """What is fetched next is the first block of the first unit from this one on that has work."""
-        live = self.scalars.live_ahead[unit]
-        self.cursor[0] = live
-        first_key = self.scalars.units.first_key[jnp.minimum(live, self.count - 1)]
-        self.cursor[1] = first_key // self.layout.block
-
-    def _fetch_next(self):
-        unit, number, fetched = self.cursor[0], self.cursor[1], self.cursor[2]
-
-        @pl.when(unit < self.count)
+        @pl.when(unit == units.tile.shape[0] - 1)
         def _():
-            self._each_page(unit, number, lax.rem(fetched, self.layout.buffers), lambda copy: copy.start())
-            self.cursor[1], self.cursor[2] = number + 1, fetched + 1
-
-            @pl.when(number == self.scalars.units.last_key[unit] // self.layout.block)
-            def _():
-                self._aim_from(unit + 1)
-
-    def _each_page(self, unit, number, slot, act):
-        """Applies `act` to the copies of a block's pages, those alone that the unit sees a token of."""
-        units, layout = self.scalars.units, self.layout
-        start = number * layout.block_pages
-        begin = jnp.maximum(units.first_key[unit] // layout.page_size - start, 0)
-        end = jnp.minimum(units.last_key[unit] // layout.page_size - start + 1, layout.block_pages)
-        columns = units.row[unit] * self.max_pages + start
-
-        def each(index, _):
-            page = self.scalars.table[columns + index]
-            for array, buffer in zip(self.pages, self.buffers, strict=True):
-                act(pltpu.make_async_copy(array.at[page], buffer.at[slot, index], self.arrived.at[slot]))
-            return 0
-
-        lax.fori_loop(begin, end, each, 0)
+            writer.end()
 
 
 def _token(shape: tuple[int, ...], tile: int, axis: int) -> Array:

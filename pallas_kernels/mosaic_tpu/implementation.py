@@ -1,7 +1,7 @@
-"""One kernel writes pages in place, one attends; here a call's operands are brought into their forms, and back.
+"""A call's operands are brought into the forms of the kernels, and back.
 
-Decode rows and the prompt chunk are two calls of each kernel: for decode a tile is a token, for a chunk it is as many
-as fill the matrix unit's rows.
+Decode rows are one call of the attention kernel, which writes their tokens too; a tile is a token. The prompt chunk is
+a call of the write kernel and one of the attention kernel; a tile is as many tokens as fill the matrix unit's rows.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from pallas_kernels.interface import (
 )
 from pallas_kernels.mosaic_tpu.attend import Kernel, Scoring, attend
 from pallas_kernels.mosaic_tpu.layout import LANES, PageLayout, check_page_layout
-from pallas_kernels.mosaic_tpu.work import AttendUnits, chunk_units, chunk_writes, decode_units, decode_writes
+from pallas_kernels.mosaic_tpu.work import AttendUnits, chunk_units, chunk_writes, decode_units
 from pallas_kernels.mosaic_tpu.write import write_pages
 
 TILE_QUERIES = 256
@@ -87,21 +87,20 @@ class MosaicTpuPagedAttention:
         rows, max_pages = page_table.shape
         scoring = Scoring(scale, sliding_window, softcap)
         new = _new_tokens(k, v, layout)
-        of_rows, of_chunk = slice(0, rows), slice(rows, None)
+        of_chunk = slice(rows, None)
         has_chunk = q.shape[0] > rows
 
-        units = decode_writes(token_row[of_rows], position[of_rows], page_table, page_size)
-        cache = write_pages(cache, _row_forms(new, rows), units, interpret=self.interpret)
         if has_chunk:
             units, source = chunk_writes(token_row[of_chunk], position[of_chunk], page_table, page_size)
             cache = write_pages(cache, _page_forms(new, rows + source, layout), units, interpret=self.interpret)
 
         compute_dtype = jnp.promote_types(q.dtype, jnp.bfloat16) if layout.quantized else layout.dtype
         attending = _Attending(layout, scoring, compute_dtype, sinks, self.interpret)
-        outs = [
-            attending.rows(q[group], cache, page_table[group], token_row[group], position[group])
-            for group in _row_groups(rows, max_pages)
-        ]
+        outs = []
+        for group in _row_groups(rows, max_pages):
+            part = (page_table[group], token_row[group], position[group], _row_forms(new, group))
+            out, cache = attending.rows(q[group], cache, *part)
+            outs.append(out)
         if has_chunk:
             part = (q[of_chunk], cache, page_table, token_row[of_chunk], position[of_chunk])
             outs.append(attending.chunk(*part))
@@ -126,10 +125,12 @@ class _Attending:
     sinks: Array | None
     interpret: object
 
-    def rows(self, q: Array, cache: LayerCache, page_table: Array, token_row: Array, position: Array) -> Array:
-        """The output of decode rows, one token each."""
+    def rows(
+        self, q: Array, cache: LayerCache, page_table: Array, token_row: Array, position: Array, new: LayerCache
+    ) -> tuple[Array, LayerCache]:
+        """The output of decode rows, one token each, and the cache with those in it."""
         units = decode_units(token_row, position, self.scoring.sliding_window)
-        return self._attend(q, cache, page_table, units, tile=1)
+        return self._attend(q, cache, page_table, units, 1, new)
 
     def chunk(self, q: Array, cache: LayerCache, page_table: Array, token_row: Array, position: Array) -> Array:
         """The output of a chunk's tokens."""
@@ -144,17 +145,31 @@ class _Attending:
             own = (token_row >= group.start) & (token_row < group.stop)
             group_row = jnp.where(own, token_row - group.start, -1)
             units = chunk_units(group_row, position, tile, page_table.shape[0], self.scoring.sliding_window)
-            out = jnp.where(own[:, None, None], self._attend(q, cache, page_table[group], units, tile), out)
+            out = jnp.where(own[:, None, None], self._attend(q, cache, page_table[group], units, tile)[0], out)
         return out[:tokens]
 
-    def _attend(self, q: Array, cache: LayerCache, page_table: Array, units: AttendUnits, tile: int) -> Array:
+    def _attend(
+        self,
+        q: Array,
+        cache: LayerCache,
+        page_table: Array,
+        units: AttendUnits,
+        tile: int,
+        new: LayerCache | None = None,
+    ) -> tuple[Array, LayerCache]:
         tiles = _tiles(q, tile, self.layout)
         sinks = None if self.sinks is None else _spread_sinks(self.sinks, tile, tiles)
         kernel = Kernel(
-            self.layout, self.scoring, tile, page_table.shape[1], sinks is not None, jnp.dtype(self.compute_dtype)
+            self.layout,
+            self.scoring,
+            tile,
+            page_table.shape[1],
+            has_sinks=sinks is not None,
+            compute_dtype=jnp.dtype(self.compute_dtype),
+            writes=new is not None,
         )
-        out = attend(tiles, cache, page_table, units, kernel, sinks, interpret=self.interpret)
-        return _tokens(out, tile, q.shape[1], self.layout)
+        out, cache = attend(tiles, cache, page_table, units, kernel, sinks, new, interpret=self.interpret)
+        return _tokens(out, tile, q.shape[1], self.layout), cache
 
 
 def _chunk_tile(tokens: int, group: int) -> int:
@@ -195,9 +210,9 @@ def _spread_sinks(
     return jnp.broadcast_to(spread[..., None], (kv_heads, queries, LANES))
 
 
-def _row_forms(new: LayerCache, rows: int) -> LayerCache:
-    """The rows' tokens for `write_pages`, one a unit."""
-    return jax.tree.map(lambda array: jnp.expand_dims(array[:rows], 2), new)
+def _row_forms(new: LayerCache, rows: slice) -> LayerCache:
+    """The rows' tokens for `attend`, one a unit."""
+    return jax.tree.map(lambda array: jnp.expand_dims(array[rows], 2), new)
 
 
 def _page_forms(new: LayerCache, source: Int32[Array, "unit page_size"], layout: PageLayout) -> LayerCache:

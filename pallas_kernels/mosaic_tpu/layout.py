@@ -85,6 +85,12 @@ class PageLayout:
         """Blocks that VMEM holds."""
         return min(8, max(2, BUFFER_BYTES // (self.token_bytes * self.block)))
 
+    def written_part(self, array: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the least that is written of a page of an array of this shape: a tile's rows around a token, or all
+        of its scales."""
+        heads, tokens, *lanes = array[1:]
+        return (heads, min(tokens, 32 // self.dtype.itemsize) if lanes else tokens, *lanes)
+
     def cache(self, num_pages: int) -> LayerCache:
         """Shapes and dtypes."""
 

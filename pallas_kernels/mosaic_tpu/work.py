@@ -89,15 +89,6 @@ def chunk_units(token_row: Array, position: Array, tile: int, rows: int, window:
     )
 
 
-def decode_writes(token_row: Array, position: Array, page_table: Array, page_size: int) -> WriteUnits:
-    """A unit for each row."""
-    live = token_row >= 0
-    column = jnp.where(live, position // page_size, 0)
-    page = jnp.where(live, jnp.take_along_axis(page_table, column[:, None], axis=1)[:, 0], 0)
-    start = position % page_size
-    return WriteUnits(page, start, jnp.where(page > 0, start + 1, start))
-
-
 def chunk_writes(
     token_row: Array, position: Array, page_table: Array, page_size: int
 ) -> tuple[WriteUnits, Int32[Array, "unit page_size"]]:

@@ -1,4 +1,4 @@
-"""The kernel that writes new keys and values into their pages, in place.
+"""The kernel that writes a chunk's keys and values into their pages, in place.
 
 A token is less than the least that a DMA to a TPU's memory can write, so a page is read, changed and written back; the
 pipeline does so for one page while it fetches the next. All of a page's new tokens are written at once.
@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.interface import LayerCache
+from pallas_kernels.mosaic_tpu.select import select
 from pallas_kernels.mosaic_tpu.work import WriteUnits
 
 
@@ -22,8 +23,7 @@ def write_pages(cache: LayerCache, new: LayerCache, units: WriteUnits, *, interp
 
     Args:
         cache: DONATED.
-        new: for each unit what its page shall hold, [unit, kv_head, page_size, lanes], scales [unit, kv_head, lanes];
-            or a single token that is laid wherever the unit says: 1 in place of page_size and of the scales' lanes.
+        new: for each unit what its page shall hold, [unit, kv_head, page_size, lanes], scales [unit, kv_head, lanes].
         units: which page, and which of its tokens.
         interpret: as of `pl.pallas_call`.
     """
@@ -68,12 +68,4 @@ def _write_kernel(page_ref, start_ref, end_ref, *refs, arrays: int):
             shape = old.shape[1:]
             at = lax.broadcasted_iota(jnp.int32, shape, 1)  # of pages and of scales, axis 1 counts tokens
             is_new = (at >= start) & (at < end)
-            out[0] = _select(is_new, jnp.broadcast_to(new[0], shape), old[0])
-
-
-def _select(chosen: Array, new: Array, old: Array) -> Array:
-    """As jnp.where, for 8 bits too: in those the hardware neither compares nor selects."""
-    if old.dtype.itemsize >= 2:
-        return jnp.where(chosen, new, old)
-    wide = jnp.int32 if old.dtype == jnp.int8 else jnp.float32
-    return jnp.where(chosen, new.astype(wide), old.astype(wide)).astype(old.dtype)
+            out[0] = select(is_new, new[0], old[0])

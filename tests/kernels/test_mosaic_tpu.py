@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from paged_sequences import PagedSequences, Shape, TokenRange, bits, relative_error
 from pairwise import covering, each_value
 
-from pallas_kernels.mosaic_tpu import MosaicTpuPagedAttention, attend
+from pallas_kernels.mosaic_tpu import MosaicTpuPagedAttention, attend, page_copies
 from pallas_kernels.mosaic_tpu.work import chunk_units, chunk_writes
 
 TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5}
@@ -151,7 +151,7 @@ def test_no_race_and_no_read_before_its_copy_arrived():
 
 @pytest.mark.usefixtures("simulator")
 def test_a_missing_wait_is_seen(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attend._Ring, "_await", lambda *_: None)
+    monkeypatch.setattr(page_copies.Ring, "_await", lambda *_: None)
     faulty = simulated("without a wait")
     try:
         (got,) = faulty.call(TokenRange(0, 0, 141, 1), rows=4)
@@ -160,6 +160,20 @@ def test_a_missing_wait_is_seen(monkeypatch: pytest.MonkeyPatch):
         return
     wrong = not relative_error(got, faulty.dense(TokenRange(0, 0, 141, 1))) < TOLERANCE["bfloat16"]
     assert wrong or races_seen()
+
+
+@pytest.mark.usefixtures("simulator")
+def test_a_write_that_nobody_waits_for_is_seen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(page_copies.Writer, "_await", lambda _: None)
+    faulty = simulated("without a wait for the write")
+    second = TokenRange(0, 1, 2, 0)
+    try:
+        faulty.call(TokenRange(0, 0, 1, 0), TokenRange(1, 0, 1, 1), TokenRange(2, 0, 1, 2), rows=4)
+        (got,) = faulty.call(second, rows=4)
+    except Exception as race:  # JAX 0.12 raises
+        assert "race" in str(race).lower()
+        return
+    assert races_seen() or not relative_error(got, faulty.dense(second)) < TOLERANCE["bfloat16"]
 
 
 @pytest.mark.usefixtures("simulator")
