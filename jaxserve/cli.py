@@ -123,7 +123,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from rpc.security.config import SecurityConfig
     from rpc.serve import print_report, serve
     from rpc.server_config import ServerConfig
-    from rpc.tracing import TracingUnavailable
+    from rpc.telemetry import TelemetryUnavailable
 
     config = _config(arguments, SERVED)
     listening = False
@@ -149,7 +149,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         if listening:
             raise
         raise CommandError(str(error)) from error
-    except (PortUnavailable, TracingUnavailable) as error:
+    except (PortUnavailable, TelemetryUnavailable) as error:
         raise CommandError(str(error)) from error
 
 

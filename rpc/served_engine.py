@@ -32,6 +32,10 @@ class EventStream(Protocol):
 class TextTokenizer(Protocol):
     """Text to token ids and back."""
 
+    def start(self) -> None:
+        """Makes ready what the first chat would wait for. Blocks."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """As a raw prompt is tokenized, the model's own special tokens included. Raises ValueError."""
         ...

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,12 +34,13 @@ from rpc.security.tenants import for_tenants
 from rpc.served_engine import ServedEngine
 from rpc.server_config import ServerConfig
 from rpc.servicer import InferenceServicer
-from rpc.tracing import TraceParents, traced, tracer_provider
+from rpc.telemetry import telemetry_to
+from rpc.tracing import TraceParents, traced
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,6 @@ WATCH_INTERVAL = 0.2
 """Seconds between looks at the engine's health and at stalled readers."""
 FLUSH_TIME = 0.5
 """Seconds that calls other than Generate, a health Watch among them, may take when the server stops."""
-FLUSH_SPANS_MS = 2000
-"""Milliseconds that the last spans may take to be sent."""
 ABORT_TIME = 5.0
 """Seconds for aborted calls to tell their clients so, past the grace."""
 
@@ -78,7 +76,8 @@ class Server:
         self._hurry = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._began = time.monotonic()
-        self._tracing = self._tracer_provider()
+        endpoint = config.otlp_endpoint
+        self._telemetry = None if endpoint is None else telemetry_to(endpoint)
         keys = config.security.api_keys
         self.access = Access(None if keys is None else KeyFile(Path(keys).expanduser()))
         """Who may call what, on every protocol."""
@@ -86,7 +85,7 @@ class Server:
             # The guard first: what comes without a key is not even parsed.
             interceptors=[
                 Guard(self.access),
-                *([] if self._tracing is None else [TraceParents()]),
+                *([] if self._telemetry is None else [TraceParents()]),
                 MalformedRequests(*(f"/{service}/" for service in SERVICES)),
             ],
             options=config.channel_options(),
@@ -95,10 +94,6 @@ class Server:
         self._add_services(runner)
         self.http, self.metrics = self._http_listeners(runner)
         """Where the API and the metrics are listened for over HTTP, if they are."""
-
-    def _tracer_provider(self) -> "TracerProvider | None":
-        endpoint = self.config.otlp_endpoint
-        return None if endpoint is None else tracer_provider(endpoint)
 
     def _http_listeners(self, runner: CallRunner) -> tuple[HttpListener | None, HttpListener | None]:
         config, tls = self.config, self.config.security.tls_files()
@@ -147,8 +142,9 @@ class Server:
 
     async def attach(self, engine: ServedEngine) -> None:
         """Serves an engine that is ready."""
+        await _in_daemon_thread(engine.tokenizer.start, "jaxserve-tokenizer")
         served = for_tenants(engine)
-        self.lifecycle.engine = served if self._tracing is None else traced(served, self._tracing)
+        self.lifecycle.engine = served if self._telemetry is None else traced(served, self._telemetry)
         await self.lifecycle.move_to(State.READY)
         self._report(
             {"event": "ready", "model": engine.model_name, "seconds": round(time.monotonic() - self._began, 3)}
@@ -202,8 +198,8 @@ class Server:
         for listener in (self.http, self.metrics):
             if listener is not None:
                 await listener.stop()
-        if self._tracing is not None:
-            await _in_daemon_thread(partial(self._tracing.force_flush, FLUSH_SPANS_MS), "jaxserve-spans")
+        if self._telemetry is not None:
+            await _in_daemon_thread(self._telemetry.close, "jaxserve-telemetry")
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
         return drained
 

@@ -18,8 +18,8 @@ class ServerConfig:
     metrics_port: int | None = None
     """Port of /metrics and /health alone; 0 takes a free one, named in the report. `http_port` has them as well."""
     otlp_endpoint: str | None = None
-    """URL that OpenTelemetry spans are sent to by OTLP over HTTP, as http://127.0.0.1:4318/v1/traces. None sends none;
-    needs the extra `otel`."""
+    """URL of a collector that OpenTelemetry spans and histograms are sent to by OTLP over HTTP, as
+    http://127.0.0.1:4318. None sends none; needs the extra `otel`."""
     grace: float = 30.0
     """Seconds that requests in flight have to finish once a signal asks the server to stop."""
     longest_context: int = 8192

@@ -1,12 +1,13 @@
-"""OpenTelemetry: one span a request, under the span of whoever sent it, by the conventions for generative AI.
+"""OpenTelemetry: one span a request, under the span of whoever sent it, and its times in histograms, by the conventions
+for generative AI.
 
-Needs the extra `otel`. Spans are made from what the engine says when a request ends, so that nothing is done a token.
+Both are made from what the engine says when a request ends, so that nothing is done a token.
 """
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -14,33 +15,9 @@ import grpc.aio
 from jaxserve.events import Event, Finished, FinishReason
 from jaxserve.request import Request
 from rpc.served_engine import EventStream, ServedEngine
-
-if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.trace import Tracer
-
-PROVIDER = "jaxserve"
-"""`gen_ai.provider.name`, and the service's name."""
+from rpc.telemetry import DURATION, FIRST_TOKEN, OUTPUT_TOKEN, PROVIDER, Telemetry
 
 _parent: ContextVar[dict[str, str]] = ContextVar("jaxserve_trace_parent", default={})  # noqa: B039 - never changed
-
-
-class TracingUnavailable(RuntimeError):
-    """OpenTelemetry is not installed."""
-
-
-def tracer_provider(endpoint: str) -> "TracerProvider":
-    """Sends spans by OTLP over HTTP to a URL, as http://127.0.0.1:4318/v1/traces. Raises TracingUnavailable."""
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError as error:
-        raise TracingUnavailable(f"spans need the extra: pip install 'jaxserve[otel]' ({error})") from error
-    provider = TracerProvider(resource=Resource.create({"service.name": PROVIDER}), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-    return provider
 
 
 def set_trace_parent(traceparent: str | None, tracestate: str | None) -> None:
@@ -66,9 +43,9 @@ class TraceParents(grpc.aio.ServerInterceptor):
 class _TracedEngine:
     """Follows each request that is accepted to its end. Everything else is the engine's own."""
 
-    def __init__(self, engine: ServedEngine, tracer: "Tracer"):
+    def __init__(self, engine: ServedEngine, telemetry: Telemetry):
         self._engine = engine
-        self._tracer = tracer
+        self._telemetry = telemetry
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._engine, name)
@@ -77,7 +54,7 @@ class _TracedEngine:
         began = time.time_ns()
         streams, model = self._engine.submit_all(requests), self._engine.model_name
         return [
-            _TracedStream(stream, self._tracer, request, model, began)
+            _TracedStream(stream, self._telemetry, request, model, began)
             for stream, request in zip(streams, requests, strict=True)
         ]
 
@@ -85,10 +62,10 @@ class _TracedEngine:
 class _TracedStream:
     """The events of a request; its last one ends the span."""
 
-    def __init__(self, stream: EventStream, tracer: "Tracer", request: Request, model: str, began: int):
+    def __init__(self, stream: EventStream, telemetry: Telemetry, request: Request, model: str, began: int):
         self.request_id = stream.request_id
         self._stream = stream
-        self._tracer = tracer
+        self._telemetry = telemetry
         self._request = request
         self._model = model
         self._began = began
@@ -123,28 +100,59 @@ class _TracedStream:
 
         self._ended = True
         request, finished = self._request, self._finished
-        chat = request.messages is not None
-        operation = "chat" if chat else "text_completion"
-        span = self._tracer.start_span(
+        operation = "text_completion" if request.messages is None else "chat"
+        common = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": PROVIDER,
+            "gen_ai.request.model": request.model or self._model,
+            "gen_ai.response.model": self._model,
+        }
+        times = _times(finished)
+        failure = _failure(request, finished)
+        if failure is not None:
+            common["error.type"] = failure
+        span = self._telemetry.tracer.start_span(
             f"{operation} {self._model}",
             context=TraceContextTextMapPropagator().extract(self._parent),
             kind=SpanKind.SERVER,
             start_time=self._began,
-            attributes={"gen_ai.operation.name": operation, **_asked(request, self._model), **_had(finished)},
+            attributes={**common, **_asked(request), **_had(finished), **times},
         )
         errors = [one.error for one in finished if one.finish_reason is FinishReason.ERROR]
         if errors:
             span.set_status(StatusCode.ERROR, errors[0])
         span.end()
+        times.setdefault(DURATION, (time.time_ns() - self._began) / 1e9)  # its reader left before its end
+        for name, seconds in times.items():
+            self._telemetry.histograms[name].record(seconds, common)
 
 
-def _asked(request: Request, model: str) -> dict[str, str | int | float]:
+def _failure(request: Request, ended: list[Finished]) -> str | None:
+    """`error.type`: the ending of a sequence that is no success; None where all are."""
+    if len(ended) < request.sampling.n:
+        return FinishReason.ABORT.value
+    reasons = {one.finish_reason for one in ended}
+    failures = (FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.ABORT)
+    return next((failure.value for failure in failures if failure in reasons), None)
+
+
+def _times(ended: list[Finished]) -> dict[str, float]:
+    """Seconds by the names of the histograms; of the first sequence where they differ."""
+    if not ended:
+        return {}
+    tokens, timings = ended[0].usage.completion_tokens, ended[0].timings
+    times = {DURATION: max(one.timings.total for one in ended)}
+    if tokens:
+        times[FIRST_TOKEN] = timings.queue + timings.prefill
+    if tokens > 1:
+        times[OUTPUT_TOKEN] = timings.decode / (tokens - 1)
+    return times
+
+
+def _asked(request: Request) -> dict[str, str | int | float]:
     """What the request asked for, where it said so."""
     sampling = request.sampling
     asked: dict[str, str | int | float | None] = {
-        "gen_ai.provider.name": PROVIDER,
-        "gen_ai.request.model": request.model or model,
-        "gen_ai.response.model": model,
         "gen_ai.response.id": request.request_id,
         "gen_ai.request.temperature": float(sampling.temperature),
         "gen_ai.request.top_p": float(sampling.top_p),
@@ -157,26 +165,19 @@ def _asked(request: Request, model: str) -> dict[str, str | int | float]:
 
 
 def _had(ended: list[Finished]) -> dict[str, list[str] | int | float]:
-    """What became of it. Times in seconds; of the first sequence where they differ."""
+    """What became of it."""
     if not ended:
         return {"gen_ai.response.finish_reasons": [FinishReason.ABORT.value]}
-    first, tokens = ended[0], sum(one.usage.completion_tokens for one in ended)
-    timings = first.timings
-    had: dict[str, list[str] | int | float] = {
+    first = ended[0]
+    return {
         "gen_ai.usage.input_tokens": first.usage.prompt_tokens,
         "gen_ai.usage.cache_read.input_tokens": first.usage.cached_tokens,
-        "gen_ai.usage.output_tokens": tokens,
+        "gen_ai.usage.output_tokens": sum(one.usage.completion_tokens for one in ended),
         "gen_ai.response.finish_reasons": [one.finish_reason.value for one in ended],
-        "gen_ai.server.request.duration": max(one.timings.total for one in ended),
-        "jaxserve.queue_time": timings.queue,
+        "jaxserve.queue_time": first.timings.queue,
     }
-    if first.usage.completion_tokens:
-        had["gen_ai.server.time_to_first_token"] = timings.queue + timings.prefill
-    if first.usage.completion_tokens > 1:
-        had["gen_ai.server.time_per_output_token"] = timings.decode / (first.usage.completion_tokens - 1)
-    return had
 
 
-def traced(engine: ServedEngine, provider: "TracerProvider") -> ServedEngine:
-    """The engine, each request of which becomes a span."""
-    return cast(ServedEngine, _TracedEngine(engine, provider.get_tracer(PROVIDER)))
+def traced(engine: ServedEngine, telemetry: Telemetry) -> ServedEngine:
+    """The engine, each request of which becomes a span and values of the histograms."""
+    return cast(ServedEngine, _TracedEngine(engine, telemetry))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,8 +31,8 @@ class RenderLimits:
 class ChatTemplate:
     """A model's chat template. Thread-safe; one chat is rendered at a time.
 
-    The template runs in a process of its own, started with the first chat: a loop without end, or one operation that
-    fills the memory, cannot be stopped in this one. A warm chat takes a fraction of a millisecond.
+    The template runs in a process of its own, started by `start` or the first chat: a loop without end, or one
+    operation that fills the memory, cannot be stopped in this one. A warm chat takes a fraction of a millisecond.
 
     Args:
         source: in Jinja.
@@ -44,6 +45,12 @@ class ChatTemplate:
         self._limits = limits or RenderLimits()
         settings = {"template": source, "variables": dict(special_tokens), **asdict(self._limits)}
         self._renderer = LimitedProcess(_PROGRAM, settings)
+
+    def start(self) -> None:
+        """Starts the renderer, so that the first chat need not wait for it. What it makes of no messages, an error
+        perhaps, does not matter."""
+        with suppress(ChatTemplateError):
+            self.render([])
 
     def render(
         self,

@@ -115,6 +115,12 @@ class Tokenizer:
         """The source of the model's chat template, in Jinja; None where it has none."""
         return self._source.chat_template
 
+    def start(self) -> None:
+        """Starts the process that renders chats, if the model has a template, and waits until it runs; the first chat
+        does so else."""
+        if self._chat_template is not None:
+            self._chat_template.start()
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, object]],

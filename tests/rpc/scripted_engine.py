@@ -42,6 +42,9 @@ def expected_ids(count: int) -> list[int]:
 class ByteTokenizer:
     """Token ids are UTF-8 bytes."""
 
+    def start(self) -> None:
+        pass
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 

@@ -50,6 +50,17 @@ async def test_streams_and_whole_answers_have_the_tokens_and_logprobs_of_the_eng
     assert whole.usage.completion_tokens == expected.usage.completion_tokens
 
 
+async def test_the_first_chat_of_a_server_finds_its_renderer_running(engine: "Engine") -> None:
+    template = engine.tokenizer._chat_template
+    assert template is not None
+    template._renderer._end()  # of earlier tests
+    async with openai_serving(lent(engine)) as (_, client):
+        process = template._renderer.process
+        assert process is not None and process.poll() is None
+        await client.chat.completions.create(model=engine.model_name, messages=CHAT, max_tokens=1)
+        assert template._renderer.process is process
+
+
 async def test_a_chat_stops_where_the_engine_stops_and_counts_the_same(engine: "Engine") -> None:
     fields = {"temperature": 0.0, "max_tokens": 40, "stop": [","]}
     (expected,) = await asyncio.to_thread(engine.generate, [{"messages": CHAT}], **fields)

@@ -1,4 +1,4 @@
-"""Spans as a collector gets them, from gRPC and from HTTP."""
+"""Spans and histograms as a collector gets them, from gRPC and from HTTP."""
 
 import threading
 from collections.abc import Iterator
@@ -7,8 +7,10 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import grpc.aio
+import openai
 import pytest
 from http_serving import openai_client
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from scripted_engine import ScriptedEngine
 from serving import back_to_the_start
@@ -23,16 +25,23 @@ TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 
 
 @contextmanager
-def collector() -> Iterator[tuple[str, list]]:
-    """A collector's URL, and the spans that it has been sent."""
+def collector() -> Iterator[tuple[str, list, dict]]:
+    """A collector's URL, the spans that it has been sent, and the latest state of each histogram by name."""
     spans: list = []
+    histograms: dict = {}
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
-            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                for scope in resource.scope_spans:
-                    spans.extend(scope.spans)
+            if self.path == "/v1/traces":
+                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                    for scope in resource.scope_spans:
+                        spans.extend(scope.spans)
+            else:
+                assert self.path == "/v1/metrics"
+                for resource in ExportMetricsServiceRequest.FromString(body).resource_metrics:
+                    for scope in resource.scope_metrics:
+                        histograms.update({metric.name: metric for metric in scope.metrics})
             self.send_response(200)
             self.send_header("content-length", "0")
             self.end_headers()
@@ -44,7 +53,7 @@ def collector() -> Iterator[tuple[str, list]]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1/traces", spans
+        yield f"http://127.0.0.1:{server.server_port}", spans, histograms
     finally:
         server.shutdown()
         server.server_close()
@@ -65,8 +74,8 @@ def attributes_of(span) -> dict[str, object]:
 @pytest.mark.asyncio
 async def test_each_request_is_one_span_under_its_senders_with_the_conventions_attributes() -> None:
     engine = ScriptedEngine()
-    with collector() as (endpoint, spans):
-        config = replace(ServerConfig(), grpc_port=0, http_port=0, otlp_endpoint=endpoint)
+    with collector() as (endpoint, spans, histograms):
+        config = replace(ServerConfig(), grpc_port=0, http_port=0, otlp_endpoint=f"{endpoint}/v1/traces")
         server = Server(config, report=lambda _: None)
         await server.start()
         await server.attach(engine)
@@ -102,3 +111,48 @@ async def test_each_request_is_one_span_under_its_senders_with_the_conventions_a
     (alone,) = [span for span in spans if span.trace_id.hex() != TRACE]
     assert alone.parent_span_id == b""
     assert attributes_of(alone)["gen_ai.response.finish_reasons"] == ["abort"]
+    assert set(histograms) == {
+        "gen_ai.server.request.duration",
+        "gen_ai.server.time_to_first_token",
+        "gen_ai.server.time_per_output_token",
+    }
+
+
+@pytest.mark.asyncio
+async def test_times_of_requests_are_histograms_by_operation_and_failure() -> None:
+    engine = ScriptedEngine(step_time=0.01)
+    with collector() as (endpoint, _, histograms):
+        server = Server(
+            replace(ServerConfig(), grpc_port=0, http_port=0, otlp_endpoint=endpoint), report=lambda _: None
+        )
+        await server.start()
+        await server.attach(engine)
+        assert server.http is not None
+        async with openai_client(f"127.0.0.1:{server.http.port}") as client:
+            for tokens in (1, 4, 4):
+                await client.completions.create(model="scripted", prompt="x", max_tokens=tokens)
+            chat = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}]}
+            await client.chat.completions.create(**chat, max_tokens=2)
+            late = await client.chat.completions.create(**chat, extra_body={"timeout": 0.2})
+            assert late.choices[0].finish_reason == "deadline"
+            with pytest.raises(openai.InternalServerError):
+                await client.completions.create(model="scripted", prompt="break")
+        await server.stop(grace=0.0)
+    counts: dict[str, dict[tuple[str, str | None], int]] = {}
+    for name, metric in histograms.items():
+        assert metric.unit == "s"
+        for point in metric.histogram.data_points:
+            labels = attributes_of(point)
+            key = (str(labels["gen_ai.operation.name"]), labels.get("error.type"))
+            assert labels["gen_ai.request.model"] == labels["gen_ai.response.model"] == "scripted"
+            assert (labels["gen_ai.provider.name"], sum(point.bucket_counts)) == ("jaxserve", point.count)
+            assert 0 < point.sum < 100 * point.count
+            counts.setdefault(name, {})[key] = point.count
+    failed = {("text_completion", "error"): 1, ("chat", "deadline"): 1}
+    assert counts == {
+        "gen_ai.server.request.duration": {("text_completion", None): 3, ("chat", None): 1, **failed},
+        "gen_ai.server.time_to_first_token": {("text_completion", None): 3, ("chat", None): 1, **failed},
+        "gen_ai.server.time_per_output_token": {("text_completion", None): 2, ("chat", None): 1, **failed},
+    }
+    bounds = histograms["gen_ai.server.time_to_first_token"].histogram.data_points[0].explicit_bounds
+    assert (bounds[0], bounds[-1]) == (0.001, 10.0)

@@ -122,6 +122,18 @@ def test_a_renderer_that_was_killed_is_started_again():
     assert template.render(MESSAGES) == "2"
 
 
+def test_a_renderer_that_was_started_is_that_of_the_first_chat_whatever_the_template_says_of_none():
+    for source in ("{{ messages[0].content }}", "{{ raise_exception('no messages') }}"):
+        template = ChatTemplate(source, {}, LIMITS)
+        assert template._renderer.process is None
+        template.start()
+        started = template._renderer.process
+        assert started is not None and started.poll() is None
+        if "raise" not in source:
+            assert template.render(MESSAGES) == "Grüße"
+            assert template._renderer.process is started
+
+
 def test_the_renderer_ends_with_its_template():
     template = ChatTemplate("{{ messages | length }}", {}, LIMITS)
     template.render([])
