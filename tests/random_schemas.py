@@ -1,4 +1,4 @@
-"""Random JSON Schemas of every supported kind, whose values are short."""
+"""Random JSON Schemas of every supported kind. The values of most are short; those of some may go on for ever."""
 
 import random
 from typing import Any
@@ -10,19 +10,26 @@ PATTERNS = (
     "^[a-z]{2,6}$",
     "^[A-Z]{3}-[0-9]{2,4}$",
     "^(red|green|blue)( light)?$",
-    "^\\d+(\\.\\d{2})?$",
+    "^\\d{1,5}(\\.\\d{2})?$",
     "^[^\\s]{1,8}$",
 )
 FORMATS = {"date": 10, "time": 16, "date-time": 26, "uuid": 36, "ipv4": 15, "email": 20}
-"""With a bound of the length: a small model does not soon find the end of what has none."""
+"""Each with the length of a short one."""
 
 
 class SchemaMaker:
-    """Makes one schema from a seed. Definitions that it refers to are collected beside it."""
+    """Makes one schema from a seed. Definitions that it refers to are collected beside it.
 
-    def __init__(self, seed: int):
+    Args:
+        seed: of its kinds and bounds.
+        endless: whether texts, numbers, lists and names are also made without a bound, and definitions that refer to
+            themselves. Otherwise every value of the schema has an end, whatever the model writes.
+    """
+
+    def __init__(self, seed: int, endless: bool = False):
         self._random = random.Random(seed)
-        self._definitions: dict[str, Schema] = {}
+        self._endless = endless
+        self._definitions: dict[str, Schema | None] = {}
 
     def make(self) -> Schema:
         """A schema with its `$defs`."""
@@ -45,7 +52,12 @@ class SchemaMaker:
             return self._random.choice(nested)(depth - 1)
         return self._random.choice(simple)()
 
+    def _has_no_end(self, share: float) -> bool:
+        return self._endless and self._random.random() < share
+
     def _string(self) -> Schema:
+        if self._has_no_end(0.5):
+            return self._random.choice(({"type": "string"}, {"type": "string", "pattern": "^[a-z]+( [a-z]+)*$"}))
         match self._random.randrange(4):
             case 0:
                 least = self._random.randrange(4)
@@ -59,6 +71,8 @@ class SchemaMaker:
                 return {"type": "string", "maxLength": self._random.randrange(1, 16), "description": "a short text"}
 
     def _integer(self) -> Schema:
+        if self._has_no_end(0.5):
+            return {"type": "integer"}
         low = self._random.randrange(-200, 200)
         schema: Schema = {"type": "integer", "minimum": low, "maximum": low + self._random.randrange(20, 500)}
         if self._random.random() < 0.3:
@@ -69,7 +83,7 @@ class SchemaMaker:
         low = round(self._random.uniform(-100, 100), 2)
         bounds = {"exclusiveMinimum": low} if self._random.random() < 0.5 else {"minimum": low}
         key = "exclusiveMaximum" if self._random.random() < 0.5 else "maximum"
-        step = {"multipleOf": 0.5} if self._random.random() < 0.8 else {}
+        step = {} if self._has_no_end(0.5) else {"multipleOf": 0.5}
         return {"type": "number", **bounds, key: low + self._random.randrange(1, 50), **step}
 
     def _choice(self) -> Schema:
@@ -92,7 +106,8 @@ class SchemaMaker:
 
     def _array(self, depth: int) -> Schema:
         least = self._random.randrange(3)
-        return {"type": "array", "items": self._any(depth), "minItems": least, "maxItems": least + 2}
+        most = {} if self._has_no_end(0.5) else {"maxItems": least + 2}
+        return {"type": "array", "items": self._any(depth), "minItems": least, **most}
 
     def _tuple(self, depth: int) -> Schema:
         parts = [self._any(depth) for _ in range(self._random.randrange(1, 4))]
@@ -100,7 +115,7 @@ class SchemaMaker:
 
     def _map(self, depth: int) -> Schema:
         size = {"minProperties": 1, "maxProperties": 2}
-        if self._random.random() < 0.1:
+        if self._has_no_end(0.5):
             return {"type": "object", "additionalProperties": self._any(depth), **size}
         keys = {"^[a-z]{1,8}$": self._any(depth)}
         return {"type": "object", "patternProperties": keys, "additionalProperties": False, **size}
@@ -119,12 +134,13 @@ class SchemaMaker:
         return {"allOf": parts, "maxProperties": 2}
 
     def _ref(self, depth: int) -> Schema:
-        if self._definitions and self._random.random() < 0.5:
-            name = self._random.choice(list(self._definitions))
+        made = [name for name, schema in self._definitions.items() if schema is not None]
+        if made and self._random.random() < 0.5:
+            name = self._random.choice(made)
         else:
             name = f"d{len(self._definitions)}"
-            self._definitions[name] = {}  # taken
-            self._definitions[name] = self._linked(name) if self._random.random() < 0.15 else self._any(depth)
+            self._definitions[name] = None  # taken, and not to be referred to before it is made
+            self._definitions[name] = self._linked(name) if self._has_no_end(0.5) else self._any(depth)
         return {"$ref": f"#/$defs/{name}"}
 
     def _linked(self, name: str) -> Schema:

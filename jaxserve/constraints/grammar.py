@@ -10,9 +10,9 @@ from jaxserve.request_errors import InvalidRequest
 
 _OPTIONS = '%llguidance {"no_forcing": true}'
 """Where only one text may follow, the tokens that write it are still the model's choice."""
-_JSON_OPTIONS = {"whitespace_pattern": r"\x20|\r?\n[\x20\x09]{0,32}"}
-"""Between the parts of a JSON text there may be nothing, a space, or a new line with its indentation: where all white
-space is allowed, small models write nothing else to the end."""
+_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+"""A JSON text is one line, with at most a space after a comma or a colon: where more is allowed, white space is most of
+what small models write, and each of it is a step."""
 
 
 def grammar_of(constraint: Constraint, max_bytes: int) -> str:
