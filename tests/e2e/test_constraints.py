@@ -34,7 +34,9 @@ def generate(engine: Engine, requests: list[dict]) -> list[Completion]:
 
 
 def test_results_of_random_schemas_are_valid(engine: Engine, request: pytest.FixtureRequest):
-    numbers = range(int(request.config.getoption("--schemas")))
+    count = request.config.getoption("--schemas")
+    assert isinstance(count, int)
+    numbers = range(count)
     schemas = [SchemaMaker(number, endless=number % ENDLESS == 0).make() for number in numbers]
     validators = [Draft202012Validator(schema, format_checker=CHECKER) for schema in schemas]
     asked = [
