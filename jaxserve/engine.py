@@ -1,7 +1,7 @@
 """The engine as its users see it: requests in, streams of events out.
 
-The core (a thread or a process, see `core.client`) runs the step loop. Here, requests are validated and tokenized on
-the caller's thread; `delivery` turns each step's tokens into the events of the requests' own streams.
+The core (a thread or a process, see `jaxserve.core.client`) runs the step loop. Here, requests are validated and
+tokenized on the caller's thread; `jaxserve.front.delivery` turns each step's tokens into the events of their streams.
 """
 
 import atexit
@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -31,11 +31,12 @@ from jaxserve.core.messages import (
 )
 from jaxserve.core.profiling import MAX_SECONDS
 from jaxserve.core.watchdog import Watchdog
-from jaxserve.events import Completion, Delta, Finished
+from jaxserve.events import Completion, Delta
 from jaxserve.front.active_requests import ActiveRequest, ActiveRequests
 from jaxserve.front.admission import Admission
-from jaxserve.front.completion import collect
 from jaxserve.front.delivery import Delivery
+from jaxserve.front.generating import Prompt, generate_all, generate_one, request_of
+from jaxserve.front.loads import EngineLoads
 from jaxserve.front.request_stream import RequestStream
 from jaxserve.front.resumable_stream import ResumableStream, ResumableStreams, StreamReader
 from jaxserve.front.statistics import Statistics
@@ -46,51 +47,12 @@ from jaxserve.tokenizing.tokenizer import Tokenizer
 ProgressCallback = Callable[[str, float | None], None]
 """Told what is being done and the fraction done, 0..1 or None."""
 
-Prompt = str | Request | Mapping[str, Any]
-"""Text, a request, or a mapping of a request's API names."""
-
-
 STOP_SECONDS = 10.0
 """Seconds in which a core that is told to stop must end: more than its step in flight takes."""
 
 
-__all__ = ["Engine", "EngineLoads", "EngineStartError", "RequestStream", "collect"]
-
-
 class EngineStartError(RuntimeError):
     """The engine could not start: the model, its files or the configuration are at fault."""
-
-
-@dataclass(frozen=True)
-class EngineLoads:
-    """What an engine is doing."""
-
-    running: int
-    """Requests that hold a slot."""
-    waiting: int
-    """Requests accepted and not yet running."""
-    slots: int
-    available_pages: int
-    """Pages free or evictable: all of them when nothing runs."""
-    cached_pages: int
-    """Pages held by no request whose content may be hit."""
-    total_pages: int
-    saved_pages: int
-    """Pages of preempted requests in host memory."""
-    restored_pages: int
-    """Pages copied back from there so far."""
-    resumable_streams: int
-    """Streams kept to be taken up again, those of requests in flight included."""
-    steps: int
-    preemptions: int
-    prefix_queries: int
-    """Prompt tokens looked up in the prefix cache."""
-    prefix_hits: int
-    """Prompt tokens found there."""
-    overrun_tokens: int
-    """Row-steps spent on sequences that had already ended."""
-    compiles_after_warmup: int
-    """More than 0 is a defect."""
 
 
 class Engine:
@@ -281,58 +243,19 @@ class Engine:
             RequestError: a request was not accepted.
         """
         if not isinstance(prompt, str | Request | Mapping):
-            return self._generate_all([_request(one, fields) for one in prompt])
-        return self._generate_one(_request(prompt, fields))
-
-    async def _generate_one(self, request: Request) -> AsyncIterator[Delta]:
-        stream = self.submit(request)
-        try:
-            async for event in stream:
-                if isinstance(event, Delta):
-                    yield event
-                elif isinstance(event, Finished) and event.error is not None:
-                    raise RuntimeError(event.error)
-        finally:
-            stream.cancel()
-
-    def _generate_all(self, requests: list[Request]) -> list[Completion]:
-        streams: list[RequestStream | StreamReader] = []
-        completions: list[Completion] = []
-        try:
-            for request in requests:
-                while sum(r.sampling.n for r in requests[len(completions) : len(streams) + 1]) > self.capacity:
-                    if len(completions) == len(streams):
-                        break  # it alone is too much, and `submit` says so
-                    completions.append(collect(streams[len(completions)]))
-                streams.append(self.submit(request))
-            completions += [collect(stream) for stream in streams[len(completions) :]]
-        finally:
-            for stream in streams[len(completions) :]:
-                stream.cancel()
-        return completions
+            return generate_all(self.submit, self.capacity, [request_of(one, fields) for one in prompt])
+        return generate_one(self.submit, request_of(prompt, fields))
 
     # State
 
     def loads(self) -> EngineLoads:
         """What the engine is doing now."""
-        gauges = self._delivery.gauges
-        active = len(self._requests)
-        return EngineLoads(
-            running=min(gauges.running, active),
-            waiting=max(active - gauges.running, 0),
+        return EngineLoads.of(
+            self._delivery.gauges,
+            active=len(self._requests),
             slots=self.config.total_slots,
-            available_pages=gauges.available_pages,
-            cached_pages=gauges.cached_pages,
             total_pages=self.device.num_pages,
-            saved_pages=gauges.saved_pages,
-            restored_pages=gauges.restored_pages,
             resumable_streams=len(self._kept),
-            steps=gauges.step,
-            preemptions=gauges.preemptions,
-            prefix_queries=gauges.prefix_queries,
-            prefix_hits=gauges.prefix_hits,
-            overrun_tokens=gauges.overrun_tokens,
-            compiles_after_warmup=gauges.compiles_after_warmup,
         )
 
     @property
@@ -403,11 +326,3 @@ class Engine:
             self._watchdog.stop()
         atexit.unregister(self.shutdown)
         return finished
-
-
-def _request(prompt: Prompt, fields: Mapping[str, Any]) -> Request:
-    if isinstance(prompt, Request):
-        if fields:
-            raise InvalidRequest(next(iter(fields)), "a Request carries its own fields")
-        return prompt
-    return Request.from_json({"prompt": prompt, **fields} if isinstance(prompt, str) else {**fields, **prompt})

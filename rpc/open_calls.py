@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 class OpenCall:
     """One call that generates, whatever its protocol."""
 
-    __slots__ = ("disconnect", "request_id", "stalled", "stream", "write_began")
+    __slots__ = ("disconnect", "request_id", "stream", "write_began")
 
     def __init__(self, request_id: str, disconnect: Callable[[], object]):
         self.request_id = request_id
@@ -21,7 +21,6 @@ class OpenCall:
         self.stream: EventStream | None = None
         self.write_began: float | None = None
         """`time.monotonic()` seconds when the write in progress began; None between writes."""
-        self.stalled = False
 
 
 class OpenCalls:
@@ -76,7 +75,6 @@ class OpenCalls:
                     self._stall_limit,
                     extra={"request_id": call.request_id},
                 )
-                call.stalled = True
                 call.stream.cancel()
                 call.disconnect()
                 self.close(call)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.engine import Engine, RequestStream, collect
+from jaxserve.engine import Engine
 from jaxserve.events import Completion
+from jaxserve.front.completion import collect
+from jaxserve.front.request_stream import RequestStream
 from jaxserve.request import Constraint, OutputParams, Request, SamplingParams, StoppingParams
 
 FAMILY = Path(__file__).parents[1] / "fixtures" / "families" / "qwen3"

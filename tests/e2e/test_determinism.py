@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.engine import Engine, RequestStream, collect
+from jaxserve.engine import Engine
 from jaxserve.events import Completion
+from jaxserve.front.completion import collect
+from jaxserve.front.request_stream import RequestStream
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams, output_seed
 
 FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"

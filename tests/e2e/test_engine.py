@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.engine import Engine, collect
+from jaxserve.engine import Engine
 from jaxserve.events import Delta, Finished, Started
+from jaxserve.front.completion import collect
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import DuplicateRequestId, InvalidRequest, ModelNotFound, QueueFull
 

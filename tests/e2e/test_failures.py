@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxserve.core.loop import MAX_RESTARTS
-from jaxserve.engine import Engine, collect
+from jaxserve.engine import Engine
+from jaxserve.front.completion import collect
 from jaxserve.request import Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import EngineUnavailable
 from jaxserve.tokenizing.text_stream import TextStream

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
-from jaxserve.engine import Engine, collect
+from jaxserve.engine import Engine
 from jaxserve.events import Delta, Finished, Started
+from jaxserve.front.completion import collect
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams, output_seed
 from jaxserve.request_errors import InvalidRequest, QueueFull
 

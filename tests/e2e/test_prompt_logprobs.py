@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.engine import Engine, collect
+from jaxserve.engine import Engine
+from jaxserve.front.completion import collect
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import InvalidRequest
 

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable
 
 from jaxserve.core.watchdog import Watchdog
-from jaxserve.engine import Engine, collect
+from jaxserve.engine import Engine
+from jaxserve.front.completion import collect
 from jaxserve.request import Request, StoppingParams
 
 LIMIT = 1.5

@@ -12,7 +12,8 @@ import jax
 
 from jaxserve.core.client import CoreThread
 from jaxserve.device.model_runner import ModelRunner
-from jaxserve.engine import Engine, EngineStartError, collect
+from jaxserve.engine import Engine, EngineStartError
+from jaxserve.front.completion import collect
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 
 REQUESTS = 12

@@ -244,6 +244,9 @@ class ScriptedEngine:
             steps=self._steps,
         )
 
+    def profile(self, seconds: float) -> str:
+        raise EngineUnavailable("no trace was taken: there is no device")
+
     def drain(self) -> None:
         self._accepting = False
 

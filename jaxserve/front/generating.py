@@ -1,0 +1,57 @@
+"""Generating within a program: one prompt as an asynchronous iterator, or a list of them, waiting for all."""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from jaxserve.events import Completion, Delta, Finished
+from jaxserve.front.completion import collect
+from jaxserve.front.request_stream import RequestStream
+from jaxserve.front.resumable_stream import StreamReader
+from jaxserve.request import Request
+from jaxserve.request_errors import InvalidRequest
+
+Prompt = str | Request | Mapping[str, Any]
+"""Text, a request, or a mapping of a request's API names."""
+
+Submit = Callable[[Request], RequestStream | StreamReader]
+"""`Engine.submit`."""
+
+
+def request_of(prompt: Prompt, fields: Mapping[str, Any]) -> Request:
+    """The request for a prompt with these fields. Raises InvalidRequest."""
+    if isinstance(prompt, Request):
+        if fields:
+            raise InvalidRequest(next(iter(fields)), "a Request carries its own fields")
+        return prompt
+    return Request.from_json({"prompt": prompt, **fields} if isinstance(prompt, str) else {**fields, **prompt})
+
+
+async def generate_one(submit: Submit, request: Request) -> AsyncIterator[Delta]:
+    """What is new, as it comes. Leaving the iterator ends the request. Raises RuntimeError where the engine failed."""
+    stream = submit(request)
+    try:
+        async for event in stream:
+            if isinstance(event, Delta):
+                yield event
+            elif isinstance(event, Finished) and event.error is not None:
+                raise RuntimeError(event.error)
+    finally:
+        stream.cancel()
+
+
+def generate_all(submit: Submit, capacity: int, requests: list[Request]) -> list[Completion]:
+    """Waits for all, with no more than `capacity` sequences in flight at once. Ends all if one is refused."""
+    streams: list[RequestStream | StreamReader] = []
+    completions: list[Completion] = []
+    try:
+        for request in requests:
+            while sum(r.sampling.n for r in requests[len(completions) : len(streams) + 1]) > capacity:
+                if len(completions) == len(streams):
+                    break  # it alone is too much, and `submit` says so
+                completions.append(collect(streams[len(completions)]))
+            streams.append(submit(request))
+        completions += [collect(stream) for stream in streams[len(completions) :]]
+    finally:
+        for stream in streams[len(completions) :]:
+            stream.cancel()
+    return completions
