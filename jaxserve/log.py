@@ -18,6 +18,11 @@ def set_request_id(request_id: str) -> None:
     _request_id.set(request_id)
 
 
+def current_request_id() -> str | None:
+    """Whose the log lines of this context are; None where nobody has said."""
+    return _request_id.get()
+
+
 class JsonFormatter(logging.Formatter):
     """A record as one JSON line: time (UTC), level, logger, message, the request's id where one is known, and what was
     given as `extra`."""
@@ -30,7 +35,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **({} if (request_id := _request_id.get()) is None else {"request_id": request_id}),
+            **({} if (request_id := current_request_id()) is None else {"request_id": request_id}),
             **{name: value for name, value in vars(record).items() if name not in _STANDARD},
         }
         if record.exc_info:

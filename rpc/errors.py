@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from jaxserve.log import current_request_id
 from jaxserve.request_errors import (
     DuplicateRequestId,
     EngineUnavailable,
@@ -178,8 +179,8 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception, request: Me
     """Ends a call with the status of an exception. One that nobody expected is logged, and INTERNAL."""
     failure = failure_of(error, request)
     if failure is None:
-        name = getattr(request, "request_id", "") or f"({type(request).__name__})"
-        logger.error("request %s failed: %r", name, error, exc_info=error, extra={"request_id": name})
+        name = current_request_id() or f"({type(request).__name__})"  # calls that do not generate have no id
+        logger.error("request %s failed: %r", name, error, exc_info=error)
         failure = Failure(grpc.StatusCode.INTERNAL, clipped(f"internal error in request {name}"), "INTERNAL")
     await context.abort(failure.code, failure.message, failure.trailing_metadata())
     raise AssertionError("abort returned")

@@ -33,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser, core="process")
     parser.add_argument("--environment", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--endpoint-type", choices=("chat", "completions"), default="chat")
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--prompt-len", type=int, default=100, help="tokens")
@@ -71,7 +72,7 @@ def run_aiperf(program: Path, server: ServerProcess, arguments: argparse.Namespa
     options = {
         "model": server.model,
         "url": f"http://{server.http_address}",
-        "endpoint-type": "chat",
+        "endpoint-type": arguments.endpoint_type,
         "tokenizer": tokenizer,
         "concurrency": arguments.concurrency,
         "request-count": arguments.requests,
