@@ -5,6 +5,7 @@ Plain numbers without a format; `rpc.metrics` gives them to Prometheus. One thre
 
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 
 from jaxserve.core.messages import Gauges, StepRecord
@@ -18,6 +19,10 @@ _BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.
 _HOST_STEP = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _LAGS = (1, 2, 3, 4, 6, 8, 16)
+
+
+_PLANNED_AHEAD = 2
+"""Steps that are planned when one is told of: they may have given slots, not free yet, to the last who waited."""
 
 
 class Distribution:
@@ -74,6 +79,9 @@ class Statistics:
         self._delivered: dict[int, tuple[float, int]] = {}
         """By handle: when its latest tokens were delivered, and how many so far."""
         self._freed: dict[int, int] = {}
+        """By slot: the step that freed it."""
+        self._waiting: deque[int] = deque(maxlen=_PLANNED_AHEAD)
+        """After the latest steps."""
 
     # Called by the one thread that delivers
 
@@ -85,10 +93,11 @@ class Statistics:
             freed = self._freed.pop(slot, None)
             if freed is not None:
                 self.slot_reuse_lag.observe(record.step - freed)
-        if gauges.waiting:
-            self._freed.update(dict.fromkeys(record.freed_slots, record.step))
-        elif self._freed:
+        if not gauges.waiting:
             self._freed.clear()  # nobody waits: a slot that stays free is no lag
+        if gauges.waiting or any(self._waiting):
+            self._freed.update(dict.fromkeys(record.freed_slots, record.step))
+        self._waiting.append(gauges.waiting)
 
     def on_start(self, prompt_tokens: int) -> None:
         """A request holds a slot."""
