@@ -20,6 +20,10 @@ class LimitReached(Exception):
     """The program ended instead of answering; the message says why."""
 
 
+class Killed(LimitReached):
+    """It was ended from outside, or for want of an answer on a machine that stood still: it may answer next time."""
+
+
 class LimitedProcess:
     """Runs a program that is told its settings in one line, then gives one line for each that it reads.
 
@@ -42,7 +46,7 @@ class LimitedProcess:
         self._end: Callable[[], object] = lambda: None
 
     def ask(self, question: str) -> Any:
-        """The answer to a line of JSON. Raises LimitReached."""
+        """The answer to a line of JSON. Raises LimitReached, and Killed where another try may have an answer."""
         with self._lock:
             process = self._running()
             _write(process, question.encode() + b"\n")
@@ -54,9 +58,7 @@ class LimitedProcess:
             case signal.SIGPROF:
                 raise LimitReached(f"takes more than {self._cpu_seconds:g} s of processor time")
             case signal.SIGKILL:
-                raise LimitReached(
-                    f"was ended: it did not answer within {_PATIENCE:g} s, or the machine ran out of memory"
-                )
+                raise Killed(f"was ended: it did not answer within {_PATIENCE:g} s, or the machine ran out of memory")
             case _:
                 raise LimitReached(f"ended its process with exit code {process.returncode}")
 

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -26,7 +27,7 @@ INLINE_CHARACTERS = 2048
 INLINE_TOKENS = 8192
 """Longest prompt of token ids that is checked on the event loop: likewise."""
 RETRY_AFTER = 1.0
-"""Seconds after which a client is told to try again when too many long prompts wait to be tokenized."""
+"""Seconds after which a client is told to try again when too many long prompts or constraints wait for a thread."""
 
 BuildRequest = Callable[[float | None], Request]
 """Makes the engine's request of a message. Given the call's deadline, `time.monotonic()` seconds; None where it has
@@ -43,12 +44,18 @@ _FAILURES = (FinishReason.DEADLINE, FinishReason.ERROR)
 class CallRunner:
     """Runs generate calls. An error of one call ends that call alone."""
 
-    def __init__(self, lifecycle: Lifecycle, calls: OpenCalls, tokenizing: Executor):
-        """`tokenizing`: threads on which long prompts are submitted, so that the event loop never waits."""
+    def __init__(self, lifecycle: Lifecycle, calls: OpenCalls, tokenizing: Executor, compiling: Executor):
+        """Threads on which requests are submitted, so that the event loop never waits.
+
+        Args:
+            tokenizing: for those with long prompts.
+            compiling: for those with constraints, which take turns at being compiled: nobody else waits for them.
+        """
         self._lifecycle = lifecycle
         self._calls = calls
         self._tokenizing = tokenizing
-        self._submitting = 0
+        self._compiling = compiling
+        self._submitting: Counter[Executor] = Counter()
         """Submissions that wait for a thread or run in one; the engine does not count them yet."""
 
     async def run(
@@ -100,29 +107,31 @@ class CallRunner:
         """
         engine = self._lifecycle.ready_engine()
         submit = partial(engine.submit_all, requests)
-        streams = submit() if _are_quick(requests) else await self._submit_from_thread(engine, submit)
+        if _are_quick(requests):
+            streams = submit()
+        else:
+            compiles = any(request.constraint is not None for request in requests)
+            threads = self._compiling if compiles else self._tokenizing
+            streams = await self._submit_from_thread(engine, submit, threads)
         for call, stream in zip(calls, streams, strict=True):
             call.stream = stream
         return streams
 
     async def _submit_from_thread(
-        self, engine: ServedEngine, submit: Callable[[], Sequence[EventStream]]
+        self, engine: ServedEngine, submit: Callable[[], Sequence[EventStream]], threads: Executor
     ) -> Sequence[EventStream]:
         limit = engine.config.total_slots + engine.config.max_waiting
-        if self._submitting >= limit:
+        if self._submitting[threads] >= limit:
             raise QueueFull(limit, RETRY_AFTER)
-        self._submitting += 1
-        submitted = asyncio.get_running_loop().run_in_executor(self._tokenizing, contextvars.copy_context().run, submit)
-        submitted.add_done_callback(self._on_submitted)
+        self._submitting[threads] += 1
+        submitted = asyncio.get_running_loop().run_in_executor(threads, contextvars.copy_context().run, submit)
+        submitted.add_done_callback(lambda _: self._submitting.subtract((threads,)))
         try:
             return await asyncio.shield(submitted)
         except asyncio.CancelledError:
             # The client left meanwhile. A thread cannot be stopped: cancel what it comes back with.
             submitted.add_done_callback(_cancel_unwanted)
             raise
-
-    def _on_submitted(self, _: asyncio.Future[Sequence[EventStream]]) -> None:
-        self._submitting -= 1
 
     def raise_for(self, last: Finished | None, call: OpenCall) -> None:
         """Turns an ending that is not the client's or the model's doing into the status after the last message."""

@@ -73,6 +73,7 @@ class Server:
         self.calls = OpenCalls(config.stall_limit)
         self._report = report
         self._tokenizing = ThreadPoolExecutor(max_workers=8, thread_name_prefix="jaxserve-tokenize")
+        self._compiling = ThreadPoolExecutor(max_workers=8, thread_name_prefix="jaxserve-constrain")
         self._hurry = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._began = time.monotonic()
@@ -90,7 +91,7 @@ class Server:
             ],
             options=config.channel_options(),
         )
-        runner = CallRunner(self.lifecycle, self.calls, self._tokenizing)
+        runner = CallRunner(self.lifecycle, self.calls, self._tokenizing, self._compiling)
         self._add_services(runner)
         self.http, self.metrics = self._http_listeners(runner)
         """Where the API and the metrics are listened for over HTTP, if they are."""
@@ -200,7 +201,8 @@ class Server:
                 await listener.stop()
         if self._telemetry is not None:
             await _in_daemon_thread(self._telemetry.close, "jaxserve-telemetry")
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._tokenizing, self._compiling):
+            threads.shutdown(wait=False, cancel_futures=True)
         return drained
 
     async def _wait_for_calls(self, deadline: float) -> bool:

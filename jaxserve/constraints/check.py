@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from jaxserve.constraints.grammar import grammar_of
 from jaxserve.core.messages import Vocabulary
-from jaxserve.limited_process import LimitedProcess, LimitReached
+from jaxserve.limited_process import Killed, LimitedProcess, LimitReached
 from jaxserve.request import Constraint
 from jaxserve.request_errors import InvalidRequest
 
@@ -81,6 +81,9 @@ class ConstraintChecker:
     def _compile(self, grammar: str) -> str | None:
         """Why a grammar is refused; None if it is not."""
         try:
-            return self._process.ask(json.dumps(grammar))
+            try:
+                return self._process.ask(json.dumps(grammar))
+            except Killed:  # once is perhaps another's doing: a full memory, a machine that stood still
+                return self._process.ask(json.dumps(grammar))
         except LimitReached as limit:
             return f"cannot be compiled: {limit}"

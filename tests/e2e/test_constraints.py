@@ -163,6 +163,49 @@ def test_several_sequences_of_a_prompt_each_hold_to_the_constraint(engine: Engin
     assert len(texts) == 4 and all(re.fullmatch("[a-z]{3} [a-z]{4}", text) for text in texts) and len(set(texts)) > 1
 
 
+KINDS = (
+    {"json_object": True},
+    {"json_schema": {"type": "array", "items": {"enum": ["ab", 12, None]}, "minItems": 2, "maxItems": 4}},
+    {"choice": ["a b", "a c", "b"]},
+    {"regex": "(ab |cd ){2,6}e"},
+    {"grammar": 'start: "(" start ")" | /[a-z]{1,8}/'},
+)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: next(iter(kind)))
+def test_every_kind_goes_with_what_else_a_request_may_ask_for(engine: Engine, kind: dict):
+    common = {**kind, "temperature": 1.0, "seed": 3, "max_tokens": 40}
+    plain, several, reported, long, stopped = generate(
+        engine,
+        [
+            common,
+            {**common, "n": 3},
+            {**common, "logprobs": 2},
+            {**common, "min_tokens": 5},
+            {**common, "stop": ["a", "1"]},
+        ],
+    )
+    assert several.outputs[0].text == reported.text == plain.text
+    assert [entry.token_id for entry in reported.logprobs or ()] == list(plain.token_ids)
+    assert stopped.text == re.split("[a1]", plain.text)[0]
+    for output in (*several.outputs, *long.outputs):
+        assert output.finish_reason == "length" or _matches(kind, output.text), output
+
+
+def _matches(kind: dict, text: str) -> bool:
+    match kind:
+        case {"choice": choices}:
+            return text in choices
+        case {"regex": regex}:
+            return re.fullmatch(regex, text) is not None
+        case {"grammar": _}:
+            opened = len(text) - len(text.lstrip("("))
+            return re.fullmatch(f"[(]{{{opened}}}[a-z]{{1,8}}[)]{{{opened}}}", text) is not None
+        case {"json_schema": schema}:
+            return Draft202012Validator(schema).is_valid(json.loads(text))
+    return isinstance(json.loads(text), dict)
+
+
 REFUSED = (
     ({"regex": "("}, "regex", "unclosed group"),
     ({"regex": r"(?=a)b"}, "regex", "look-around"),

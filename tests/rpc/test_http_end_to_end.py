@@ -2,13 +2,18 @@
 
 import asyncio
 import json
-from typing import TYPE_CHECKING
+import os
+import signal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jsonschema
 import openai
 import pytest
-from http_serving import openai_serving
+from http_serving import PATIENCE, http_serving, openai_client, openai_serving
+from pydantic import BaseModel, Field
 from serving import back_to_the_start, lent
+
+from jaxserve import limited_process
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
@@ -159,6 +164,60 @@ async def test_a_prompt_too_long_among_several_lets_none_of_them_begin(engine: "
             model=engine.model_name, prompt="The sea", extra_body={"ignore_eos": True, "timeout": 1.5}
         )
         assert answer.choices[0].finish_reason in ("deadline", "length")
+
+
+class Paint(BaseModel):
+    """Paint a thing."""
+
+    colour: Literal["red", "green", "blue"]
+    coats: Annotated[int, Field(ge=1, le=3)]
+    gloss: bool | None
+    then: list[Literal["sand", "wax"]] = Field(max_length=2)
+
+
+async def test_what_the_client_parses_into_classes_is_held_to_them(engine: "Engine") -> None:
+    asked = {"model": engine.model_name, "messages": CHAT, "max_tokens": 120, "temperature": 1.0}
+    tools = [openai.pydantic_function_tool(Paint, name="paint")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(engine.tokenizer), "chat_template", "{{ tools }}<tool_call>")
+        async with openai_serving(lent(engine)) as (_, client):
+            said = await client.chat.completions.parse(**asked, response_format=Paint, n=3, seed=1)
+            called = await client.chat.completions.parse(**asked, tools=tools, tool_choice="required", seed=2)
+            async with client.chat.completions.stream(**asked, tools=tools, tool_choice="required", seed=2) as stream:
+                streamed = await stream.get_final_completion()
+    assert all(isinstance(choice.message.parsed, Paint) for choice in said.choices) and len(said.choices) == 3
+    for answer in (called, streamed):
+        (call,) = answer.choices[0].message.tool_calls
+        assert answer.choices[0].finish_reason == "tool_calls"
+        assert isinstance(call.function.parsed_arguments, Paint)
+    assert streamed.choices[0].message.tool_calls[0].function.arguments == call.function.arguments
+
+
+async def test_nobody_waits_for_the_compiler_but_who_has_a_constraint(
+    engine: "Engine", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limited_process, "_PATIENCE", 600.0)
+    engine.generate([{"prompt": "a", "regex": "b", "max_tokens": 1}])  # starts it
+    compiler = engine._admission.constraints._process.process.pid
+    async with http_serving(lent(engine)) as (server, address), openai_client(address) as client:
+
+        async def chat(**fields: object) -> str:
+            answer = await client.chat.completions.create(
+                model=engine.model_name, messages=CHAT, max_tokens=20, extra_body=fields
+            )
+            return answer.choices[0].message.content
+
+        os.kill(compiler, signal.SIGSTOP)
+        try:
+            held = [asyncio.create_task(chat(choice=[f"a choice {number}"])) for number in range(20)]
+            async with asyncio.timeout(PATIENCE):
+                while len(server.calls) < len(held):
+                    await asyncio.sleep(0.01)
+            free = await asyncio.gather(*(chat() for _ in range(10)))
+            assert all(free) and not any(task.done() for task in held)
+        finally:
+            os.kill(compiler, signal.SIGCONT)
+        assert await asyncio.gather(*held) == [f"a choice {number}" for number in range(20)]
 
 
 async def test_a_closed_connection_frees_the_pages_within_two_steps(engine: "Engine") -> None:
