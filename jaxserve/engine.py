@@ -41,7 +41,7 @@ from jaxserve.front.request_stream import RequestStream
 from jaxserve.front.resumable_stream import ResumableStream, ResumableStreams, StreamReader
 from jaxserve.front.statistics import Statistics
 from jaxserve.request import Request
-from jaxserve.request_errors import EngineUnavailable, InvalidRequest, RequestError
+from jaxserve.request_errors import EngineUnavailable, InvalidRequest
 from jaxserve.tokenizing.tokenizer import Tokenizer
 
 ProgressCallback = Callable[[str, float | None], None]
@@ -168,7 +168,7 @@ class Engine:
                     for request, submit, (stream, _) in zip(requests, submits, streams, strict=True)
                 ]
             )
-        except RequestError:
+        except Exception:
             for stream, _ in streams:
                 if isinstance(stream, ResumableStream):
                     self._kept.discard(stream)

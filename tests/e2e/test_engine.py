@@ -5,6 +5,7 @@ import json
 import random
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,16 +78,20 @@ def test_a_request_that_ends_sooner_gives_the_beginning_of_a_longer_one(engine: 
         assert shorter.logprobs == longest.logprobs[:tokens]
 
 
-def test_32_requests_at_once_give_the_tokens_and_logprobs_of_each_alone(engine: Engine):
+def test_2_7_and_32_requests_at_once_give_the_tokens_and_logprobs_of_each_alone(engine: Engine):
     requests = [
         Request(token_ids=prompt(5 + 11 * index, index), output=OutputParams(logprobs=1), **without_eos(12))
         for index in range(32)
     ]
-    together = engine.generate(list(requests))
-    for request, batched in zip(requests, together, strict=True):
-        (alone,) = engine.generate([Request.from_json({"token_ids": list(request.token_ids or ()), **ALONE})])
-        assert alone.token_ids == batched.token_ids
-        assert alone.logprobs == batched.logprobs
+    alone = [
+        engine.generate([Request.from_json({"token_ids": list(request.token_ids or ()), **ALONE})])[0]
+        for request in requests
+    ]
+    for count in (2, 7, 32):
+        apart = [replace(request, request_id=f"{count}-{index}") for index, request in enumerate(requests[:count])]
+        for single, batched in zip(alone, engine.generate(apart), strict=False):
+            assert single.token_ids == batched.token_ids
+            assert single.logprobs == batched.logprobs
 
 
 ALONE = {"temperature": 0.0, "max_tokens": 12, "min_tokens": 12, "logprobs": 1, "cache_salt": "alone"}

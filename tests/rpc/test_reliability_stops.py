@@ -3,13 +3,13 @@
 import asyncio
 from typing import TYPE_CHECKING
 
-import grpc
 import pytest
-from serving import back_to_the_start, lent, serving
+from protocols import Ask, fronting
+from serving import back_to_the_start, lent
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm_pb
-from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 from jaxserve.events import FinishReason
+from rpc.client import AsyncClient
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
@@ -27,8 +27,11 @@ async def test_no_part_of_a_stop_string_across_tokens_leaks_and_usage_counts_to_
     pieces = [engine.tokenizer.decode([token]) for token in whole.token_ids]
     ends = [len("".join(pieces[: count + 1])) for count in range(len(pieces))]
     assert "".join(pieces) == whole.text
-    async with serving(lent(engine)) as (server, client), grpc.aio.insecure_channel(client.address) as channel:
-        stub = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+    async with (
+        fronting(lent(engine)) as front,
+        AsyncClient(f"127.0.0.1:{front.server.port}") as client,
+    ):
+        server, stub = front.server, front.vllm.stub
         checked = 0
         for place in range(4, 40, 6):
             # From the middle of one token over a whole one into the next but one.
@@ -52,5 +55,9 @@ async def test_no_part_of_a_stop_string_across_tokens_leaks_and_usage_counts_to_
             assert [token for one in chunks for token in one.chunk.token_ids] == list(whole.token_ids[:count])
             assert (last.complete.finish_reason, last.complete.matched_stop_str) == ("stop", stop)
             assert last.complete.completion_tokens == count
+            stops = {"temperature": 0.0, "stop": [stop]}
+            outcome = await front.http.run(Ask(text=PROMPT, max_tokens=48, fields=stops))
+            assert (outcome.text, outcome.token_ids) == (whole.text[:begin], list(whole.token_ids[:count]))
+            assert (outcome.reasons, outcome.usage) == (["stop"], count)
         assert checked >= 3
         await back_to_the_start(engine, server)
