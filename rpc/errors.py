@@ -63,6 +63,10 @@ class RequestFailed(Exception):
     """The engine failed this request while it ran."""
 
 
+class ConnectionLost(EngineUnavailable):
+    """The connection failed before the server gave a call its status; whether the request arrived is not known."""
+
+
 class Unsupported(Exception):
     """A call that this server does not have."""
 
@@ -249,4 +253,6 @@ def error_of(
             return full(int(info.metadata.get("limit", 0)), retry.retry_delay.ToNanoseconds() / 1e9)
         if "message larger than max" in message:  # gRPC's own refusal, which carries no details
             return InvalidRequest("request", f"is larger than the server takes: {message}")
+    if code == grpc.StatusCode.UNAVAILABLE and not _details(metadata, error_details_pb2.ErrorInfo):
+        return ConnectionLost(message)  # gRPC's own word: what a server says carries details
     return _BY_CODE[code](message) if code in _BY_CODE else RpcFailed(code, message)

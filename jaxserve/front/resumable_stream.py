@@ -238,7 +238,10 @@ class ResumableStreams:
         with self._lock:
             stream = self._streams.get((owner, request_id))
         if stream is None:
-            raise StreamNotFound(f"request_id: no stream of {request_id!r} is kept")
+            raise StreamNotFound(
+                f"request_id: no stream of {request_id!r} is kept: the request was not resumable, ended or was left "
+                f"more than {self._seconds:g} s ago, made way for others, or was sent to a server that has ended"
+            )
         return stream.attach(from_token)
 
     def sweep(self, interval: float = 0.0) -> None:

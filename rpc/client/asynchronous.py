@@ -2,8 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from contextlib import aclosing, suppress
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -12,91 +11,84 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxserve.events import Completion, Delta, Event, Finished, Started
-from jaxserve.request_errors import EngineUnavailable
+from jaxserve.events import Completion, Delta, Event
+from jaxserve.request_errors import EngineUnavailable, RequestError
 from rpc.client.calls import (
     DEFAULT_ADDRESS,
     NOTHING_SHOWN,
     READY_INTERVAL,
     ChatMessage,
     Credentials,
-    Ending,
     Prompt,
     mapped_errors,
     prepare,
     tokenize_request,
 )
+from rpc.client.recovery import Position, Recovery
 from rpc.convert import completion_from_proto, event_from_proto
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
-RESUME_ATTEMPTS = 8
-"""Times that a stream is taken up again without a token between them."""
-RESUME_DELAY = 0.1
-"""Seconds before the first of them; each waits so much longer."""
-
 type Call = "grpc.aio.UnaryStreamCall[pb.GenerateRequest | pb.AttachRequest, pb.GenerateResponse]"
 
 
-class AsyncGeneration(Ending):
+class AsyncGeneration(Position):
     """The deltas of one request. Iterate once, or `await text()`; leaving the loop cancels the request.
 
     A request that asked to be `resumable` is taken up again after a broken connection, without a lost or repeated
-    token; when it is left or cancelled it is aborted.
+    token; when it is left or cancelled it is aborted. One that `attach` took up is not: it goes on for other readers.
     """
 
-    def __init__(self, call: Call, request_id: str, resume: "Resume | None" = None):
-        super().__init__(request_id)
+    def __init__(
+        self,
+        call: Call,
+        request_id: str,
+        recovery: Recovery[Call] | None = None,
+        abort: Callable[[], Awaitable[object]] | None = None,
+        from_token: int = 0,
+    ):
+        """`recovery`: of a stream that is kept. `abort`: ends its request when it is left."""
+        super().__init__(request_id, from_token)
         self._call = call
-        self._resume = resume
+        self._recovery = recovery
+        self._abort = abort
         self._cancelled = False
-        self._ended: set[int] = set()
-        self._with_last_text: set[int] = set()
-        self.tokens = 0
-        """Received, over all sequences."""
 
     async def events(self) -> AsyncGenerator[Event]:
         """Everything the server sends: Started, Deltas, Finished."""
-        failures = 0
         try:
-            while True:
-                before = self.tokens
-                try:
-                    with mapped_errors():
-                        async for response in self._call:
-                            event = event_from_proto(response)
-                            if event is not None and self._is_new(event):
-                                self.note(event)
-                                yield event
-                    return
-                except EngineUnavailable:
-                    failures = 1 if self.tokens > before else failures + 1
-                    if self._resume is None or failures > RESUME_ATTEMPTS:
-                        raise
-                    await asyncio.sleep(RESUME_DELAY * failures)
-                    self._call = self._resume.attach(self.tokens)
-        except asyncio.CancelledError:
+            async with aclosing(self._received()) as received:
+                async for event in received:
+                    self.note(event)
+                    yield event
+        except (asyncio.CancelledError, GeneratorExit) as left:
+            if self._abort is not None:
+                with suppress(EngineUnavailable):  # then nobody reads it, and the server ends it in its time
+                    await self._abort()
             # grpc.aio raises the same for a call that is cancelled as asyncio does for the task that reads it.
-            if not self._cancelled:
+            if isinstance(left, GeneratorExit) or not self._cancelled:
                 raise
         finally:
             self._call.cancel()  # no-op once the call has ended
-            if self._resume is not None and self.finished is None:
-                await self._resume.abort()
 
-    def _is_new(self, event: Event) -> bool:
-        """Counts an event; False for what has come before the stream was taken up again."""
-        if self._resume is None:
-            return True
-        if isinstance(event, Started):
-            return self.started is None
-        seen = self._ended if isinstance(event, Finished) else self._with_last_text
-        if isinstance(event, Delta) and event.token_ids:
-            self.tokens += len(event.token_ids)
-            return True
-        is_new = event.index not in seen
-        seen.add(event.index)
-        return is_new
+    async def _received(self) -> AsyncGenerator[Event]:
+        """Each event once, over as many connections as it takes."""
+        while True:
+            try:
+                with mapped_errors():
+                    async for response in self._call:
+                        event = event_from_proto(response)
+                        if event is not None and (self._recovery is None or self.is_new(event)):
+                            yield event
+                return
+            except RequestError as error:
+                if self._recovery is None:
+                    raise
+                delay, call = self._recovery.after(error, self)
+                await asyncio.sleep(delay)
+                self._call = call()
+                if self._cancelled:
+                    self._call.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         # aclosing: a generator inside another is else closed late when the loop over the outer one is left.
@@ -113,14 +105,6 @@ class AsyncGeneration(Ending):
         """Ends the request on the server, and the iteration without an error."""
         self._cancelled = True
         self._call.cancel()
-
-
-@dataclass(frozen=True)
-class Resume:
-    """How a stream is taken up again after a number of tokens, and how its request is ended."""
-
-    attach: Callable[[int], Call]
-    abort: Callable[[], Awaitable[object]]
 
 
 class AsyncClient:
@@ -175,20 +159,24 @@ class AsyncClient:
             fields: sampling, stopping and output fields by their API names: `max_tokens`, `temperature`, `stop`, ...
         """
         message, limit = prepare(prompt, fields, timeout)
-        call = self._inference.Generate(message, timeout=limit, metadata=self._metadata)
-        resume = None
-        if message.output.resumable:
-            resume = Resume(partial(self._attach, message.request_id), partial(self.abort, message.request_id))
-        return AsyncGeneration(call, message.request_id, resume)
+        send = partial(self._inference.Generate, message, timeout=limit, metadata=self._metadata)
+        name = message.request_id
+        if not message.output.resumable:
+            return AsyncGeneration(send(), name)
+        return AsyncGeneration(send(), name, Recovery(partial(self._attach, name), send), partial(self.abort, name))
 
     def _attach(self, request_id: str, from_token: int) -> Call:
         message = pb.AttachRequest(request_id=request_id, from_token=from_token)
         return self._inference.Attach(message, metadata=self._metadata)
 
     def attach(self, request_id: str, from_token: int = 0) -> AsyncGeneration:
-        """Takes up the stream of a resumable request after so many tokens; the reader that it had ends with
-        StreamTaken. Raises StreamNotFound where none is kept, InvalidRequest where it has not come so far."""
-        return AsyncGeneration(self._attach(request_id, from_token), request_id)
+        """Takes up the stream of a resumable request after so many tokens, over all of its sequences in the order in
+        which they came; the reader that it had ends with StreamTaken. Leaving the loop leaves the request to run.
+
+        Iterating raises StreamNotFound where no stream is kept, InvalidRequest where it has not come so far.
+        """
+        recovery = Recovery(partial(self._attach, request_id), None)
+        return AsyncGeneration(self._attach(request_id, from_token), request_id, recovery, from_token=from_token)
 
     def chat(
         self, messages: Sequence[ChatMessage], *, timeout: float | None = None, **fields: object

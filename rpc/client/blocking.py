@@ -1,7 +1,10 @@
 """The client for plain code."""
 
+import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Self, cast
 
@@ -9,47 +12,87 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.events import Completion, Delta, Event
-from jaxserve.request_errors import EngineUnavailable
+from jaxserve.request_errors import EngineUnavailable, RequestError
 from rpc.client.calls import (
     DEFAULT_ADDRESS,
     NOTHING_SHOWN,
     READY_INTERVAL,
     ChatMessage,
     Credentials,
-    Ending,
     Prompt,
     mapped_errors,
     prepare,
     tokenize_request,
 )
+from rpc.client.recovery import Position, Recovery
 from rpc.convert import completion_from_proto, event_from_proto
 from rpc.errors import RpcFailed
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
 
-class Generation(Ending):
-    """The deltas of one request. Iterate once, or call `text()`; leaving the loop cancels the request."""
+class Generation(Position):
+    """The deltas of one request. Iterate once, or call `text()`; leaving the loop cancels the request.
 
-    def __init__(self, call: grpc.Call, request_id: str):
-        super().__init__(request_id)
+    A request that asked to be `resumable` is taken up again after a broken connection, without a lost or repeated
+    token; when it is left or cancelled it is aborted. One that `attach` took up is not: it goes on for other readers.
+    """
+
+    def __init__(
+        self,
+        call: grpc.Call,
+        request_id: str,
+        recovery: Recovery[grpc.Call] | None = None,
+        abort: Callable[[], object] | None = None,
+        from_token: int = 0,
+    ):
+        """`recovery`: of a stream that is kept. `abort`: ends its request when it is left."""
+        super().__init__(request_id, from_token)
         self._call = call
-        self._cancelled = False
+        self._recovery = recovery
+        self._abort = abort
+        self._cancelled = threading.Event()
 
     def events(self) -> Generator[Event]:
         """Everything the server sends: Started, Deltas, Finished."""
         try:
-            with mapped_errors():
-                for response in cast(Iterator[pb.GenerateResponse], self._call):
-                    event = event_from_proto(response)
-                    self.note(event)
-                    if event is not None:
-                        yield event
+            for event in self._received():
+                self.note(event)
+                yield event
+        except (GeneratorExit, KeyboardInterrupt):
+            self._end()
+            raise
         except RpcFailed as error:
-            if not (self._cancelled and error.code is grpc.StatusCode.CANCELLED):
+            if not (self._cancelled.is_set() and error.code is grpc.StatusCode.CANCELLED):
                 raise
+            self._end()
         finally:
             self._call.cancel()  # no-op once the call has ended
+
+    def _end(self) -> None:
+        """Ends the request, where cancelling its call does not."""
+        if self._abort is not None:
+            with suppress(EngineUnavailable):  # then nobody reads it, and the server ends it in its time
+                self._abort()
+
+    def _received(self) -> Generator[Event]:
+        """Each event once, over as many connections as it takes."""
+        while True:
+            try:
+                with mapped_errors():
+                    for response in cast(Iterator[pb.GenerateResponse], self._call):
+                        event = event_from_proto(response)
+                        if event is not None and (self._recovery is None or self.is_new(event)):
+                            yield event
+                return
+            except RequestError as error:
+                if self._recovery is None:
+                    raise
+                delay, call = self._recovery.after(error, self)
+                self._cancelled.wait(delay)
+                self._call = call()
+                if self._cancelled.is_set():
+                    self._call.cancel()
 
     def __iter__(self) -> Iterator[Delta]:
         return (event for event in self.events() if isinstance(event, Delta))
@@ -60,7 +103,7 @@ class Generation(Ending):
 
     def cancel(self) -> None:
         """Ends the request on the server, and the iteration without an error. May be called from another thread."""
-        self._cancelled = True
+        self._cancelled.set()
         self._call.cancel()
 
 
@@ -118,7 +161,24 @@ class Client:
             fields: sampling, stopping and output fields by their API names: `max_tokens`, `temperature`, `stop`, ...
         """
         message, limit = prepare(prompt, fields, timeout)
-        return Generation(self._inference.Generate(message, timeout=limit, metadata=self._metadata), message.request_id)
+        send = partial(self._inference.Generate, message, timeout=limit, metadata=self._metadata)
+        name = message.request_id
+        if not message.output.resumable:
+            return Generation(send(), name)
+        return Generation(send(), name, Recovery(partial(self._attach, name), send), partial(self.abort, name))
+
+    def _attach(self, request_id: str, from_token: int) -> grpc.Call:
+        message = pb.AttachRequest(request_id=request_id, from_token=from_token)
+        return self._inference.Attach(message, metadata=self._metadata)
+
+    def attach(self, request_id: str, from_token: int = 0) -> Generation:
+        """Takes up the stream of a resumable request after so many tokens, over all of its sequences in the order in
+        which they came; the reader that it had ends with StreamTaken. Leaving the loop leaves the request to run.
+
+        Iterating raises StreamNotFound where no stream is kept, InvalidRequest where it has not come so far.
+        """
+        recovery = Recovery(partial(self._attach, request_id), None)
+        return Generation(self._attach(request_id, from_token), request_id, recovery, from_token=from_token)
 
     def chat(self, messages: Sequence[ChatMessage], *, timeout: float | None = None, **fields: object) -> Generation:
         """As `generate`, for a conversation in the model's chat template."""
