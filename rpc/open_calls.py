@@ -52,10 +52,10 @@ class OpenCalls:
         if not self._calls:
             self._idle.set()
 
-    async def wait_until_none(self, timeout: float) -> bool:
-        """Waits until no call is open; False if some still are after `timeout` seconds."""
+    async def wait_until_none(self, timeout: float | None = None) -> bool:
+        """Waits until no call is open; False if some still are after `timeout` seconds, where that is given."""
         try:
-            await asyncio.wait_for(self._idle.wait(), max(timeout, 0.0))
+            await asyncio.wait_for(self._idle.wait(), timeout)
         except TimeoutError:
             return False
         return True

@@ -53,6 +53,8 @@ SERVICES = (
 
 WATCH_INTERVAL = 0.2
 """Seconds between looks at the engine's health and at stalled readers."""
+DRAIN_INTERVAL = 0.05
+"""Seconds between looks, in a drain, at requests without a reader."""
 FLUSH_TIME = 0.5
 """Seconds that calls other than Generate, a health Watch among them, may take when the server stops."""
 ABORT_TIME = 5.0
@@ -172,7 +174,8 @@ class Server:
         self._hurry.set()
 
     async def stop(self, grace: float | None = None) -> bool:
-        """Refuses new requests, lets those in flight finish, and stops; the engine as well.
+        """Refuses new requests, lets those in flight finish, and stops; the engine as well. A resumable request without
+        a reader finishes like any other, and a reader may take it up until the end.
 
         Args:
             grace: seconds for requests in flight; None takes the configured ones. Past them, or after `hurry`, what
@@ -187,7 +190,7 @@ class Server:
         self._report({"event": "draining", "open_calls": len(self.calls)})
         if engine is not None:
             engine.drain()
-        drained = await self._wait_for_calls(deadline)
+        drained = await self._wait_for_requests(deadline)
         await self.lifecycle.move_to(State.STOPPED)
         if engine is not None:
             await _in_daemon_thread(lambda: engine.shutdown(0.0), "jaxserve-shutdown")
@@ -205,13 +208,26 @@ class Server:
             threads.shutdown(wait=False, cancel_futures=True)
         return drained
 
-    async def _wait_for_calls(self, deadline: float) -> bool:
-        waiting = asyncio.create_task(self.calls.wait_until_none(deadline - time.monotonic()))
+    async def _wait_for_requests(self, deadline: float) -> bool:
+        """Waits for open calls and for requests whose streams are kept, readers or not; whether none is left."""
+        waiting = asyncio.create_task(self._rest())
         hurrying = asyncio.create_task(self._hurry.wait())
-        done, pending = await asyncio.wait((waiting, hurrying), return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
-        return waiting in done and waiting.result()
+        timeout = max(deadline - time.monotonic(), 0.0)
+        await asyncio.wait((waiting, hurrying), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        rests = waiting.done()
+        waiting.cancel()
+        hurrying.cancel()
+        return rests
+
+    async def _rest(self) -> None:
+        """Returns once no call is open and the engine has nothing to do."""
+        engine = self.lifecycle.engine
+        while True:
+            await self.calls.wait_until_none()
+            loads = None if engine is None else engine.loads()
+            if loads is None or loads.running + loads.waiting == 0:
+                return
+            await asyncio.sleep(DRAIN_INTERVAL)  # meanwhile a reader may have come
 
 
 async def _in_daemon_thread[Result](work: Callable[[], Result], name: str) -> Result:

@@ -1,20 +1,26 @@
 """A stream taken up again after a broken connection: no token is lost or repeated, and nothing is kept for ever."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from contextlib import aclosing, asynccontextmanager, suppress
+from pathlib import Path
 
+import grpc.aio
 import pytest
-from serving import eventually, serving
+from breaking_proxy import BreakingProxy
+from serving import back_to_the_start, eventually, lent, serving
 
 from jaxserve.engine import Engine
-from jaxserve.events import Delta, Finished, Started
-from jaxserve.request import OutputParams, Request, StoppingParams
+from jaxserve.events import Delta, Finished, FinishReason, Started
 from jaxserve.request_errors import InvalidRequest, StreamNotFound, StreamTaken
-from rpc.client import AsyncClient
+from rpc.client import AsyncClient, Client, Credentials, Unauthenticated
 from rpc.convert import event_from_proto
-from rpc.server import Server
+from rpc.security.config import SecurityConfig
+from rpc.security.keys import add_key
+from rpc.server import Server, ServerConfig
+from rpc.v1 import jaxserve_pb2 as pb
+from rpc.v1 import jaxserve_pb2_grpc
 
 pytestmark = pytest.mark.asyncio
 
@@ -27,28 +33,11 @@ def simulated() -> Iterator[Engine]:
         yield engine
 
 
-class Lent:
-    """The module's engine, which outlives each test's server."""
-
-    def __init__(self, engine: Engine):
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._engine, name)
-
-    def drain(self) -> None:
-        pass
-
-    def shutdown(self, grace: float = 0.0) -> bool:
-        return True
-
-
 @asynccontextmanager
-async def served(engine: Engine) -> AsyncIterator[tuple[Server, AsyncClient]]:
-    async with serving(Lent(engine)) as (server, client):  # pyright: ignore[reportArgumentType]
+async def served(engine: Engine, config: ServerConfig | None = None) -> AsyncIterator[tuple[Server, AsyncClient]]:
+    async with serving(lent(engine), config) as (server, client):
         yield server, client
-    await eventually(lambda: engine.loads().running + engine.loads().waiting == 0)
-    await eventually(lambda: engine.loads().available_pages == engine.loads().total_pages)
+    await back_to_the_start(engine)
 
 
 def fields(tokens: int = 60, **more: object) -> dict[str, object]:
@@ -90,18 +79,35 @@ async def test_a_stream_goes_on_where_it_broke(simulated: Engine, n: int) -> Non
         assert of_index(deltas, output.index) == (output.token_ids, output.text)
 
 
-async def test_an_ended_stream_can_be_had_again_from_any_token(simulated: Engine) -> None:
+def flat(deltas: list[Delta]) -> list[tuple[int, int]]:
+    return [(delta.index, token) for delta in deltas for token in delta.token_ids]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_stream_can_be_had_again_from_every_token_while_it_runs_and_after(simulated: Engine, n: int) -> None:
     async with served(simulated) as (_, client):
-        generation = client.generate(PROMPT, **fields(20))
-        tokens = [token async for delta in generation for token in delta.token_ids]
+        request_id, deltas = await broken_after(client, 12, fields(80, n=n))
+        begun = flat(deltas)
+        for start in range(len(begun) + 1):
+            again, seen = client.attach(request_id, start), list[tuple[int, int]]()
+            async with aclosing(again.events()) as events:
+                while len(seen) <= len(begun) - start:
+                    event = await anext(events)
+                    seen += flat([event]) if isinstance(event, Delta) else []
+            assert seen[: len(begun) - start] == begun[start:]
+        whole = client.attach(request_id)
+        tokens = flat([delta async for delta in whole])
         assert (await client.loads()).resumable_streams == simulated.loads().resumable_streams > 0
-        for start in (0, 1, 7, 19, 20):
-            again = client.attach(generation.request_id, start)
-            assert [token async for delta in again for token in delta.token_ids] == tokens[start:]
-            assert again.finished == generation.finished
-        for beyond in (21, -1):
-            with pytest.raises(InvalidRequest) as error:
-                await client.attach(generation.request_id, beyond).text()
+        assert tokens[: len(begun)] == begun and len(tokens) == 80 * n
+        for start in range(len(tokens) + 1):
+            again = client.attach(request_id, start)
+            events = [event async for event in again.events()]
+            assert flat([event for event in events if isinstance(event, Delta)]) == tokens[start:]
+            assert sorted(event.index for event in events if isinstance(event, Finished)) == list(range(n))
+            assert again.finished == whole.finished and again.tokens == len(tokens)
+        for beyond in (len(tokens) + 1, 2**62, -1, -(2**62)):
+            with pytest.raises(InvalidRequest, match=re.escape(f"must be in [0, {len(tokens)}]")) as error:
+                await client.attach(request_id, beyond).text()
             assert error.value.field == "from_token"
 
 
@@ -117,7 +123,7 @@ async def test_what_is_not_kept_is_not_found(simulated: Engine) -> None:
         assert error.value.field == "resumable"
 
 
-async def test_the_second_reader_takes_over_from_the_first(simulated: Engine) -> None:
+async def test_the_second_reader_takes_over_from_the_first_and_the_request_goes_on(simulated: Engine) -> None:
     async with served(simulated) as (_, client):
         first = client.generate(PROMPT, **fields(200))
         reading = first.events()
@@ -126,76 +132,113 @@ async def test_the_second_reader_takes_over_from_the_first(simulated: Engine) ->
         with pytest.raises(StreamTaken):
             async for _ in reading:
                 await asyncio.sleep(0)
-        assert await client.abort(first.request_id) in (True, False)
-        await second.text()
-        assert second.finished is not None
+        assert len(flat([delta async for delta in second])) == 200
+        assert second.finished is not None and second.finished.finish_reason is FinishReason.LENGTH
 
 
-async def test_only_the_tenant_of_a_stream_can_take_it_up(simulated: Engine) -> None:
-    request = Request(
-        token_ids=tuple(PROMPT["token_ids"]),
-        stopping=StoppingParams(max_tokens=3, ignore_eos=True),
-        output=OutputParams(resumable=True),
-    )
-    stream = simulated.submit(replace(request, tenant="mine"))
-    assert sum(isinstance(event, Finished) for event in stream) == 1
-    with pytest.raises(StreamNotFound):
-        simulated.attach(stream.request_id, 0, "other")
-    assert isinstance(next(simulated.attach(stream.request_id, 0, "mine")), Started)
+async def test_leaving_a_request_aborts_it_and_leaving_an_attached_stream_does_not(simulated: Engine) -> None:
+    async with served(simulated) as (_, client):
+        request_id, _ = await broken_after(client, 1, fields(60))
+        async for _ in client.attach(request_id):
+            break
+        assert len(flat([delta async for delta in client.attach(request_id)])) == 60
+        generation = client.generate(PROMPT, **fields(900, n=2))
+        async with aclosing(generation.events()) as events:
+            await anext(events)
+        await back_to_the_start(simulated)
+        left = client.attach(generation.request_id)
+        assert [event.finish_reason async for event in left.events() if isinstance(event, Finished)] == ["abort"] * 2
 
 
-async def test_a_request_that_nobody_takes_up_is_aborted_and_forgotten() -> None:
+async def test_only_the_tenant_of_a_stream_can_take_it_up(simulated: Engine, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    keys = {name: add_key(file, name) for name in ("mine", "other")} | {"ops": add_key(file, "ops", is_admin=True)}
+    config = ServerConfig(port=0, security=SecurityConfig(api_keys=str(file)))
+    async with served(simulated, config) as (server, nobody):
+        clients = {name: AsyncClient(f"127.0.0.1:{server.port}", Credentials(key)) for name, key in keys.items()}
+        request_id, deltas = await broken_after(clients["mine"], 3, fields(60))
+        for name in ("other", "ops"):
+            with pytest.raises(StreamNotFound) as running:
+                await clients[name].attach(request_id).text()
+            with pytest.raises(StreamNotFound) as unknown:
+                await clients[name].attach("unknown").text()
+            assert str(running.value).replace(request_id, "unknown") == str(unknown.value)  # not even that there is one
+        with pytest.raises(Unauthenticated):
+            await nobody.attach(request_id).text()
+        whole = flat([delta async for delta in clients["mine"].attach(request_id)])
+        assert len(whole) == 60 and whole[: len(flat(deltas))] == flat(deltas)
+        # The same id of another tenant is another stream.
+        await clients["other"].generate({**PROMPT, "request_id": request_id}, **fields(7)).text()
+        assert len(flat([delta async for delta in clients["other"].attach(request_id)])) == 7
+        assert flat([delta async for delta in clients["mine"].attach(request_id)]) == whole
+        for client in clients.values():
+            await client.close()
+
+
+async def test_a_request_that_nobody_takes_up_is_aborted_and_forgotten_and_an_ended_one_forgotten() -> None:
     with Engine(simulated_step_ms=2.0, slots=2, max_context=4096, resumable_seconds=0.5) as engine:
-        async with served(engine) as (_, client):
+        async with served(engine) as (_, client), grpc.aio.insecure_channel(client.address) as channel:
+            ended = client.generate(PROMPT, **fields(3))
+            await ended.text()
             request_id, _ = await broken_after(client, 5, fields(4000))
+            assert await client.attach(ended.request_id).text()
             await eventually(lambda: engine.loads().running == 0)
-            await asyncio.sleep(1.0)
+            for name in (request_id, ended.request_id):
+                while (code := await code_of(channel, name)) is grpc.StatusCode.OK:
+                    await asyncio.sleep(0.6)  # an attempt begins the time anew
+                assert code is grpc.StatusCode.NOT_FOUND
+                with pytest.raises(StreamNotFound, match=r"ended or was left more than 0\.5 s ago"):
+                    await client.attach(name).text()
+
+
+async def code_of(channel: grpc.aio.Channel, request_id: str) -> grpc.StatusCode:
+    call = jaxserve_pb2_grpc.InferenceStub(channel).Attach(pb.AttachRequest(request_id=request_id))
+    with suppress(grpc.aio.AioRpcError):
+        async for _ in call:
+            pass
+    return await call.code()
+
+
+async def test_the_blocking_client_attaches_as_the_other_does(simulated: Engine) -> None:
+    def run(address: str) -> None:
+        with Client(address) as client:
+            generation = client.generate(PROMPT, **fields(40))
+            reading = generation.events()
+            while generation.tokens < 5:
+                next(reading)
+            attached = client.attach(generation.request_id, generation.tokens)
+            begun = generation.tokens
+            assert len(flat(list(attached))) == 40 - begun
+            with pytest.raises(StreamTaken):
+                for _ in reading:
+                    pass
+            assert attached.tokens == 40 and attached.finished is not None
+            assert attached.finished.finish_reason is FinishReason.LENGTH
+            for start in (0, 39, 40):
+                assert len(flat(list(client.attach(generation.request_id, start)))) == 40 - start
+            with pytest.raises(InvalidRequest):
+                client.attach(generation.request_id, 41).text()
             with pytest.raises(StreamNotFound):
-                await client.attach(request_id).text()
+                client.attach("unknown").text()
+            # Leaving and cancelling end a request of its own.
+            left, cancelled = client.generate(PROMPT, **fields(900)), client.generate(PROMPT, **fields(900))
+            for _ in left:
+                break
+            for _ in cancelled:
+                cancelled.cancel()
+            for each in (left, cancelled):
+                again = client.attach(each.request_id)
+                again.text()
+                assert again.finished is not None and again.finished.finish_reason is FinishReason.ABORT
 
-
-class BreakingProxy:
-    """Passes bytes on to a port, and cuts its connections on demand."""
-
-    def __init__(self, port: int):
-        self._there = port
-        self._writers: list[asyncio.StreamWriter] = []
-        self._pumps: list[asyncio.Task[None]] = []
-
-    async def __aenter__(self) -> "BreakingProxy":
-        self._server = await asyncio.start_server(self._link, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        self.cut()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
-
-    def cut(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
-
-    async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._there)
-        self._writers += [writer, there_writer]
-        self._pumps.append(asyncio.ensure_future(self._pump(reader, there_writer)))
-        self._pumps.append(asyncio.ensure_future(self._pump(there_reader, writer)))
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-        except ConnectionError:
-            pass  # cut
-        finally:
-            writer.transport.abort()
+    async with served(simulated) as (_, client):
+        await asyncio.to_thread(run, client.address)
 
 
 async def test_the_client_takes_its_stream_up_by_itself(simulated: Engine) -> None:
     (whole,) = await asyncio.to_thread(lambda: simulated.generate([PROMPT], max_tokens=150, ignore_eos=True))
     async with served(simulated) as (server, _), BreakingProxy(server.port) as proxy:
-        async with AsyncClient(f"127.0.0.1:{proxy.port}") as client:
+        async with AsyncClient(proxy.address) as client:
             generation = client.generate(PROMPT, **fields(150))
             tokens: list[int] = []
             text: list[str] = []
