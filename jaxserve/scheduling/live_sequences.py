@@ -7,6 +7,9 @@ from dataclasses import replace
 from jaxserve.core.messages import Submit
 from jaxserve.scheduling.sequence import Sequence
 
+MANY_DEADLINES = 256
+"""Deadlines of sequences that have ended, at least, before it is worth while to look for them."""
+
 
 class LiveSequences:
     """Every sequence from its submission to its end."""
@@ -16,7 +19,7 @@ class LiveSequences:
         self._held: dict[int, list[Sequence]] = {}
         """Of each request that is held, by its first handle."""
         self._deadlines: list[tuple[float, int]] = []
-        """A heap; those of sequences that have ended are dropped when they come up."""
+        """A heap; those of sequences that have ended are dropped when they come up, or are the most of it."""
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -49,6 +52,9 @@ class LiveSequences:
     def remove(self, sequence: Sequence) -> None:
         """It has ended."""
         del self._by_handle[sequence.handle]
+        if len(self._deadlines) > MANY_DEADLINES + 2 * len(self._by_handle):
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._by_handle]
+            heapq.heapify(self._deadlines)
 
     def hold(self, sequences: list[Sequence]) -> None:
         """Notes that the sequences of a request are not to be queued before `release`."""

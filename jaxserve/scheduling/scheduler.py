@@ -302,6 +302,7 @@ class Scheduler:
         if sequence.shared_prompt is not None:
             sequence.shared_prompt.take(sequence, self.allocator)
             self._share_prompt(sequence, [])
+            sequence.shared_prompt = None  # each names the other: the collector, which comes seldom, would have to look
         output.finish_reason = reason.value
         output.completion_tokens = len(sequence.token_ids) - sequence.prompt_length
         output.times = (sequence.first_scheduled, sequence.first_token, now)

@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -40,11 +41,11 @@ async def served(engine: Engine, config: ServerConfig | None = None) -> AsyncIte
     await back_to_the_start(engine)
 
 
-def fields(tokens: int = 60, **more: object) -> dict[str, object]:
+def fields(tokens: int = 60, **more: object) -> dict[str, Any]:
     return {"max_tokens": tokens, "ignore_eos": True, "resumable": True, **more}
 
 
-async def broken_after(client: AsyncClient, tokens: int, request: dict[str, object]) -> tuple[str, list[Delta]]:
+async def broken_after(client: AsyncClient, tokens: int, request: dict[str, Any]) -> tuple[str, list[Delta]]:
     """Reads a stream until so many tokens have come, and lets its connection go without a word to the server."""
     generation = client.generate(PROMPT, **request)
     deltas: list[Delta] = []
