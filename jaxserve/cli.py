@@ -14,6 +14,7 @@ from jaxserve.commands.options import add_field_options, engine_config, given_fi
 from jaxserve.commands.start import CommandError, ExitStatus, start_engine
 from jaxserve.config import EngineConfig
 from jaxserve.core import garbage_collection
+from jaxserve.heap import share_one_arena
 from jaxserve.log import configure_logging
 from jaxserve.request import SamplingParams, StoppingParams
 
@@ -125,6 +126,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from rpc.server_config import ServerConfig
     from rpc.telemetry import TelemetryUnavailable
 
+    share_one_arena()
     config = _config(arguments, SERVED)
     listening = False
 

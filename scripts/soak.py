@@ -31,9 +31,10 @@ from benchmarks.engine_arguments import add_engine_arguments, engine_config
 from benchmarks.machine import descriptors, process_tree, resident_bytes
 from benchmarks.plots import require_plots, samples_over_time
 from benchmarks.server import ServerProcess
-from benchmarks.soak.chaos import Chaos, limits_of
+from benchmarks.soak.chaos import Chaos, Limits, limits_of
 from benchmarks.soak.trend import trend_of
 from benchmarks.summary import report, rounded
+from benchmarks.workload import random_prompts
 
 from jaxserve.request import Request, SamplingParams, StoppingParams
 from rpc.client import AsyncClient
@@ -46,6 +47,8 @@ CANARY_INTERVAL = 3.0
 """Seconds between canaries."""
 SETTLE = 30.0
 """Seconds in which a server must be at rest once its clients are."""
+FILL_SEED = 1 << 40
+"""Of prompts that no client sends."""
 CANARY = Request(
     token_ids=tuple(range(300, 330)),
     sampling=SamplingParams(temperature=0.0),
@@ -58,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser, core="process")
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--warmup", type=float, default=None, help="seconds that do not count (default: a fifth)")
+    parser.add_argument("--warmup", type=float, default=None, help="seconds that do not count (default: a third)")
     parser.add_argument("--clients", type=int, default=48, help="at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--address", help="of a server that runs, instead of one of its own")
@@ -130,10 +133,21 @@ async def at_rest(client: AsyncClient) -> list[str]:
         await asyncio.sleep(0.1)
 
 
+async def fill(client: AsyncClient, limits: Limits) -> None:
+    """Uses every page of the cache once, with prompts of full length: what is noted of each is no growth later on."""
+    loads, before, number = await client.loads(), -1, 0
+    while before < loads.cached_pages < loads.total_pages:
+        prompts = random_prompts(loads.slots, limits.max_context - 1, limits.vocab_size, FILL_SEED + number)
+        requests = [Request(token_ids=prompt, stopping=StoppingParams(max_tokens=1)) for prompt in prompts]
+        await asyncio.gather(*(client.generate_once(request) for request in requests))
+        await at_rest(client)
+        before, loads, number = loads.cached_pages, await client.loads(), number + 1
+
+
 async def soak(arguments: argparse.Namespace, address: str, pids: list[int]) -> dict[str, object]:
     """Runs it; the report."""
     seconds = 60 * arguments.minutes
-    warm_up = seconds / 5 if arguments.warmup is None else arguments.warmup
+    warm_up = seconds / 3 if arguments.warmup is None else arguments.warmup
     watched = Watched(pids)
     async with AsyncClient(address) as client:
         await client.wait_until_ready()
@@ -141,6 +155,7 @@ async def soak(arguments: argparse.Namespace, address: str, pids: list[int]) -> 
         await canary.ask()
         limits = await limits_of(client)
         chaos = [Chaos(client, limits, 1_000_003 * arguments.seed + number) for number in range(arguments.clients)]
+        await fill(client, limits)
         kept = await at_rest(client)  # a server that is not at rest before is not judged by what it holds
         start = time.monotonic()
         beside = [asyncio.create_task(task) for task in (watched.run(), canary.run())]
@@ -157,7 +172,8 @@ async def soak(arguments: argparse.Namespace, address: str, pids: list[int]) -> 
         watched.sample()
         descriptors_after = descriptors(pids)
         await canary.ask()
-        recompiles = (await client.loads()).compiles_after_warmup
+        loads = await client.loads()
+        recompiles = loads.compiles_after_warmup
     trend = trend_of([(at, value / 1e6 * 3600) for at, value in watched.memory if at >= counted_from])
     broken = [*kept, *canary.wrong, *(text for one in chaos for text in one.broken)]
     broken += [f"{error!r}" for error in ended if not isinstance(error, asyncio.CancelledError)]
@@ -178,6 +194,7 @@ async def soak(arguments: argparse.Namespace, address: str, pids: list[int]) -> 
         "memory_mb": rounded(watched.memory[-1][1] / 1e6),
         "memory_slope_mb_per_hour": None if trend is None else rounded(trend.slope),
         "memory_slope_error": None if trend is None else rounded(trend.error),
+        "steps": loads.steps,
         "descriptors_before": descriptors_before,
         "descriptors_after": descriptors_after,
         "recompiles": recompiles,

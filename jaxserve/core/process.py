@@ -14,6 +14,7 @@ from jaxserve.core.channel import MessageSocket
 from jaxserve.core.client import start_threads
 from jaxserve.core.messages import Failed, Ready, Shutdown, decode, encode
 from jaxserve.device.devices import GPU_MEMORY_FRACTION
+from jaxserve.heap import share_one_arena
 from jaxserve.log import configure_logging
 
 SWITCH_INTERVAL = 0.0005
@@ -25,6 +26,7 @@ ORPHAN_SECONDS = 1.0
 
 def main() -> int:
     """Runs a core, or the replicas of one, until the other end says Shutdown or goes away."""
+    share_one_arena()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when to stop
     configure_logging()
     # What JAX's allocator takes of a GPU; JAX reads it when it first looks for one, and has no other setting for it.
