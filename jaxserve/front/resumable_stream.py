@@ -34,7 +34,8 @@ class ResumableStream:
         self.cancel = cancel
         self.bytes = 0
         """About what the events take."""
-        self.is_finished = False
+        self.ended: float | None = None
+        """Monotonic seconds of its end; None while sequences run."""
         self.idle_since: float | None = None
         """Monotonic seconds since when nobody reads; None while somebody does."""
         self.changed = threading.Condition()
@@ -86,7 +87,8 @@ class ResumableStream:
         self._add(finished, 0, 0)
         with self.changed:
             self._left -= 1
-            self.is_finished = not self._left
+            if not self._left:
+                self.ended = time.monotonic()
             if self._reader is None:
                 self.idle_since = time.monotonic()
             self.changed.notify_all()
@@ -165,7 +167,7 @@ class StreamReader:
         return Delta(self.request_id, delta.index, token_ids, text, tuple(logprobs) if delta.logprobs else None)
 
     def _is_over(self) -> bool:
-        return self._stream.is_finished and self._next == len(self._stream.events)
+        return self._stream.ended is not None and self._next == len(self._stream.events)
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -221,16 +223,16 @@ class ResumableStreams:
         with self._lock:
             self._streams.pop((stream.owner, stream.request_id), None)
             if len(self._streams) >= self._limit:
-                ended = next((key for key, kept in self._streams.items() if kept.is_finished), None)
-                if ended is None:
+                ended = self._in_order_of_end()
+                if not ended:
                     raise QueueFull(self._limit, RETRY_AFTER)
-                del self._streams[ended]
+                self._forget(ended[0])
             self._streams[stream.owner, stream.request_id] = stream
 
     def discard(self, stream: ResumableStream) -> None:
         """Forgets a stream whose request was not accepted."""
         with self._lock:
-            self._streams.pop((stream.owner, stream.request_id), None)
+            self._forget(stream)
 
     def attach(self, request_id: str, owner: str, from_token: int) -> StreamReader:
         """A reader of a kept stream. Raises StreamNotFound, also for another tenant's, and InvalidRequest."""
@@ -251,20 +253,27 @@ class ResumableStreams:
             return
         self._swept = now
         with self._lock:
-            for key, stream in list(self._streams.items()):
+            for stream in list(self._streams.values()):
                 if stream.idle_since is not None and now - stream.idle_since > self._seconds:
-                    if stream.is_finished:
-                        del self._streams[key]
-                    else:
+                    if stream.ended is None:
                         stream.cancel()
+                    else:
+                        self._forget(stream)
             self._shrink()
+
+    def _forget(self, stream: ResumableStream) -> None:
+        self._streams.pop((stream.owner, stream.request_id), None)
+
+    def _in_order_of_end(self) -> list[ResumableStream]:
+        ended = [(stream.ended, stream) for stream in self._streams.values() if stream.ended is not None]
+        return [stream for _, stream in sorted(ended, key=lambda each: each[0])]
 
     def _shrink(self) -> None:
         total = sum(stream.bytes for stream in self._streams.values())
-        for key, stream in list(self._streams.items()):
-            if total > self._limit_bytes and stream.is_finished:
+        for stream in self._in_order_of_end():
+            if total > self._limit_bytes:
                 total -= stream.bytes
-                del self._streams[key]
+                self._forget(stream)
         if total > self._limit_bytes:
             max(self._streams.values(), key=lambda stream: stream.bytes).cancel()
 

@@ -154,7 +154,7 @@ async def test_leaving_a_request_aborts_it_and_leaving_an_attached_stream_does_n
 async def test_only_the_tenant_of_a_stream_can_take_it_up(simulated: Engine, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     keys = {name: add_key(file, name) for name in ("mine", "other")} | {"ops": add_key(file, "ops", is_admin=True)}
-    config = ServerConfig(port=0, security=SecurityConfig(api_keys=str(file)))
+    config = ServerConfig(grpc_port=0, security=SecurityConfig(api_keys=str(file)))
     async with served(simulated, config) as (server, nobody):
         clients = {name: AsyncClient(f"127.0.0.1:{server.port}", Credentials(key)) for name, key in keys.items()}
         request_id, deltas = await broken_after(clients["mine"], 3, fields(60))

@@ -1,0 +1,131 @@
+"""What is kept for readers to come is bounded in number, size and time, and a running request is the last to give way."""
+
+import pytest
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine import Engine
+from jaxserve.events import Delta, Finished, FinishReason, Timings, TokenLogprob, Usage
+from jaxserve.front.resumable_stream import EVENT_BYTES, LOGPROB_BYTES, ResumableStream, ResumableStreams
+from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request_errors import InvalidRequest, QueueFull, StreamNotFound, StreamTaken
+
+
+class Kept:
+    """Streams that are fed by hand."""
+
+    def __init__(self, limit: int = 4, limit_bytes: int = 1 << 20, seconds: float = 100.0):
+        self.streams = ResumableStreams(limit, limit_bytes, seconds)
+        self.cancelled: list[str] = []
+
+    def add(self, name: str, tokens: int = 0, owner: str = "") -> ResumableStream:
+        stream = ResumableStream(name, owner, lambda: self.cancelled.append(name), 1)
+        self.streams.add(stream)
+        for token in range(tokens):
+            stream.push(0, [token], "", None)
+        return stream
+
+    def has(self, name: str, owner: str = "") -> bool:
+        try:
+            self.streams.attach(name, owner, 0).leave()
+        except StreamNotFound:
+            return False
+        return True
+
+
+def end(stream: ResumableStream) -> None:
+    usage, timings = Usage(1, 0, stream.tokens), Timings(0.0, 0.0, 0.0, 0.0, 0.0)
+    stream.finish(Finished(stream.request_id, 0, FinishReason.LENGTH, usage, timings))
+
+
+def test_past_their_number_those_that_ended_first_are_forgotten_and_then_a_request_is_refused():
+    kept = Kept(limit=3)
+    for name in "abc":
+        kept.add(name)
+    for stream in ("c", "a"):
+        end(kept.streams._streams["", stream])
+    kept.add("d")
+    assert [kept.has(name) for name in "abcd"] == [True, True, False, True]
+    kept.add("e")
+    assert [kept.has(name) for name in "abde"] == [False, True, True, True]
+    with pytest.raises(QueueFull) as full:
+        kept.add("f")
+    assert full.value.limit == 3 and len(kept.streams) == 3
+    assert not kept.cancelled
+
+
+def test_past_their_size_those_that_ended_first_are_forgotten_and_then_the_largest_is_aborted():
+    kept = Kept(limit=10, limit_bytes=100 * EVENT_BYTES)
+    ended = [kept.add(name, tokens=20) for name in "ab"]
+    for stream in reversed(ended):
+        end(stream)
+    small, large = kept.add("small", tokens=20), kept.add("large", tokens=35)
+    kept.streams.sweep()
+    assert len(kept.streams) == 4 and not kept.cancelled  # 97 events
+    for token in range(10):
+        small.push(0, [token], "", None)
+    kept.streams.sweep()
+    assert [kept.has(name) for name in ("a", "b", "small", "large")] == [True, False, True, True]  # b ended first
+    for token in range(80):
+        large.push(0, [token], "", None)
+    kept.streams.sweep()
+    assert not kept.has("a") and kept.cancelled[0] == "large" and set(kept.cancelled) == {"large"}
+    end(large)
+    kept.streams.sweep()
+    assert [kept.has(name) for name in ("small", "large")] == [True, False]
+
+
+def test_text_and_log_probabilities_count_in_the_size():
+    kept = Kept()
+    stream = kept.add("a")
+    entry = TokenLogprob(1, -1.0, ((1, -1.0), (2, -2.0)))
+    stream.push(0, [1], "four", [entry])
+    assert stream.bytes == EVENT_BYTES + 4 * len("four") + 3 * LOGPROB_BYTES
+
+
+def test_a_tenant_sees_its_own_streams_alone_whatever_their_ids():
+    kept = Kept()
+    kept.add("a", tokens=2, owner="mine")
+    kept.add("a", tokens=5, owner="other")
+    assert kept.streams.attach("a", "mine", 2) and kept.streams.attach("a", "other", 5)
+    with pytest.raises(InvalidRequest):
+        kept.streams.attach("a", "mine", 3)
+    assert not kept.has("a", "")
+
+
+def test_readers_by_iteration_get_every_event_from_their_token_and_give_way_to_the_next():
+    kept = Kept()
+    stream = kept.add("a", tokens=6)
+    first = stream.attach(0)
+    assert next(first) == Delta("a", 0, tuple(range(6)), "")
+    second = stream.attach(4)
+    with pytest.raises(StreamTaken):
+        next(first)
+    first.leave()  # late: the stream has a reader all the same
+    assert stream.idle_since is None
+    end(stream)
+    delta, finished = second
+    assert isinstance(delta, Delta) and delta.token_ids == (4, 5)
+    assert isinstance(finished, Finished)
+
+
+def test_an_engine_keeps_within_its_bounds_while_requests_run():
+    def request(name: str, tokens: int) -> Request:
+        return Request(
+            token_ids=tuple(range(300, 310)),
+            sampling=SamplingParams(temperature=0.0),
+            stopping=StoppingParams(max_tokens=tokens, ignore_eos=True),
+            output=OutputParams(resumable=True),
+            request_id=name,
+        )
+
+    limits = EngineConfig(resumable_streams=3, resumable_bytes=600 * EVENT_BYTES)
+    with Engine(limits, simulated_step_ms=1.0, slots=8, max_context=4096) as engine:
+        long = [engine.submit(request(f"long {number}", 4000)) for number in range(3)]
+        with pytest.raises(QueueFull):
+            engine.submit(request("one more", 1))
+        assert engine.loads().running + engine.loads().waiting == 3
+        # Each makes 4,000 events; together they may have 600: one after the other is aborted.
+        reasons = [next(event for event in stream if isinstance(event, Finished)).finish_reason for stream in long]
+        assert reasons == [FinishReason.ABORT] * 3
+        assert sum(isinstance(event, Finished) for event in engine.submit(request("one more", 1))) == 1
+        assert len(engine._kept) <= 3
