@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SERVED = {"core": "process"}
 """What a served engine has other than EngineConfig says: its loop shares no GIL with the protocol."""
-SERVER_OPTIONS = ("host", "grpc_port", "http_port", "metrics_port", "grace", "otlp_endpoint")
+SERVER_OPTIONS = ("host", "grpc_port", "http_port", "metrics_port", "grace", "max_connections", "otlp_endpoint")
 SAMPLING_OPTIONS = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in ("logit_bias", "n"))
 STOPPING_OPTIONS = tuple(StoppingParams.__dataclass_fields__)
 SIZED = ("dtype", "kv_dtype", "quantization", "tensor_parallel", "slots", "page_size", "attention")

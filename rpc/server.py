@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 from rpc import jetstream_servicer, vllm_servicer
+from rpc.arrivals import Arrivals, PrematureResets
 from rpc.call_runner import CallRunner
 from rpc.control import ControlServicer
 from rpc.http.app import HttpFront, metrics_app
@@ -85,8 +86,9 @@ class Server:
         self.access = Access(None if keys is None else KeyFile(Path(keys).expanduser()))
         """Who may call what, on every protocol."""
         self._server = grpc.aio.server(
-            # The guard first: what comes without a key is not even parsed.
+            # The guard before all that reads: what comes without a key is not even parsed.
             interceptors=[
+                Arrivals(config.message_timeout, PrematureResets()),
                 Guard(self.access),
                 *([] if self._telemetry is None else [TraceParents()]),
                 MalformedRequests(*(f"/{service}/" for service in SERVICES)),

@@ -37,6 +37,8 @@ class ServerConfig:
     """Connections at once; a further one is closed as it comes."""
     handshake_timeout: float = 10.0
     """Seconds in which a new connection must have shaken hands (TLS and HTTP/2)."""
+    message_timeout: float = 60.0
+    """Seconds in which the message of a call must have come."""
     max_connection_idle: float = 3600.0
     """Seconds after which a connection without a call is closed."""
     max_header_bytes: int = 16384
@@ -62,6 +64,8 @@ class ServerConfig:
             ("grpc.absolute_max_metadata_size", self.max_header_bytes),
             ("grpc.max_allowed_incoming_connections", self.max_connections),
             ("grpc.server_handshake_timeout_ms", round(self.handshake_timeout * 1000)),
+            # The bound of the headers holds only once the client has acknowledged it.
+            ("grpc.http2.settings_timeout", round(self.handshake_timeout * 1000)),
             ("grpc.max_connection_idle_ms", round(self.max_connection_idle * 1000)),
             # A second server on the port must fail to bind, not share its connections.
             ("grpc.so_reuseport", 0),

@@ -44,3 +44,14 @@ class RunningTime:
 def resident_bytes(process: int | str = "self") -> int:
     """Resident memory of a process, this one if none is named."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * 4096
+
+
+def forget_peak(process: int | str = "self") -> None:
+    """Lets `peak_resident_bytes` begin anew."""
+    Path(f"/proc/{process}/clear_refs").write_text("5")
+
+
+def peak_resident_bytes(process: int | str = "self") -> int:
+    """The most resident memory that a process has had."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

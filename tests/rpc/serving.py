@@ -8,6 +8,7 @@ import textwrap
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -81,26 +82,24 @@ import sys, threading, time
 sys.path.append({tests!r})
 from rpc.serve import serve
 from rpc.server_config import ServerConfig
+from rpc.security.config import SecurityConfig
 from scripted_engine import ScriptedEngine
 {setup}
-sys.exit(serve(engine_factory, ServerConfig(grpc_port=0, grace={grace}, http_port={http_port})))
+sys.exit(serve(engine_factory, {config!r}))
 """
 
 
 class ServerProcess:
     """`serve` in a process of its own."""
 
-    def __init__(self, setup: str, grace: float, http: bool):
-        tests = str(ROOT / "tests/rpc")
-        script = SERVER_SCRIPT.format(
-            setup=textwrap.dedent(setup), grace=grace, tests=tests, http_port=0 if http else None
-        )
+    def __init__(self, setup: str, config: ServerConfig):
+        script = SERVER_SCRIPT.format(setup=textwrap.dedent(setup), config=config, tests=str(ROOT / "tests/rpc"))
         self.process = subprocess.Popen(
             [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self.port = int(str(self.report("listening")["port"]))
         self.address = f"127.0.0.1:{self.port}"
-        self.http_address = str(self.report("listening")["address"]) if http else ""
+        self.http_address = str(self.report("listening")["address"]) if config.http_port is not None else ""
 
     def report(self, event: str) -> dict[str, object]:
         """The next report, which must be this one."""
@@ -119,9 +118,13 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(setup: str, grace: float = 10.0, http: bool = False) -> Iterator[ServerProcess]:
-    """Runs `serve` with the `engine_factory` that `setup` defines, and ends it whatever happens."""
-    server = ServerProcess(setup, grace, http)
+def server_process(setup: str, grace: float = 10.0, http: bool = False, **fields: object) -> Iterator[ServerProcess]:
+    """Runs `serve` with the `engine_factory` that `setup` defines, and ends it whatever happens.
+
+    `fields`: of the ServerConfig.
+    """
+    config = ServerConfig(grpc_port=0, grace=grace, http_port=0 if http else None)
+    server = ServerProcess(setup, replace(config, **fields))
     try:
         yield server
     finally:

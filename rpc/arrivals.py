@@ -1,0 +1,126 @@
+"""Calls of gRPC as they arrive: their message in time, and not taken back over and over."""
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import cast
+
+import grpc
+import grpc.aio
+
+from rpc.errors import Failure
+from rpc.security.connections import close_connection
+
+logger = logging.getLogger(__name__)
+
+_Coroutine = Callable[[object, grpc.aio.ServicerContext], Awaitable[object]]
+_Generator = Callable[[object, grpc.aio.ServicerContext], AsyncIterator[object]]
+
+PREMATURE_SECONDS = 1.0
+"""A call that its client takes back sooner than this is taken back prematurely."""
+PREMATURE_CALLS = 1000
+"""So many premature calls on a connection within a window, and half of its calls or more, and it is closed."""
+WINDOW_SECONDS = 30.0
+"""Seconds after which the counting begins anew."""
+
+
+class PrematureResets:
+    """Closes connections that open calls only to take them back, at once and in masses: HTTP/2's "rapid reset".
+
+    The measure is Envoy's for the same attack. gRPC has none: it bounds what waits, and serves such a client for ever.
+    """
+
+    def __init__(self, close: Callable[[str], bool] = close_connection):
+        """`close`: ends the connection of a peer as gRPC names it, and says whether there was one."""
+        self._close = close
+        self._calls: dict[str, list[int]] = {}
+        """By peer: calls that ended, and those of them that were premature."""
+        self._window_began = time.monotonic()
+
+    def count(self, peer: str, premature: bool) -> None:
+        """Takes note of a call that has ended."""
+        now = time.monotonic()
+        if now - self._window_began > WINDOW_SECONDS:
+            self._window_began = now
+            self._calls.clear()
+        counts = self._calls.setdefault(peer, [0, 0])
+        counts[0] += 1
+        counts[1] += premature
+        calls, taken_back = counts
+        if premature and taken_back >= PREMATURE_CALLS and 2 * taken_back >= calls:
+            counts[:] = 0, 0
+            if self._close(peer):
+                logger.warning("the connection of %s is closed: it took back %d of %d calls", peer, taken_back, calls)
+
+
+class Arrivals(grpc.aio.ServerInterceptor):
+    """Waits for the message of a call so long and no longer, and has each call's end counted.
+
+    Goes first of all interceptors, so that it sees calls that are refused, or that are of no method, too.
+    """
+
+    def __init__(self, message_timeout: float, resets: PrematureResets):
+        """`message_timeout`: seconds from the headers of a call to the end of its message."""
+        self._message_timeout = message_timeout
+        self._resets = resets
+
+    async def intercept_service(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Every method becomes one of streams: only such a handler runs before its message is there."""
+        handler = await continuation(handler_call_details) or _UNKNOWN
+
+        async def respond(requests: object, context: grpc.aio.ServicerContext) -> None:
+            began, premature = time.monotonic(), False
+            try:
+                request = requests if handler.request_streaming else await self._message(context)
+                await _answer(handler, request, context)
+            except asyncio.CancelledError:
+                remaining = context.time_remaining()
+                in_time = remaining is None or remaining > 0
+                premature = in_time and time.monotonic() - began < PREMATURE_SECONDS
+                raise
+            finally:
+                self._resets.count(context.peer(), premature)
+
+        return grpc.stream_stream_rpc_method_handler(
+            respond,  # pyright: ignore[reportArgumentType]
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    async def _message(self, context: grpc.aio.ServicerContext) -> object:
+        try:
+            async with asyncio.timeout(self._message_timeout):
+                message = await context.read()
+        except TimeoutError:
+            text = f"the message of the call did not arrive within {self._message_timeout:g} s"
+            failure = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, text, "MESSAGE_TIMEOUT")
+            await context.abort(failure.code, failure.message, failure.trailing_metadata())
+        if message is grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
+            raise asyncio.CancelledError  # how gRPC tells of a call that was taken back before its message came
+        return message
+
+
+async def _answer(handler: grpc.RpcMethodHandler, request: object, context: grpc.aio.ServicerContext) -> None:
+    """Runs a handler of any kind."""
+    kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+    behaviour = next(kind for kind in kinds if kind is not None)
+    if inspect.isasyncgenfunction(behaviour):
+        async for response in cast(_Generator, behaviour)(request, context):
+            await context.write(response)
+        return
+    response = await cast(_Coroutine, behaviour)(request, context)
+    if not handler.response_streaming:
+        await context.write(response)
+
+
+async def _unknown(_: object, context: grpc.aio.ServicerContext) -> None:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
+
+
+_UNKNOWN = grpc.stream_stream_rpc_method_handler(_unknown)  # pyright: ignore[reportArgumentType]
