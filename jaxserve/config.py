@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 Dtype = Literal["bfloat16", "float32"]
 KVDtype = Literal["bfloat16", "float32", "int8", "float8_e4m3fn"]
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "int4"]
 Matmul = Literal["xla", "native"]
 CoreKind = Literal["thread", "process"]
 
@@ -24,7 +24,8 @@ class EngineConfig:
     kv_dtype: KVDtype | None = None
     """Of the KV cache; None takes `dtype`. The 8-bit ones keep a float32 scale for each token and head."""
     quantization: Quantization = "none"
-    """int8: weights per output channel, activations per row."""
+    """int8: weights per output channel, activations per row. int4: weights in 4 bits with a scale and a minimum for each
+    32 inputs, of the lm head in 8 bits, as GGUF's Q4_0, Q4_1 and Q8_0 have them; fastest for few requests on a CPU."""
     tensor_parallel: int = 1
     """Devices that share each weight and the KV cache; divides the model's kv heads."""
     replicas: int = 1
@@ -111,7 +112,7 @@ class EngineConfig:
         _require("dtype", self.dtype, self.dtype in ("bfloat16", "float32"), "bfloat16 or float32")
         kv_dtypes = (None, *get_args(KVDtype))
         _require("kv_dtype", self.kv_dtype, self.kv_dtype in kv_dtypes, "bfloat16, float32, int8 or float8_e4m3fn")
-        _require("quantization", self.quantization, self.quantization in ("none", "int8"), "none or int8")
+        _require("quantization", self.quantization, self.quantization in get_args(Quantization), "none, int8 or int4")
         _require("matmul", self.matmul, self.matmul in (None, "xla", "native"), "xla or native")
         packs = self.matmul == "native" and self.tensor_parallel > 1
         _require("matmul", self.matmul, not packs, f"xla with tensor_parallel of {self.tensor_parallel}")

@@ -1,8 +1,8 @@
 """Products with packed weights on CPU: a C++ kernel for what XLA does by repacking the weights at each call.
 
 A packed weight is [panel, block, 16, 4 // itemsize]: 16 outputs side by side, and of each the inputs that fill 4 bytes;
-sizes are rounded up with zeros. int8 begins each panel with one more block, the outputs' sums as int32. A gated weight
-has a first axis of 2. A row's result does not depend, to the bit, on the other rows, their number or the threads.
+sizes are rounded up with zeros. int8 begins each panel with one more block, the outputs' sums as int32. The bytes of
+weights in blocks (`block_quantization`), uint8, are packed like any others. A gated weight has a first axis of 2. A row's result does not depend, to the bit, on the other rows, their number or the threads.
 """
 
 from dataclasses import dataclass, field
@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Num
 
+from pallas_kernels.block_quantization import row_widths
 from pallas_kernels.native_build import NativeUnavailable, register
 
 PANEL = 16
 """Outputs of a panel."""
 _BLOCK_BYTES = 4
 _SYMBOL = "JaxserveLinear"
-_TYPES = (jnp.bfloat16, jnp.float32, jnp.int8)
+_TYPES = (jnp.bfloat16, jnp.float32, jnp.int8, jnp.uint8)
 Packed = Num[Array, "*half panel block 16 pack"]
 
 
@@ -42,17 +43,20 @@ def available(arch: str = "native") -> bool:
 
 
 def packed_shape(size_out: int, size_in: int, dtype: jnp.dtype, *, gated: bool = False) -> tuple[int, ...]:
-    """Shape of the packed form of a weight [out, in], or of [2 * out, in] where gated (size_out is then out)."""
+    """Shape of the packed form of a weight [out, in], or of [2 * out, in] where gated (size_out is then out).
+
+    Of a weight in blocks, size_in is the bytes of an output.
+    """
     itemsize = jnp.dtype(dtype).itemsize
-    blocks = -(-size_in * itemsize // _BLOCK_BYTES) + (1 if itemsize == 1 else 0)
+    blocks = -(-size_in * itemsize // _BLOCK_BYTES) + (1 if dtype == jnp.int8 else 0)
     shape = (-(-size_out // PANEL), blocks, PANEL, _BLOCK_BYTES // itemsize)
     return (2, *shape) if gated else shape
 
 
 def pack(weight: Num[Array, "out in"], *, gated: bool = False, arch: str = "native") -> Packed:
-    """The packed form of a bfloat16, float32 or int8 weight. Gated: the first half of the outputs is the gate's."""
+    """The packed form of a bfloat16, float32 or int8 weight, or of one in blocks (uint8). Gated: the first half of the outputs is the gate's."""
     if weight.dtype not in _TYPES:
-        raise ValueError(f"a packed weight is bfloat16, float32 or int8, not {weight.dtype}")
+        raise ValueError(f"a packed weight is bfloat16, float32, int8 or uint8, not {weight.dtype}")
     if gated and weight.shape[0] % 2:
         raise ValueError(f"a gated weight has as many outputs of the gate as others, got {weight.shape[0]} in all")
     shape = packed_shape(weight.shape[0] // (2 if gated else 1), weight.shape[1], weight.dtype, gated=gated)
@@ -87,10 +91,12 @@ def linear(
     dtype: jnp.dtype | None = None,
     arch: str = "native",
 ) -> Float[Array, "token out"]:
-    """x times the packed weight: residual + (x @ weight.T * scale + bias), summed in float32 (int8: exactly, in int32).
+    """x times the packed weight: residual + (x @ weight.T * scale + bias), summed in float32 (int8: exactly, in int32;
+    blocks: each exactly, then in float32).
 
     Args:
-        x: bfloat16 or float32, the type of the weight unless that is int8; x is then quantized by row.
+        x: bfloat16 or float32, the type of the weight unless that is quantized. x then becomes int8, scaled by row for
+            an int8 weight, and by row and block for one in blocks.
         packed: as `pack` gives it. A gated one gives silu(x @ gate.T) * (x @ up.T).
         size_out: outputs of the result.
         scale: of each output of an int8 weight.
@@ -104,12 +110,14 @@ def linear(
     """
     dtype = jnp.dtype(dtype or x.dtype)
     gated = packed.ndim == 5
-    expected = packed_shape(size_out, x.shape[1], packed.dtype, gated=gated)
-    if packed.shape != expected:
-        raise ValueError(f"a weight for {x.shape[1]} inputs and {size_out} outputs is {expected}, got {packed.shape}")
+    widths = row_widths(x.shape[1]) if packed.dtype == jnp.uint8 else (x.shape[1],)
+    expected = [packed_shape(size_out, width, packed.dtype, gated=gated) for width in widths]
+    if packed.shape not in expected:
+        shapes = " or ".join(map(str, expected))
+        raise ValueError(f"a weight for {x.shape[1]} inputs and {size_out} outputs is {shapes}, got {packed.shape}")
     if (packed.dtype == jnp.int8) != (scale is not None):
         raise ValueError("int8 weights, and no others, have a scale")
-    if packed.dtype not in (jnp.int8, x.dtype):
+    if packed.dtype not in (jnp.int8, jnp.uint8, x.dtype):
         raise ValueError(f"x is {x.dtype}, the weight {packed.dtype}")
     if residual is not None and (residual.dtype, residual.shape) != (dtype, (x.shape[0], size_out)):
         raise ValueError(

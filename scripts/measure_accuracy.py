@@ -30,6 +30,8 @@ FORMS: tuple[tuple[str, Quantization], ...] = (
     ("bfloat16", "none"),
     ("bfloat16", "int8"),
     ("float32", "int8"),
+    ("float32", "int4"),
+    ("bfloat16", "int4"),
 )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from jaxserve.checkpoints.gguf_header import Header, TensorInfo, Value, read_header
-from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError, StoredTensor, read_bytes
+from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError, StoredBlocks, StoredTensor, read_bytes
 from jaxserve.models.config import (
     FrequencyFactors,
     LinearScaling,
@@ -18,6 +18,7 @@ from jaxserve.models.config import (
     UnsupportedModel,
 )
 from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer, TokenizerSource
+from pallas_kernels.block_quantization import with_minimums
 
 TYPES = tuple(
     kind
@@ -46,6 +47,8 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_BLOCK_BITS = {GGMLQuantizationType.Q4_0: 4, GGMLQuantizationType.Q4_1: 4, GGMLQuantizationType.Q8_0: 8}
+"""Types whose blocks are taken as they are for weights in blocks of as many bits."""
 _JOINED_ELEMENTS = 16384
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -166,23 +169,44 @@ def _stored_tensor(file: Path, name: str, info: TensorInfo, config: ModelConfig)
     if config.family == "llama":
         # The converter of llama.cpp reorders the rows of q and k for interleaved rotary pairs, in this family alone.
         heads = {"attn_q": config.num_q_heads, "attn_k": config.num_kv_heads}.get(name.split(".")[-2])
-    return StoredTensor(file, info.shape, info.type.name, partial(_read, file, name, info, heads))
+    blocks = None
+    if info.type in _BLOCK_BITS:
+        blocks = StoredBlocks(_BLOCK_BITS[info.type], partial(_read_blocks, file, name, info, heads))
+    return StoredTensor(file, info.shape, info.type.name, partial(_read, file, name, info, heads), blocks)
 
 
-def _read(file: Path, name: str, info: TensorInfo, interleaved_heads: int | None) -> np.ndarray:
-    """float32 of `info.shape`, rows of interleaved heads put back in order: even elements, then odd ones."""
-    if info.type not in TYPES:
-        raise CheckpointError(f"{file}: tensor {name} has the unsupported type {info.type.name}")
+def _read_raw(file: Path, name: str, info: TensorInfo, interleaved_heads: int | None) -> np.ndarray:
+    """Rows of bytes, those of interleaved heads put back in order: even elements, then odd ones."""
     raw = read_bytes(file, info.offset, info.size, name)
     raw = raw.reshape(*info.shape[:-1], -1)
     if interleaved_heads is not None:
         rows = raw.reshape(interleaved_heads, -1, 2, raw.shape[-1])
         raw = rows.swapaxes(1, 2).reshape(raw.shape)
+    return raw
+
+
+def _read(file: Path, name: str, info: TensorInfo, interleaved_heads: int | None) -> np.ndarray:
+    """Floating point of `info.shape`."""
+    if info.type not in TYPES:
+        raise CheckpointError(f"{file}: tensor {name} has the unsupported type {info.type.name}")
+    raw = _read_raw(file, name, info, interleaved_heads)
     if info.type == GGMLQuantizationType.F32:
         return raw.view(np.float32)
     if info.type == GGMLQuantizationType.F16:
         return raw.view(np.float16)
     return _dequantize(raw, info.type).reshape(info.shape)
+
+
+def _read_blocks(file: Path, name: str, info: TensorInfo, interleaved_heads: int | None) -> np.ndarray:
+    """The blocks of a tensor whose type is in `_BLOCK_BITS`; see `StoredBlocks`."""
+    raw = _read_raw(file, name, info, interleaved_heads)
+    if info.type == GGMLQuantizationType.Q4_1:
+        return raw
+    blocks = raw.reshape(raw.shape[0], -1, GGML_QUANT_SIZES[info.type][1])
+    scales, numbers = blocks[..., :2].copy().view(np.float16)[..., 0], blocks[..., 2:]
+    if info.type == GGMLQuantizationType.Q8_0:
+        return with_minimums(scales, numbers ^ 0x80, zero=128).reshape(raw.shape[0], -1)
+    return with_minimums(scales, numbers, zero=8).reshape(raw.shape[0], -1)
 
 
 def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import orbax.checkpoint as ocp
@@ -77,7 +77,7 @@ def describe_orbax(folder: Path) -> tuple[ModelConfig, TokenizerSource, str, Qua
     try:
         config = ModelConfig.from_json(description["config"])
         dtype, quantization = description["dtype"], description["quantization"]
-        if dtype not in ("bfloat16", "float32") or quantization not in ("none", "int8"):
+        if dtype not in ("bfloat16", "float32") or quantization not in get_args(Quantization):
             raise CheckpointError(f"{file}: dtype {dtype!r}, quantization {quantization!r} are not known")
         _check_files(folder, description["files"])
         source = _read_tokenizer(folder, description["tokenizer"])
@@ -91,7 +91,7 @@ def load_orbax(
 ) -> tuple[nnx.GraphDef, nnx.State, ModelConfig, TokenizerSource]:
     """Restores a folder straight into the parameters' types and shards.
 
-    A folder in another floating-point type is cast; one in floating point is quantized where int8 is asked for. Raises
+    A folder in another floating-point type is cast; one in floating point is quantized where that is asked for. Raises
     CheckpointError naming the file or the parameter.
     """
     config, source, stored_dtype, stored_quantization = describe_orbax(folder)
@@ -106,7 +106,7 @@ def load_orbax(
         params = _restore(folder, checkpointer, abstract, config, placement)
     graphdef, _ = abstract_llama(config, dtype, quantization, shards=placement.shards)
     if quantization != stored_quantization:
-        params = quantize_params(config, params)
+        params = quantize_params(config, params, quantization)
     return graphdef, params, config, source
 
 

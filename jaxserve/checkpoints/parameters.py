@@ -14,7 +14,8 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Quantization
 from jaxserve.models.llama import abstract_llama
 from jaxserve.models.parameters import named_parameters, with_values
-from jaxserve.models.quantize import quantize_weight, scale_name
+from jaxserve.models.quantize import quantize_matrix, quantize_weight, scale_name
+from pallas_kernels.block_quantization import block_bits
 
 Progress = Callable[[str, float | None], None]
 Source = tuple[str, tuple[int, ...]]
@@ -74,16 +75,15 @@ def load_params(
     targets = named_parameters(abstract)
     sources = parameter_sources(config)
 
-    def put(name: str, dtype: np.dtype) -> jax.Array:
-        fused = read_fused(checkpoint, sources[name], dtype)
+    def put(name: str, fused: np.ndarray) -> jax.Array:
         return jax.device_put(in_shard_order(fused, name, config, placement.shards), placement.parameter(name))
 
     def fill(name: str) -> dict[str, jax.Array]:
-        scale = scale_name(name)
-        if scale in targets:
-            weight, scales = quantize_weight(put(name, np.dtype(dtype)))
-            return {name: weight, scale: scales}
-        return {name: put(name, targets[name].dtype)}
+        if targets[name].dtype == np.uint8:
+            return {name: put(name, read_blocks(checkpoint, sources[name], targets[name].shape))}
+        is_int8 = scale_name(name) in targets
+        value = read_fused(checkpoint, sources[name], np.dtype(dtype) if is_int8 else targets[name].dtype)
+        return quantize_weight(name, put(name, value), targets)
 
     # The scale of an int8 weight is made with the weight.
     names = [name for name in targets if not name.endswith(".scale")]
@@ -122,4 +122,19 @@ def read_fused(checkpoint: Checkpoint, parts: tuple[Source, ...], dtype: np.dtyp
     fused = np.empty((sum(rows), *parts[0][1][1:]), dtype)
     for (name, _), end, count in zip(parts, np.cumsum(rows), rows, strict=True):
         fused[end - count : end] = checkpoint.tensors[name].read()
+    return fused
+
+
+def read_blocks(checkpoint: Checkpoint, parts: tuple[Source, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """The tensors' rows, one after the other, in blocks: a fresh array of `shape`, uint8 [out, width].
+
+    Blocks that the file has of as many bits are taken as they are, other tensors quantized.
+    """
+    bits = block_bits(shape[1], parts[0][1][1])
+    fused, start = np.empty(shape, np.uint8), 0
+    for name, (rows, _) in parts:
+        stored = checkpoint.tensors[name]
+        taken = stored.blocks is not None and stored.blocks.bits == bits
+        fused[start : start + rows] = stored.blocks.read() if taken else quantize_matrix(stored.read(), bits)
+        start += rows
     return fused

@@ -15,6 +15,15 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class StoredBlocks:
+    """A tensor that its file has in blocks, as `pallas_kernels.block_quantization` means them."""
+
+    bits: int
+    read: Callable[[], np.ndarray]
+    """Reads them, uint8 [out, width], with the weights that the tensor's own `read` gives; raises CheckpointError."""
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file, of which only the header has been read."""
 
@@ -24,6 +33,7 @@ class StoredTensor:
     """As the format calls it."""
     read: Callable[[], np.ndarray]
     """Reads the data into floating-point numpy of `shape`; raises CheckpointError."""
+    blocks: StoredBlocks | None = None
 
 
 @dataclass(frozen=True)

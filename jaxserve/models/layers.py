@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: linear maps, in floating point or int8, the RMS norm and the rotary embedding.
+"""The parts of a decoder layer: linear maps, in floating point or quantized, the RMS norm and the rotary embedding.
 
 Weights are stored [out, in] and contracted over the last axes of both sides. Products accumulate in float32 (int8: in
 int32) and are cast to the type of the activations once, after scale and bias.
@@ -19,9 +19,10 @@ from jaxserve.models.config import FrequencyFactors, LinearScaling, Llama3Scalin
 from jaxserve.models.shards import UNSHARDED, Shards
 from pallas_kernels import linear as packed
 from pallas_kernels import rotary
+from pallas_kernels.block_quantization import dequantize_blocks, quantize_blocks
 from pallas_kernels.linear import LiveRows
 
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "int4"]
 Matmul = Literal["xla", "native"]
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 _INIT_STDDEV = 0.02
@@ -96,7 +97,8 @@ class LinearForm:
 class Linear(nnx.Module):
     """A linear map, with what comes right before and after it.
 
-    weight [out, in] in the form's dtype, or in int8 with scale [out] in float32; packed where native. bias [out] in
+    weight [out, in] in the form's dtype, or in int8 with scale [out] in float32, or in blocks of `block_bits` where that
+    is quantization int4; packed where native. bias [out] in
     float32 where there is one. A gated map is two of `size_out` outputs, the gate's first: silu(gate) * up, the SwiGLU
     of Shazeer, arXiv 2002.05202. Where devices share the map, `gathers` says whether each gets all of its outputs or
     keeps its own share.
@@ -112,11 +114,14 @@ class Linear(nnx.Module):
         bias: bool = False,
         gated: bool = False,
         gathers: bool = True,
+        block_bits: int = 4,
     ):
         outputs = 2 * size_out if gated else size_out
         weight, scale = initial(rngs, (outputs, size_in), form.dtype), None
         if form.quantization == "int8":
             weight, scale = quantize_rows(weight)
+        elif form.quantization == "int4":
+            weight = quantize_blocks(weight, block_bits)
         if form.matmul == "native":
             weight = packed.pack(weight, gated=gated)
         self.weight = nnx.Param(weight)
@@ -150,6 +155,9 @@ class Linear(nnx.Module):
                 x, weight, self.size_out, scale=scale, bias=bias, residual=residual, live=live, dtype=dtype, **before
             )
         x = x if norm is None else norm(x)
+        if weight.dtype == jnp.uint8:
+            # Activations stay as they are: without the kernel nothing would be won by integers.
+            weight = dequantize_blocks(weight, x.shape[1]).astype(x.dtype)
         out = project(x, weight, bias, dtype) if scale is None else project_int8(x, weight, scale, bias, dtype)
         if self.gated:
             gate, up = jnp.split(out, 2, axis=-1)

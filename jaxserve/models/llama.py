@@ -112,7 +112,8 @@ class Llama(nnx.Module):
     Args:
         config: the model.
         dtype: of the embedding, the activations and, where not quantized, the weights.
-        quantization: int8 makes each linear map int8, the lm head too (of a tied one, an int8 copy).
+        quantization: int8 makes each linear map int8, the lm head too (of a tied one, an int8 copy). int4 makes each 4
+            bits in blocks, the lm head 8.
         matmul: native packs the linear maps, and the embedding where it is also the lm head, for CPU.
         shards: devices that share the model. Parameters are made whole; a call is given each device's share of them.
         rngs: of random initial weights; None makes them zero.
@@ -136,7 +137,7 @@ class Llama(nnx.Module):
         self.embedding = nnx.Param(packed.pack(embedding) if self.packs_embedding else embedding)
         self.layers = nnx.List(DecoderLayer(config, form, rngs) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, form, rngs) if own_head else None
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, form, rngs, block_bits=8) if own_head else None
 
     def hidden(
         self,

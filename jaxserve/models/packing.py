@@ -5,6 +5,7 @@ from flax import nnx
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import abstract_llama
+from jaxserve.models.quantize import quantization_of
 from pallas_kernels.linear import pack
 
 _pack = jax.jit(pack, static_argnames="gated")
@@ -17,7 +18,7 @@ def pack_params(config: ModelConfig, params: nnx.State) -> tuple[nnx.GraphDef, n
     NativeUnavailable where the kernel cannot be built.
     """
     given = {path: variable.get_value() for path, variable in nnx.to_flat_state(params)}
-    quantization = "int8" if any(path[-1] == "scale" for path in given) else "none"
+    quantization = quantization_of(params)
     graphdef, abstract = abstract_llama(config, given["embedding",].dtype, quantization, "native")
     packed = {}
     for path, target in nnx.to_flat_state(abstract):

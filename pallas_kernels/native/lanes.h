@@ -18,9 +18,13 @@ inline T load_as(const void* from) {
   return value;
 }
 
-enum class Type { kBfloat16, kFloat, kInt8 };
+// The last two: blocks of 32 numbers of 4 or 8 bits (linear_blocks.cc), for weights only.
+enum class Type { kBfloat16, kFloat, kInt8, kBlocks4, kBlocks8 };
 
 inline int64_t size_of(Type type) { return type == Type::kFloat ? 4 : type == Type::kBfloat16 ? 2 : 1; }
+
+inline bool is_floating(Type type) { return type == Type::kBfloat16 || type == Type::kFloat; }
+inline bool in_blocks(Type type) { return type == Type::kBlocks4 || type == Type::kBlocks8; }
 
 // 16 floats, as many vectors as that takes.
 struct Lanes {

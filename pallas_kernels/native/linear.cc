@@ -27,6 +27,15 @@ std::optional<Type> type_of(ffi::AnyBuffer buffer) {
   }
 }
 
+// That of a packed weight of `blocks` words a panel, for x of `size`; bytes are blocks, whose words tell their bits.
+std::optional<Type> type_of_weight(ffi::AnyBuffer weight, int64_t blocks, int64_t size) {
+  if (weight.element_type() != ffi::U8) return type_of(weight);
+  const int64_t of_x = blocks_of(size);
+  if (blocks == of_x * (1 + 4)) return Type::kBlocks4;
+  if (blocks == of_x * (1 + 8)) return Type::kBlocks8;
+  return std::nullopt;
+}
+
 // The operands, one after the other.
 class Operands {
  public:
@@ -43,6 +52,23 @@ class Operands {
   size_t next_ = 0;
 };
 
+const Tiles& tiles_for(Type weights) {
+  static const Tiles bfloat16 = bfloat16_tiles(), floats = float_tiles(), int8 = int8_tiles();
+  static const Tiles blocks4 = block_tiles(4), blocks8 = block_tiles(8);
+  switch (weights) {
+    case Type::kBfloat16:
+      return bfloat16;
+    case Type::kFloat:
+      return floats;
+    case Type::kInt8:
+      return int8;
+    case Type::kBlocks4:
+      return blocks4;
+    case Type::kBlocks8:
+      return blocks8;
+  }
+}
+
 // Bits of `present`: the optional operands, in this order after x and weight.
 enum Operand { kScale = 1, kBias = 2, kResidual = 4, kNorm = 8, kLive = 16 };
 
@@ -50,22 +76,23 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Resul
                   int64_t leading_rows, float epsilon) {
   Operands operands(arguments);
   const ffi::AnyBuffer x = operands.take(), weight = operands.take();
-  const auto type = type_of(x), weights = type_of(weight), out_type = type_of(*out);
   const auto shape = weight.dimensions();
   const bool gated = shape.size() == 5;
-  if (!type || !weights || !out_type || (!gated && shape.size() != 4) || (weights != Type::kInt8 && weights != type))
-    return ffi::Error::InvalidArgument("linear: operands of a type or rank that it does not know");
+  if (!gated && shape.size() != 4) return ffi::Error::InvalidArgument("linear: a packed weight has 4 or 5 axes");
+  const int64_t tokens = x.dimensions()[0], size_in = x.dimensions()[1], blocks = shape[gated + 1];
+  const auto type = type_of(x), weights = type_of_weight(weight, blocks, size_in), out_type = type_of(*out);
+  if (!type || !weights || !out_type || (is_floating(*weights) && weights != type))
+    return ffi::Error::InvalidArgument("linear: operands of types that it does not know");
   const auto* scale = operands.take_if<float>(present & kScale);
   const auto* bias = operands.take_if<float>(present & kBias);
   const auto* residual = operands.take_if<char>(present & kResidual);
   const auto* norm = operands.take_if<float>(present & kNorm);
   const auto* counts = operands.take_if<int32_t>(present & kLive);
-  const int64_t tokens = x.dimensions()[0], blocks = shape[gated + 1];
   const int64_t weight_blocks = blocks - (weights == Type::kInt8 ? 1 : 0);
+  const int64_t stride = in_blocks(*weights) ? blocks_of(size_in) * sizeof(XBlock) : weight_blocks * kRowBlockBytes;
   const ProductCall call = {
       static_cast<const char*>(x.untyped_data()),
-      {*type, *weights, x.dimensions()[1], weight_blocks * kRowBlockBytes, norm, epsilon,
-       int8_offset()},
+      {*type, *weights, size_in, stride, norm, epsilon, int8_offset()},
       static_cast<const char*>(weight.untyped_data()),
       gated ? 2 : 1,
       shape[gated],
@@ -76,12 +103,16 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Resul
       out->dimensions()[1],
       counts ? LiveRows(tokens, counts, leading_rows) : LiveRows(tokens),
   };
-  static const Tiles bfloat16 = bfloat16_tiles(), floats = float_tiles(), int8 = int8_tiles();
-  const Tiles& tiles = weights == Type::kBfloat16 ? bfloat16 : weights == Type::kFloat ? floats : int8;
+  const Tiles& tiles = tiles_for(*weights);
   const int64_t threads = pool.num_threads();
   ProductPieces pieces(call, tiles, threads);
   parallel_for(pool, pieces.count(), threads, pieces);
   return ffi::Error::Success();
+}
+
+// Of an array that is packed: bytes, whatever they mean, are words like any other.
+std::optional<Type> type_to_pack(ffi::AnyBuffer buffer) {
+  return buffer.element_type() == ffi::U8 ? Type::kBlocks8 : type_of(buffer);
 }
 
 PackedLayout layout(ffi::AnyBuffer packed) {
@@ -91,9 +122,9 @@ PackedLayout layout(ffi::AnyBuffer packed) {
 }
 
 ffi::Error pack(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::Result<ffi::AnyBuffer> packed) {
-  const auto type = type_of(weight);
-  if (!type || type != type_of(*packed))
-    return ffi::Error::InvalidArgument("pack: a weight is bfloat16, float32 or int8");
+  const auto type = type_to_pack(weight);
+  if (!type || type != type_to_pack(*packed))
+    return ffi::Error::InvalidArgument("pack: a weight is bfloat16, float32, int8 or blocks");
   const PackedLayout to = layout(*packed);
   const int64_t halves = packed->dimensions().size() == 5 ? 2 : 1;
   const int64_t row_bytes = weight.dimensions()[1] * size_of(*type), outputs = weight.dimensions()[0] / halves;
@@ -108,9 +139,9 @@ ffi::Error pack(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::Result<ffi::An
 }
 
 ffi::Error packed_rows(ffi::AnyBuffer packed, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::AnyBuffer> out) {
-  const auto type = type_of(packed);
-  if (!type || type != type_of(*out))
-    return ffi::Error::InvalidArgument("rows: a packed weight is bfloat16, float32 or int8");
+  const auto type = type_to_pack(packed);
+  if (!type || type != type_to_pack(*out))
+    return ffi::Error::InvalidArgument("rows: a packed weight is bfloat16, float32, int8 or blocks");
   const PackedLayout from = layout(packed);
   const int64_t tokens = out->dimensions()[0], row_bytes = out->dimensions()[1] * size_of(*type);
   for (int64_t token = 0; token < tokens; ++token)

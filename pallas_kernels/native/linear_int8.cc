@@ -54,22 +54,6 @@ struct Product {
 };
 constexpr int kOffset = 0;
 #else
-typedef int16_t ShortVector __attribute__((vector_size(4 * simd::kLanes)));
-
-// Adds the products of neighbouring int16 in pairs.
-inline simd::IntVec pair_products(ShortVector a, ShortVector b) {
-#if defined(__AVX512BW__)
-  return (simd::IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (simd::IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__x86_64__) && !defined(__AVX512F__)
-  return (simd::IntVec)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#else
-  const simd::IntVec c = (simd::IntVec)a, d = (simd::IntVec)b;
-  return (c << 16 >> 16) * (d << 16 >> 16) + (c >> 16) * (d >> 16);
-#endif
-}
-
 // Bytes 0 and 2 of each four as a pair of int16, and bytes 1 and 3.
 struct Product {
   typedef simd::IntVec Vector;

@@ -70,7 +70,7 @@ class ProductPieces {
   static constexpr int64_t kMostChunk = 256;
 
   void prepare(int64_t piece) {
-    float* work = reinterpret_cast<float*>(scratch<1>((call_.form.size + kPanel) * sizeof(float)));
+    float* work = reinterpret_cast<float*>(scratch<1>((call_.form.size + kBlockInputs) * sizeof(float)));
     const int64_t row_bytes = call_.form.size * size_of(call_.form.type);
     for (int64_t row = piece * rows_ / preparations_; row < (piece + 1) * rows_ / preparations_; ++row) {
       char* to = prepared_ + row * call_.form.stride;

@@ -11,8 +11,8 @@
 
 namespace jaxserve {
 
-// How a row of x becomes a row that the tiles read: normed where `norm` is given, quantized for int8 weights, padded with
-// zeros to whole blocks.
+// How a row of x becomes a row that the tiles read: normed where `norm` is given, quantized for weights that are (by row
+// for int8, by block for blocks), padded with zeros to whole blocks.
 struct RowForm {
   Type type;       // of x
   Type weights;    // what the tiles multiply
@@ -25,7 +25,27 @@ struct RowForm {
   bool is_identity() const { return norm == nullptr && type == weights && stride == size * size_of(type); }
 };
 
-// Writes one row; returns its scale (1 where not quantized). `work` holds size rounded up to 16 floats.
+// Floats to int8, rounded to nearest, ties to even; `offset` is added to each.
+SIMD_INLINE void store_int8(char* out, simd::Vec x, int offset, int64_t count) {
+  // Adding 1.5 * 2**23 leaves no room for a fraction: the integer is in the lower bits.
+  typedef int8_t Bytes __attribute__((vector_size(simd::kLanes)));
+  const simd::Vec shifted = x + simd::broadcast(12582912.0f);
+  const Bytes rounded = __builtin_convertvector((simd::IntVec)shifted - 0x4B400000 + offset, Bytes);
+  std::memcpy(out, &rounded, std::min<int64_t>(simd::kLanes, count));
+}
+
+inline void quantize_block(const float* x, XBlock& block) {
+  const float largest = simd::largest_magnitude(x, kBlockInputs);
+  const simd::Vec inverse = simd::broadcast(largest > 0 ? 127.0f / largest : 0.0f);
+  for (int64_t i = 0; i < kBlockInputs; i += simd::kLanes)
+    store_int8(reinterpret_cast<char*>(block.values + i), simd::load(x + i) * inverse, 0, simd::kLanes);
+  int32_t sum = 0;
+  for (int64_t i = 0; i < kBlockInputs; ++i) sum += block.values[i];
+  block.scale = largest / 127.0f;
+  block.sum = block.scale * sum;
+}
+
+// Writes one row; returns its scale (1 where it has none). `work` holds size rounded up to 32 floats.
 inline float prepare_row(const RowForm& form, const char* x, char* out, float* work) {
   const int64_t size = form.size, bytes = size_of(form.type);
   const auto count = [&](int64_t i) { return std::min<int64_t>(kPanel, size - i); };
@@ -51,6 +71,12 @@ inline float prepare_row(const RowForm& form, const char* x, char* out, float* w
       }
     }
   }
+  if (in_blocks(form.weights)) {
+    std::fill(work + size, work + blocks_of(size) * kBlockInputs, 0.0f);
+    XBlock* blocks = reinterpret_cast<XBlock*>(out);
+    for (int64_t i = 0; i < size; i += kBlockInputs) quantize_block(work + i, blocks[i / kBlockInputs]);
+    return 1.0f;
+  }
   if (form.weights != Type::kInt8) {
     for (int64_t i = 0; i < size; i += kPanel) {
       const Lanes lanes = load_lanes(reinterpret_cast<const char*>(work + i), Type::kFloat);
@@ -59,19 +85,10 @@ inline float prepare_row(const RowForm& form, const char* x, char* out, float* w
     std::memset(out + size * bytes, 0, form.stride - size * bytes);
     return 1.0f;
   }
-  simd::Vec largest = {};
-  for (int64_t i = 0; i < size; i += simd::kLanes)
-    largest = simd::max(largest, (simd::Vec)((simd::IntVec)simd::load(work + i) & 0x7fffffff));
-  const float scale = simd::largest(largest);
+  const float scale = simd::largest_magnitude(work, size);
   const simd::Vec inverse = simd::broadcast(scale > 0 ? 127.0f / scale : 0.0f);
-  // Adding 1.5 * 2**23 leaves no room for a fraction: rounds to nearest, ties to even, the integer in the lower bits.
-  const simd::Vec magic = simd::broadcast(12582912.0f);
-  for (int64_t i = 0; i < size; i += simd::kLanes) {
-    typedef int8_t Bytes __attribute__((vector_size(simd::kLanes)));
-    const simd::Vec shifted = simd::load(work + i) * inverse + magic;
-    const Bytes rounded = __builtin_convertvector((simd::IntVec)shifted - 0x4B400000 + form.offset, Bytes);
-    std::memcpy(out + i, &rounded, std::min<int64_t>(simd::kLanes, form.stride - i));
-  }
+  for (int64_t i = 0; i < size; i += simd::kLanes)
+    store_int8(out + i, simd::load(work + i) * inverse, form.offset, form.stride - i);
   return scale / 127.0f;
 }
 

@@ -57,6 +57,38 @@ Tiles int8_tiles();
 // What is added to an int8 of x for int8_tiles: a byte of its unsigned range, or nothing.
 int int8_offset();
 
+// Weights in blocks, of 4 or 8 bits; linear_blocks.cc has their form.
+Tiles block_tiles(int bits);
+
+constexpr int kBlockInputs = 32;
+
+inline int64_t blocks_of(int64_t inputs) { return (inputs + kBlockInputs - 1) / kBlockInputs; }
+
+// A block of x for block_tiles: a number of x is value * scale.
+struct XBlock {
+  int8_t values[kBlockInputs];
+  float scale;
+  float sum;  // of the values, times scale
+};
+
+#if !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+typedef int16_t ShortVector __attribute__((vector_size(4 * simd::kLanes)));
+
+// Adds the products of neighbouring int16 in pairs.
+inline simd::IntVec pair_products(ShortVector a, ShortVector b) {
+#if defined(__AVX512BW__)
+  return (simd::IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (simd::IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__) && !defined(__AVX512F__)
+  return (simd::IntVec)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const simd::IntVec c = (simd::IntVec)a, d = (simd::IntVec)b;
+  return (c << 16 >> 16) * (d << 16 >> 16) + (c >> 16) * (d >> 16);
+#endif
+}
+#endif
+
 // Product gives: Vector (of accumulators), Weights and Row, load(), broadcast(), add(); start() of a panel and the bytes of
 // header before its blocks; kSegment, the blocks that are summed at once, and kCompensates, whether segments are added up
 // with what rounding loses (Kahan): one huge product then spoils the sum of its own segment only.

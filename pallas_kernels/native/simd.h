@@ -81,6 +81,26 @@ SIMD_INLINE float largest(Vec x) {
 #endif
 }
 
+// Of the magnitudes of `size` floats, whole vectors of them; NaN if one is.
+SIMD_INLINE float largest_magnitude(const float* x, int64_t size) {
+  IntVec largest = {};  // as integers magnitudes compare as floats do, and NaN is above all others
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const IntVec magnitude = (IntVec)load(x + i) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+#if defined(__AVX512F__)
+  const int32_t bits = _mm512_reduce_max_epi32((__m512i)largest);
+#else
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int lane = 0; lane < half; ++lane)
+      largest[lane] = largest[lane] > largest[lane + half] ? largest[lane] : largest[lane + half];
+  const int32_t bits = largest[0];
+#endif
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // 2**x for x <= 0, to within two units in the last place; 0 below -126, exactly 1 at 0, NaN for NaN.
 SIMD_INLINE Vec exp2(Vec x) {
   const Vec low = broadcast(-126.0f), magic = broadcast(12582912.0f);  // 1.5 * 2**23 rounds to an integer

@@ -1,8 +1,9 @@
 """The engine's options on the command lines of benchmarks."""
 
 import argparse
+from typing import get_args
 
-from jaxserve.config import CoreKind, EngineConfig
+from jaxserve.config import CoreKind, EngineConfig, Quantization
 
 
 def add_engine_arguments(
@@ -12,7 +13,7 @@ def add_engine_arguments(
     group = parser.add_argument_group("engine")
     group.add_argument("--model", default=EngineConfig.model)
     group.add_argument("--dtype", choices=("bfloat16", "float32"), default=EngineConfig.dtype)
-    group.add_argument("--quantization", choices=("none", "int8"), default=EngineConfig.quantization)
+    group.add_argument("--quantization", choices=get_args(Quantization), default=EngineConfig.quantization)
     group.add_argument("--attention", default=None, help="attention implementation; the platform's own if unset")
     group.add_argument(
         "--matmul", choices=("xla", "native"), default=None, help="how weights are multiplied; as is best if unset"

@@ -60,7 +60,7 @@ def test_quantized_parameters_fit_the_int8_model_and_leave_the_originals():
     graphdef, params = nnx.split(Llama(TINY, "float32", rngs=nnx.Rngs(0)))
     before = jax.tree.map(np.asarray, params)
     int8_graphdef, abstract = abstract_llama(TINY, "float32", "int8")
-    quantized = quantize_params(TINY, params)
+    quantized = quantize_params(TINY, params, "int8")
     assert shapes(quantized) == shapes(abstract)
     assert shapes(quantized)["lm_head.weight"] == ((96, 32), "int8")
     assert named_parameters(quantized)["embedding"] is named_parameters(params)["embedding"]
