@@ -24,8 +24,8 @@ class EngineConfig:
     kv_dtype: KVDtype | None = None
     """Of the KV cache; None takes `dtype`. The 8-bit ones keep a float32 scale for each token and head."""
     quantization: Quantization = "none"
-    """int8: weights per output channel, activations per row. int4: weights in 4 bits with a scale and a minimum for each
-    32 inputs, of the lm head in 8 bits, as GGUF's Q4_0, Q4_1 and Q8_0 have them; fastest for few requests on a CPU."""
+    """int8: weights per output channel, activations per row. int4: blocks of 32 inputs with a scale and a minimum, of 4
+    bits a weight and 8 in the lm head, from GGUF's Q4_0, Q4_1 and Q8_0 as they are; for few requests on a CPU."""
     tensor_parallel: int = 1
     """Devices that share each weight and the KV cache; divides the model's kv heads."""
     replicas: int = 1

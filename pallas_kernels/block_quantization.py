@@ -36,7 +36,7 @@ def block_bits(width: int, size_in: int) -> int:
 
 
 def quantize_blocks(weight: Float[Array, "out in"], bits: int) -> UInt8[Array, "out width"]:
-    """Each block's range in equal steps: the least weight is the minimum, the largest the last number, up to rounding."""
+    """Each block's range in equal steps: the least weight becomes number 0, the largest the last one."""
     size_out, size_in = weight.shape
     padding = -size_in % BLOCK
     x = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, padding)), mode="edge").reshape(size_out, -1, BLOCK)

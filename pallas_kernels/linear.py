@@ -2,7 +2,8 @@
 
 A packed weight is [panel, block, 16, 4 // itemsize]: 16 outputs side by side, and of each the inputs that fill 4 bytes;
 sizes are rounded up with zeros. int8 begins each panel with one more block, the outputs' sums as int32. The bytes of
-weights in blocks (`block_quantization`), uint8, are packed like any others. A gated weight has a first axis of 2. A row's result does not depend, to the bit, on the other rows, their number or the threads.
+weights in blocks (`block_quantization`), uint8, are packed like any others. A gated weight has a first axis of 2. A
+row's result does not depend, to the bit, on the other rows, their number or the threads.
 """
 
 from dataclasses import dataclass, field
@@ -54,7 +55,10 @@ def packed_shape(size_out: int, size_in: int, dtype: jnp.dtype, *, gated: bool =
 
 
 def pack(weight: Num[Array, "out in"], *, gated: bool = False, arch: str = "native") -> Packed:
-    """The packed form of a bfloat16, float32 or int8 weight, or of one in blocks (uint8). Gated: the first half of the outputs is the gate's."""
+    """The packed form of a bfloat16, float32 or int8 weight, or of one in blocks (uint8).
+
+    Gated: the first half of the outputs is the gate's.
+    """
     if weight.dtype not in _TYPES:
         raise ValueError(f"a packed weight is bfloat16, float32, int8 or uint8, not {weight.dtype}")
     if gated and weight.shape[0] % 2:

@@ -3,7 +3,7 @@
 A call of the benchmark multiplies by many copies of a weight, so that each comes from memory as it does in a step. The
 least of the rounds counts.
 
-    python scripts/bench_linear.py [--rows 1,8,32] [--quantization int8] [--json]
+    python scripts/bench_linear.py [--rows 1,8,32] [--quantization int4] [--json]
 """
 
 import argparse
@@ -12,12 +12,15 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxserve.models.layers import Quantization, project, project_int8, quantize_rows
+from jaxserve.config import Quantization
+from jaxserve.models.layers import project, project_int8, quantize_rows
+from pallas_kernels.block_quantization import dequantize_blocks, quantize_blocks
 from pallas_kernels.linear import linear, pack
 
 WORKING_SET = 128 << 20
@@ -32,6 +35,7 @@ class Timing:
 
     layer: str
     rows: int
+    weight_bytes: int
     native_microseconds: float
     xla_microseconds: float
 
@@ -60,10 +64,14 @@ def measure(layer: str, rows: int, dtype: jnp.dtype, quantization: Quantization,
     scale = None
     if quantization == "int8":
         weight, scale = quantize_rows(weight)
+    elif quantization == "int4":
+        weight = quantize_blocks(weight, 8 if layer == "lm_head" else 4)
     copies = max(1, min(64, WORKING_SET // weight.nbytes))
     packed = pack(weight)
 
     def xla(x: Array, weight: Array) -> Array:
+        if quantization == "int4":
+            return project(x, dequantize_blocks(weight, size_in).astype(dtype), None, dtype)
         return project(x, weight, None, dtype) if scale is None else project_int8(x, weight, scale, None, dtype)
 
     native = seconds(
@@ -73,7 +81,7 @@ def measure(layer: str, rows: int, dtype: jnp.dtype, quantization: Quantization,
         rounds,
     )
     plain = seconds(xla, x, [(jnp.copy(weight),) for _ in range(copies)], rounds)
-    return Timing(layer, rows, native * 1e6, plain * 1e6)
+    return Timing(layer, rows, weight.nbytes, native * 1e6, plain * 1e6)
 
 
 def main() -> None:
@@ -81,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1,8,32,160,544")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--quantization", default="none", choices=("none", "int8"))
+    parser.add_argument("--quantization", default="none", choices=get_args(Quantization))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="one line of JSON last")
     options = parser.parse_args()
@@ -96,7 +104,7 @@ def main() -> None:
             timings.append(timing)
             nanoseconds = timing.native_microseconds * 1e3
             size = size_in * size_out
-            bandwidth = size * (1 if options.quantization == "int8" else dtype.itemsize) / nanoseconds
+            bandwidth = timing.weight_bytes / nanoseconds
             print(
                 f"{layer:8} {rows:5} {timing.native_microseconds:10.1f} {bandwidth:6.1f}"
                 f" {2 * rows * size / nanoseconds:8.1f} {timing.xla_microseconds:10.1f} {timing.ratio:6.2f}",

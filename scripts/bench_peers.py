@@ -9,8 +9,9 @@ over the rounds. A measurement during which other processes took more of the mac
 case whose `quiet` is false was measured on a busy machine all the same, and its ratios say nothing: llama.cpp's threads
 spin at barriers and lose far more to a neighbour than ours.
 
-Ratios, ours over theirs: `bf16` against llama.cpp with bf16 weights, `best` our int8 against llama.cpp's Q4_0 (its
-fastest form; the shipped Q4_1 is a slow one), `continuous_batching` our bfloat16 against transformers.
+Ratios, ours over theirs: `bf16` against llama.cpp with bf16 weights, `best` our int8 and `int4` our int4 against
+llama.cpp's Q4_0 (its fastest form; the shipped Q4_1 is a slow one), `continuous_batching` our bfloat16 against
+transformers.
 """
 
 import argparse
@@ -60,11 +61,13 @@ CASES = (
 )
 """Decoding is at 256 tokens of context on average."""
 
-OURS_BF16, OURS_INT8 = "jaxserve bfloat16", "jaxserve int8"
+OURS_BF16, OURS_INT8, OURS_INT4 = "jaxserve bfloat16", "jaxserve int8", "jaxserve int4"
+OURS = (OURS_BF16, OURS_INT8, OURS_INT4)
 LLAMA_BF16, LLAMA_Q4_0, TRANSFORMERS = "llama.cpp bf16", "llama.cpp q4_0", "transformers"
 PAIRS = {
     "bf16": (OURS_BF16, LLAMA_BF16),
     "best": (OURS_INT8, LLAMA_Q4_0),
+    "int4": (OURS_INT4, LLAMA_Q4_0),
     "continuous_batching": (OURS_BF16, TRANSFORMERS),
 }
 
@@ -115,6 +118,7 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
         OURS_BF16: ours("none"),
         LLAMA_BF16: llama("bf16"),
         OURS_INT8: ours("int8"),
+        OURS_INT4: ours("int4"),
         LLAMA_Q4_0: llama("q4_0"),
         TRANSFORMERS: peer("transformers_worker.py", "--sequences", str(slots), "--context", str(context)),
     }
@@ -148,7 +152,7 @@ def start_workers(arguments: argparse.Namespace, stack: ExitStack) -> tuple[dict
         try:
             workers[system] = stack.enter_context(Worker(command))
         except WorkerFailed as failure:
-            if system in (OURS_BF16, OURS_INT8):
+            if system in OURS:
                 raise
             absent[system] = f"it did not start: {failure}"
     return workers, absent
@@ -208,7 +212,7 @@ def main() -> int:
     cases = [case for case in CASES if arguments.cases is None or case.name in arguments.cases]
     with ExitStack() as stack:
         workers, absent = start_workers(arguments, stack)
-        ours = next(workers[name] for name in (OURS_BF16, OURS_INT8) if name in workers)
+        ours = next(workers[name] for name in OURS if name in workers)
         vocab_size = int(str(ours.ready["vocab_size"]))
         result = {
             "model": arguments.model,

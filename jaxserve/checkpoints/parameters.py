@@ -134,7 +134,9 @@ def read_blocks(checkpoint: Checkpoint, parts: tuple[Source, ...], shape: tuple[
     fused, start = np.empty(shape, np.uint8), 0
     for name, (rows, _) in parts:
         stored = checkpoint.tensors[name]
-        taken = stored.blocks is not None and stored.blocks.bits == bits
-        fused[start : start + rows] = stored.blocks.read() if taken else quantize_matrix(stored.read(), bits)
+        if stored.blocks is not None and stored.blocks.bits == bits:
+            fused[start : start + rows] = stored.blocks.read()
+        else:
+            fused[start : start + rows] = quantize_matrix(stored.read(), bits)
         start += rows
     return fused

@@ -79,9 +79,11 @@ def model_cost(
     }
     has_head = "lm_head.weight" in parameters
     head = model.vocab_size * model.hidden_size
+    # The floating-point model has a weight for each multiplication, whatever its bytes are here.
+    floating = named_parameters(abstract_llama(model, dtype)[1])
     products = sum(
         math.prod(array.shape)
-        for name, array in parameters.items()
+        for name, array in floating.items()
         if len(array.shape) == 2 and name not in ("embedding", "lm_head.weight")
     )
     return ModelCost(

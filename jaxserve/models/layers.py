@@ -97,11 +97,10 @@ class LinearForm:
 class Linear(nnx.Module):
     """A linear map, with what comes right before and after it.
 
-    weight [out, in] in the form's dtype, or in int8 with scale [out] in float32, or in blocks of `block_bits` where that
-    is quantization int4; packed where native. bias [out] in
-    float32 where there is one. A gated map is two of `size_out` outputs, the gate's first: silu(gate) * up, the SwiGLU
-    of Shazeer, arXiv 2002.05202. Where devices share the map, `gathers` says whether each gets all of its outputs or
-    keeps its own share.
+    weight [out, in] in the form's dtype, or in int8 with scale [out] in float32, or for int4 in blocks of `block_bits`;
+    packed where native. bias [out] in float32 where there is one. A gated map is two of `size_out` outputs, the gate's
+    first: silu(gate) * up, the SwiGLU of Shazeer, arXiv 2002.05202. Where devices share the map, `gathers` says whether
+    each gets all of its outputs or keeps its own share.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from jaxserve.checkpoints import describe_model
 from jaxserve.models.layers import project
 from jaxserve.models.llama import abstract_llama
 from pallas_kernels import linear as packed
+from pallas_kernels.block_quantization import BLOCK, dequantize_blocks, row_width
 
 ROUNDS = 9
 """Runs of a measurement."""
@@ -31,8 +32,13 @@ class MatmulFloor:
         if not config.tie_embeddings or arguments.quantization != "none":
             # The head has weights of its own: the embedding is only looked up.
             leaves = [(name, leaf) for name, leaf in leaves if "embedding" not in name]
-        weights = [jnp.ones(leaf.shape, leaf.dtype) for _, leaf in leaves if leaf.ndim == 2]
-        shapes = [weight.shape for weight in weights]
+        leaves = [(name, leaf) for name, leaf in leaves if leaf.ndim == 2]
+        weights = [jnp.ones(leaf.shape, leaf.dtype) for _, leaf in leaves]
+        shapes = [leaf.shape for _, leaf in leaves]
+        if arguments.quantization == "int4":
+            # The parameters are bytes: their inputs follow from those of a block.
+            bits = [8 if "lm_head" in name else 4 for name, _ in leaves]
+            shapes = [(out, width * BLOCK // row_width(BLOCK, b)) for (out, width), b in zip(shapes, bits, strict=True)]
         x_dtype = jnp.dtype(arguments.dtype)
         inputs = {size: jnp.ones((arguments.slots, size), x_dtype) for _, size in shapes}
         if matmul == "native":
@@ -45,6 +51,8 @@ class MatmulFloor:
                 if matmul == "native":
                     scale = jnp.ones(size_out, jnp.float32) if weight.dtype == jnp.int8 else None
                     out = packed.linear(x, weight, size_out, scale=scale)
+                elif weight.dtype == jnp.uint8:
+                    out = project(x, dequantize_blocks(weight, size_in).astype(x_dtype), None, x_dtype)
                 elif weight.dtype == jnp.int8:
                     x = x.astype(jnp.int8)
                     out = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)

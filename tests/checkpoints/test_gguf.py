@@ -17,6 +17,7 @@ from jaxserve.models.config import FrequencyFactors, ModelConfig, RopeConfig
 from jaxserve.models.layers import inverse_frequencies
 from jaxserve.models.parameters import named_parameters
 from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer
+from pallas_kernels.block_quantization import dequantize_blocks
 
 FAMILIES = Path(__file__).parent.parent / "fixtures" / "families"
 SMALL = ModelConfig("qwen3", 64, 256, 256, 1, 4, 2, 64, 1e-6, RopeConfig(), 64, tie_embeddings=True, qk_norm=True)
@@ -97,6 +98,28 @@ def test_quantized_values_are_near_the_originals(tmp_path, kind, tolerance):
     write_gguf(tmp_path / "small.gguf", SMALL, tensors, {n: quantization for n, v in original.items() if v.ndim == 2})
     loaded = parameter(load_model(str(tmp_path / "small.gguf"), "float32"), "embedding")
     assert np.abs(loaded - original["token_embd.weight"]).max() < tolerance
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_blocks_of_4_bits_are_served_as_they_are(tmp_path, kind):
+    """Layers in 4 bits, the embedding in Q8_0: with int4 the weights are those of the file, rows of q and k in order."""
+    config = ModelConfig("llama", 64, 256, 256, 1, 4, 2, 64, 1e-6, RopeConfig(), 64, tie_embeddings=True)
+    tensors = {name: values for name, values in small_tensors().items() if "_norm" not in name or "attn_norm" in name}
+    tensors |= {"blk.0.ffn_norm.weight": np.ones(256, np.float32), "output_norm.weight": np.ones(256, np.float32)}
+    kinds = {n: GGMLQuantizationType[kind] for n, values in tensors.items() if values.ndim == 2}
+    kinds["token_embd.weight"] = GGMLQuantizationType.Q8_0
+    tensors |= {name: quants.quantize(tensors[name], of) for name, of in kinds.items()}
+    write_gguf(tmp_path / "small.gguf", config, tensors, kinds)
+    floats = named_parameters(load_model(str(tmp_path / "small.gguf"), "float32").params)
+    blocks = named_parameters(load_model(str(tmp_path / "small.gguf"), "bfloat16", "int4").params)
+    in_blocks = {name for name, value in blocks.items() if value.dtype == np.uint8}
+    maps = ("attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down")
+    assert in_blocks == {"lm_head.weight", *(f"layers.0.{name}.weight" for name in maps)}
+    for name in in_blocks:
+        value = floats["embedding" if name == "lm_head.weight" else name]
+        np.testing.assert_array_equal(dequantize_blocks(blocks[name], value.shape[1]), value)
+    down = np.asarray(dequantize_blocks(blocks["layers.0.feed_forward.down.weight"], 256))
+    np.testing.assert_array_equal(down, quants.dequantize(tensors["blk.0.ffn_down.weight"], GGMLQuantizationType[kind]))
 
 
 @pytest.fixture(params=["llama3", "smollm2", "qwen2", "qwen3"])

@@ -40,7 +40,9 @@ def describe(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
-@pytest.mark.parametrize(("dtype", "quantization"), [("bfloat16", "none"), ("float32", "none"), ("bfloat16", "int8")])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("bfloat16", "none"), ("float32", "none"), ("bfloat16", "int8"), ("bfloat16", "int4")]
+)
 def test_a_converted_model_is_the_model(tmp_path, name, dtype, quantization):
     convert(str(FAMILIES / name), tmp_path / "native", dtype, quantization)
     ours = load_model(str(tmp_path / "native"), dtype, quantization)

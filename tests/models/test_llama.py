@@ -1,4 +1,4 @@
-"""The structure of the model: its parameters, its abstract form and its int8 variation."""
+"""The structure of the model: its parameters, its abstract form and its quantized variations."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def shapes(params: nnx.State) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 def test_the_abstract_model_is_the_real_one_without_its_data(dtype, quantization):
     graphdef, abstract = abstract_llama(TINY, dtype, quantization)
     real_graphdef, real = nnx.split(Llama(TINY, dtype, quantization, rngs=nnx.Rngs(0)))
@@ -56,19 +56,22 @@ def test_weights_are_rows_of_outputs_and_fused():
     assert not any(name.startswith("lm_head") for name in found)
 
 
-def test_quantized_parameters_fit_the_int8_model_and_leave_the_originals():
+@pytest.mark.parametrize(
+    ("quantization", "head", "error"), [("int8", ((96, 32), "int8"), 0.05), ("int4", ((96, 36), "uint8"), 0.15)]
+)
+def test_quantized_parameters_fit_their_model_and_leave_the_originals(quantization, head, error):
     graphdef, params = nnx.split(Llama(TINY, "float32", rngs=nnx.Rngs(0)))
     before = jax.tree.map(np.asarray, params)
-    int8_graphdef, abstract = abstract_llama(TINY, "float32", "int8")
-    quantized = quantize_params(TINY, params, "int8")
+    quantized_graphdef, abstract = abstract_llama(TINY, "float32", quantization)
+    quantized = quantize_params(TINY, params, quantization)
     assert shapes(quantized) == shapes(abstract)
-    assert shapes(quantized)["lm_head.weight"] == ((96, 32), "int8")
+    assert shapes(quantized)["lm_head.weight"] == head
     assert named_parameters(quantized)["embedding"] is named_parameters(params)["embedding"]
     jax.tree.map(np.testing.assert_array_equal, before, params)
     token_ids = jnp.arange(20, dtype=jnp.int32)
     exact = logits_of(graphdef, TINY, params, token_ids)
-    near = logits_of(int8_graphdef, TINY, quantized, token_ids)
-    assert float(jnp.sqrt(jnp.mean((exact - near) ** 2) / jnp.mean(exact**2))) < 0.05
+    near = logits_of(quantized_graphdef, TINY, quantized, token_ids)
+    assert float(jnp.sqrt(jnp.mean((exact - near) ** 2) / jnp.mean(exact**2))) < error
 
 
 def test_a_token_does_not_see_later_ones():

@@ -38,7 +38,14 @@ def shapes(params: nnx.State) -> dict[tuple, tuple]:
 
 @pytest.mark.parametrize(
     ("dtype", "quantization", "error"),
-    [("float32", "none", 1e-5), ("bfloat16", "none", 0.02), ("float32", "int8", 0.02), ("bfloat16", "int8", 0.05)],
+    [
+        ("float32", "none", 1e-5),
+        ("bfloat16", "none", 0.02),
+        ("float32", "int8", 0.02),
+        ("bfloat16", "int8", 0.05),
+        ("float32", "int4", 0.02),
+        ("bfloat16", "int4", 0.05),
+    ],
 )
 def test_packed_parameters_give_the_logits_of_those_they_were_packed_from(dtype, quantization, error):
     graphdef, params = nnx.split(Llama(TINY, dtype, quantization, rngs=nnx.Rngs(0)))
@@ -49,7 +56,7 @@ def test_packed_parameters_give_the_logits_of_those_they_were_packed_from(dtype,
     assert float(jnp.sqrt(jnp.mean((expected - ours) ** 2) / jnp.mean(expected**2))) < error
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 def test_packing_gives_the_abstract_native_model_and_shares_the_rest(quantization):
     _, params = nnx.split(Llama(TINY, "bfloat16", quantization, rngs=nnx.Rngs(0)))
     graphdef, packed = pack_params(TINY, params)
@@ -57,7 +64,7 @@ def test_packing_gives_the_abstract_native_model_and_shares_the_rest(quantizatio
     assert graphdef == abstract_graphdef
     assert shapes(packed) == shapes(abstract)
     assert packed["norm"]["weight"].get_value() is params["norm"]["weight"].get_value()
+    weight = params["layers"][0]["feed_forward"]["gate_up"]["weight"].get_value()
     np.testing.assert_array_equal(
-        linear.unpack(packed["layers"][0]["feed_forward"]["gate_up"]["weight"].get_value(), 100, 36),
-        params["layers"][0]["feed_forward"]["gate_up"]["weight"].get_value(),
+        linear.unpack(packed["layers"][0]["feed_forward"]["gate_up"]["weight"].get_value(), *weight.shape), weight
     )
