@@ -3,8 +3,8 @@
     python scripts/measure_accuracy.py --model smollm2-135m [--json]
 
 Prints the perplexity of each form, and against float32 the mean divergence (KL, in nats a token) and how often the
-likeliest token is the same. Weights are packed for the native kernel where it can be built, as an engine does: with int4
-it quantizes activations, which plain XLA does not.
+likeliest token is the same. Weights are packed for the native kernel where it can be built, as an engine does: with
+int4 it quantizes activations, which plain XLA does not.
 """
 
 import argparse
