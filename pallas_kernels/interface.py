@@ -114,7 +114,7 @@ class PagedAttention(Protocol):
         The first tokens, as many as the page table has rows, are the decode rows: token t is of row t, or masked. The
         rest are the prompt chunk: pieces one after the other, of one row each and no two of the same, at consecutive
         ascending positions, with masked tokens only at the end. A row has a decode token or a piece, not both. A call
-        that is a token a row has no chunk.
+        that is a token a row has no chunk. The page that a decode token goes to is no other row's.
 
         Args:
             q: queries, rotated and not scaled.

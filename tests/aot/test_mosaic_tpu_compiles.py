@@ -124,6 +124,24 @@ def test_a_decode_call_is_one_kernel_that_writes_too():
     assert kernel_calls(Cell("v6e", chunk=0).compile(select("tpu"))) == 1
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_decode_call_counts_the_bytes_and_operations_of_arithmetic_and_moves_no_more(dtype: str):
+    """Attention over the widest table is all of it: nothing goes over the cache beside the kernel."""
+    cell = Cell("v6e", page_size=64, kv_heads=8, dtype=dtype, rows=64, chunk=0, max_pages=128)
+    compiled = cell.compile(select("tpu"))
+    context, heads = 64 * 128 * 64, 8 * cell.group
+    scales = 2 * 8 * 4 * (128 // 64)  # a float32 each, in rows of 128 for the 64 tokens of a page
+    token = 2 * 8 * 128 * (2 if dtype == "bfloat16" else 1) + (scales if dtype == "int8" else 0)
+    costs = compiled.cost_analysis()
+    assert costs is not None
+    assert context * token <= costs["bytes accessed"] <= 1.05 * context * token
+    # A kv head's four queries are padded to the sixteen rows of a tile.
+    assert 4 * context * 128 * heads * 4 <= costs["flops"] <= 1.02 * 4 * context * 128 * heads * 4
+    moved = [line for line in compiled.as_text().splitlines() if f"[{PAGES},8," in line.split("(")[0]]
+    assert not [line for line in moved if any(f" {what}(" in line for what in ("copy", "transpose", "bitcast-convert"))]
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 << 20
+
+
 def test_page_tables_beyond_scalar_memory_are_served_in_groups_of_rows():
     """64 rows of 131,072 tokens: 2 MiB of page numbers, where a kernel may have 1."""
     assert kernel_calls(Cell("v6e", rows=64, max_pages=8192).compile(select("tpu"))) == 1 + 2 * 4

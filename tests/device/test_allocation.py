@@ -1,6 +1,6 @@
 """How many pages the cache gets, and that an engine on a device with a memory of its own takes what is left of it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +8,10 @@ import pytest
 from jaxserve.checkpoints import describe_model, load_model
 from jaxserve.config import EngineConfig
 from jaxserve.device import allocation, model_runner
-from jaxserve.device.allocation import AllocationError, allocate, estimated_temporaries
+from jaxserve.device.allocation import AllocationError, allocate, device_in_use, device_limit, estimated_temporaries
 from jaxserve.device.kv_cache import page_bytes
 from jaxserve.device.lowering import temporary_bytes
+from jaxserve.device.sharding import Placement
 from jaxserve.models.published import PUBLISHED
 from pallas_kernels import select
 
@@ -51,6 +52,53 @@ def test_a_device_gives_what_weights_temporaries_and_headroom_leave():
 def test_what_does_not_fit_is_refused_with_who_takes_what(config: EngineConfig):
     with pytest.raises(AllocationError, match=r"does not fit: of a device's 4\.29 GB, weights take 4\.29"):
         pages(config, limit=4 << 30, weights=4 << 30)
+
+
+@dataclass(frozen=True)
+class AcceleratorLike:
+    """What is asked of a `jax.Device` here. The figures are those that JAX's allocators of TPUs and GPUs give."""
+
+    stats: dict[str, int] | None
+
+    def memory_stats(self) -> dict[str, int] | None:
+        return self.stats
+
+
+def accelerator(limit: int, in_use: int) -> AcceleratorLike:
+    return AcceleratorLike(
+        {
+            "num_allocs": 12,
+            "bytes_in_use": in_use,
+            "peak_bytes_in_use": in_use + 4096,
+            "largest_alloc_size": in_use // 2,
+            "bytes_limit": limit,
+            "bytes_reserved": 0,
+            "largest_free_block_bytes": 0,
+        }
+    )
+
+
+def test_the_smallest_limit_and_the_fullest_of_the_devices_count():
+    devices = Placement((accelerator(16 << 30, 3 << 30), accelerator(15 << 30, 1 << 30)))
+    assert device_limit(devices) == 15 << 30
+    assert device_in_use(devices) == 3 << 30
+
+
+def test_a_device_that_does_not_say_has_no_limit():
+    """A CPU's device gives None; some plugins give figures without a limit."""
+    for silent in (AcceleratorLike(None), AcceleratorLike({"bytes_in_use": 0})):
+        assert device_limit(Placement((silent,))) is None
+        assert device_in_use(Placement((silent,))) == 0
+    real = Placement.of_replica()
+    assert device_limit(real) is None and device_in_use(real) == 0
+
+
+def test_pages_follow_what_the_devices_say():
+    devices = Placement((accelerator(4 << 30, (4 << 30) - (200 << 20)), accelerator(4 << 30, 1 << 30)))
+    limit, in_use = device_limit(devices), device_in_use(devices)
+    found = allocate(MODEL, ATTENTION, CONFIG, limit=limit, weights=in_use, temporaries=0)
+    assert 2 <= found.num_pages < WANTED
+    assert found.num_pages == (limit - in_use - found.state - found.headroom) // PAGE
 
 
 def runner(monkeypatch: pytest.MonkeyPatch, limit: int, in_use: int) -> model_runner.ModelRunner:

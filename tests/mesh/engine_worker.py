@@ -19,20 +19,29 @@ from jaxserve.request import OutputParams, Request, SamplingParams, StoppingPara
 REQUESTS = 12
 
 
-def make_request(number: int) -> Request:
-    """Greedy, sampled, filtered and penalized requests in turn, with prompts from one token to several chunks."""
+def prompt_of(number: int) -> tuple[int, ...]:
+    """Random tokens of a length that is random too, but for the one that others go on from."""
     source = random.Random(number)
+    length = source.choice((1, 7, 40, 90))
+    return tuple(source.randrange(3, 250) for _ in range(70 if number == 2 else length))
+
+
+def make_request(number: int) -> Request:
+    """Greedy, sampled, filtered and penalized requests in turn, with prompts from one token to several chunks. The last
+    three go on from the prompt of the third, whose pages they find when slots are free for them; every third wants its
+    prompt scored."""
     sampling = (
         SamplingParams(temperature=0.0),
         SamplingParams(temperature=0.0),
         SamplingParams(temperature=0.8, seed=number),
         SamplingParams(temperature=0.9, seed=number, top_k=20, top_p=0.9, frequency_penalty=0.5, logit_bias={5: 2.0}),
     )[number % 4]
+    prompt = prompt_of(number) if number < REQUESTS - 3 else prompt_of(2) + prompt_of(number)[:9]
     return Request(
-        token_ids=tuple(source.randrange(3, 250) for _ in range(source.choice((1, 7, 40, 90)))),
+        token_ids=prompt,
         sampling=sampling,
         stopping=StoppingParams(max_tokens=24, min_tokens=24),
-        output=OutputParams(logprobs=2, return_text=False),
+        output=OutputParams(logprobs=2, prompt_logprobs=1 if number % 3 == 0 else None, return_text=False),
     )
 
 
@@ -65,6 +74,10 @@ def run(fields: dict) -> dict:
         return {
             "tokens": [completion.token_ids for completion in completions],
             "logprobs": [[entry.logprob for entry in completion.logprobs] for completion in completions],
+            "prompt_logprobs": [
+                [entry.logprob for entry in completion.prompt_logprobs or () if entry is not None]
+                for completion in completions
+            ],
             "weights": [device_bytes(runner._weights) for runner in found],
             "cache": [device_bytes(runner._cache) for runner in found],
             "loads": vars(engine.loads()),

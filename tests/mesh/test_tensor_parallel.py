@@ -42,6 +42,10 @@ CASES: dict[str, dict[str, Any]] = {
     "orbax_four": {"tensor_parallel": 4},
     "crowded_two": {"tensor_parallel": 2, "num_pages": 16},
     "native_attention_four": {"tensor_parallel": 4, "attention": "cpu_native"},
+    "int8_cache_one": {"kv_dtype": "int8"},
+    "int8_cache_two": {"kv_dtype": "int8", "tensor_parallel": 2},
+    "int8_cache_four": {"kv_dtype": "int8", "tensor_parallel": 4, "num_pages": 16},
+    "int8_cache_eight": {"kv_dtype": "int8", "tensor_parallel": 8},
     "int8_one": {"quantization": "int8", "attention": "cpu_native"},
     "int8_four": {"quantization": "int8", "attention": "cpu_native", "tensor_parallel": 4},
     "tied_one": {},
@@ -68,13 +72,38 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one["tokens"] == other["tokens"]
-    for ours, theirs in zip(one["logprobs"], other["logprobs"], strict=True):
-        assert ours == pytest.approx(theirs, abs=ROUNDING)
+    for what in ("logprobs", "prompt_logprobs"):
+        for ours, theirs in zip(one[what], other[what], strict=True):
+            assert ours == pytest.approx(theirs, abs=ROUNDING)
 
 
 @pytest.mark.parametrize("name", ["two", "four", "eight", "orbax_four", "native_attention_four"])
 def test_tokens_equal_those_of_one_device(given: dict[str, dict[str, Any]], name: str):
     assert_same(given[name], given["one"])
+
+
+@pytest.mark.parametrize("name", ["one", "two", "four", "eight", "int8_cache_eight"])
+def test_prompts_were_scored_and_prefixes_found(given: dict[str, dict[str, Any]], name: str):
+    """What makes the comparisons above ones of prompt scores, and of mixed steps that begin within a prompt."""
+    assert [len(scores) > 0 for scores in given[name]["prompt_logprobs"]].count(True) >= 3
+    assert given[name]["loads"]["prefix_hits"] > 0
+
+
+@pytest.mark.parametrize("name", ["int8_cache_two", "int8_cache_four", "int8_cache_eight"])
+def test_an_int8_cache_is_shared_too(given: dict[str, dict[str, Any]], name: str):
+    """A key that falls on either side of a rounding to int8 moves a log-probability by a thousandth or two; were it to
+    tip a choice on some processor, it would tip one request's, not all."""
+    ours, theirs = given[name], given["int8_cache_one"]
+    same = [mine == other for mine, other in zip(ours["tokens"], theirs["tokens"], strict=True)]
+    assert same.count(False) <= 1
+    for mine, other, equal in zip(ours["logprobs"], theirs["logprobs"], same, strict=True):
+        assert not equal or mine == pytest.approx(other, abs=1e-2)
+    for mine, other in zip(ours["prompt_logprobs"], theirs["prompt_logprobs"], strict=True):
+        assert mine == pytest.approx(other, abs=1e-2)
+
+
+def test_pages_of_an_int8_cache_go_to_the_host_and_come_back(given: dict[str, dict[str, Any]]):
+    assert given["int8_cache_four"]["loads"]["preemptions"] > 0
 
 
 def test_pages_of_a_shared_cache_go_to_the_host_and_come_back(given: dict[str, dict[str, Any]]):
