@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from engine_at_rest import all_pages_are_back
 
 from jaxserve.engine import Engine
 from jaxserve.events import Delta, Finished, Started
@@ -30,16 +31,6 @@ def without_eos(tokens: int, **fields) -> dict:
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     random_ = random.Random(seed)
     return tuple(random_.randrange(17, 49152) for _ in range(length))
-
-
-def all_pages_are_back(engine: Engine) -> bool:
-    """Within moments: a request that was aborted has ended before the step in flight gives back its pages."""
-    for _ in range(500):
-        loads = engine.loads()
-        if (loads.running, loads.waiting, loads.available_pages) == (0, 0, loads.total_pages):
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_greedy_tokens_and_logprobs_equal_transformers(engine: Engine):

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 
 import pytest
+from engine_at_rest import all_pages_are_back
 
 from jaxserve.engine import Engine
 from jaxserve.events import Delta, Finished, Started
@@ -24,16 +25,6 @@ def asking(n: int, tokens: int = 12, seed: int | None = 7, **fields) -> Request:
     )
 
 
-def all_is_back(engine: Engine) -> bool:
-    """Waits for the steps in flight, which may still fence pages."""
-    for _ in range(2000):
-        loads = engine.loads()
-        if (loads.running, loads.waiting, loads.available_pages) == (0, 0, loads.total_pages):
-            return True
-        time.sleep(0.005)
-    return False
-
-
 def test_each_sequence_is_the_same_for_any_n_and_alone(engine: Engine):
     five, two = engine.generate([asking(5), asking(2)])
     alone = engine.generate([asking(1, seed=output_seed(7, index)) for index in range(5)])
@@ -43,7 +34,7 @@ def test_each_sequence_is_the_same_for_any_n_and_alone(engine: Engine):
     for output, single in zip(five.outputs, alone, strict=True):
         assert (output.token_ids, output.text, output.logprobs) == (single.token_ids, single.text, single.logprobs)
     assert five.seed == 7
-    assert all_is_back(engine)
+    assert all_pages_are_back(engine)
 
 
 def test_unseeded_requests_differ(engine: Engine):
@@ -110,7 +101,7 @@ def test_every_sequence_ends_with_the_request(engine: Engine, how: str):
     reasons = [event.finish_reason for event in stream if isinstance(event, Finished)]
     assert reasons == ["deadline" if how == "deadline" else "abort"] * 5
     assert not engine.abort(stream.request_id)
-    assert all_is_back(engine)
+    assert all_pages_are_back(engine)
 
 
 @pytest.mark.parametrize("n", [0, -1, 129, 10**9, 1.5, True, "2"])
@@ -120,7 +111,7 @@ def test_n_out_of_range_is_named_at_once(engine: Engine, n: object):
         engine.submit(Request(token_ids=PROMPT, sampling=SamplingParams(n=n)))
     assert time.thread_time() - began < 0.05
     assert error.value.field == "n"
-    assert all_is_back(engine)
+    assert all_pages_are_back(engine)
 
 
 def test_the_queue_counts_sequences():

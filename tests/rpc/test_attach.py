@@ -19,7 +19,8 @@ from rpc.client import AsyncClient, Client, Credentials, Unauthenticated
 from rpc.convert import event_from_proto
 from rpc.security.config import SecurityConfig
 from rpc.security.keys import add_key
-from rpc.server import Server, ServerConfig
+from rpc.server import Server
+from rpc.server_config import ServerConfig
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 

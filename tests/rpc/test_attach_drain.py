@@ -11,7 +11,8 @@ from jaxserve.events import FinishReason
 from jaxserve.request_errors import EngineUnavailable
 from rpc.client import AsyncClient
 from rpc.lifecycle import State
-from rpc.server import Server, ServerConfig
+from rpc.server import Server
+from rpc.server_config import ServerConfig
 
 STEP_MS = 4.0
 

@@ -14,7 +14,8 @@ from smg_grpc_proto.generated import vllm_engine_pb2, vllm_engine_pb2_grpc
 
 from jaxserve.log import configure_logging
 from rpc.jetstream import orchestrator_pb2, orchestrator_pb2_grpc
-from rpc.server import Server, ServerConfig
+from rpc.server import Server
+from rpc.server_config import ServerConfig
 from rpc.v1 import jaxserve_pb2, jaxserve_pb2_grpc
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("logging_unchanged")]
