@@ -11,7 +11,7 @@ from jaxserve.engine import Engine
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests whose full size is for a machine of one's own."""
     parser.addoption("--mutations", type=int, default=3000, help="mutated protobuf messages to send; in full 100,000")
-    parser.addoption("--schemathesis-cases", type=int, default=25, help="HTTP cases for each route; in full 2,000")
+    parser.addoption("--schemathesis-cases", type=int, default=25, help="HTTP cases for each route; in full 3,500")
     parser.addoption("--connections", type=int, default=1000, help="connections left idle; in full 10,000")
     parser.addoption("--schemas", type=int, default=60, help="random JSON schemas to hold outputs to")
     parser.addoption("--aot-matrix", choices=("covering", "full"), default="covering", help="cells of the aot matrices")

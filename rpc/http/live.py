@@ -143,7 +143,8 @@ class LiveFeed:
         picture: dict[str, object] = {"t": round(self._now(), 4), "state": self._lifecycle.state}
         if engine is not None:
             picture["model"] = engine.model_name
-            picture["device"] = f"{engine.device.platform}, {engine.device.device_kind}"
+            # A platform may have one kind of device alone, of the same name.
+            picture["device"] = ", ".join(dict.fromkeys((engine.device.platform, engine.device.device_kind)))
             picture["max_context"] = engine.max_context
             picture["page_size"] = engine.config.page_size
             picture["lanes"] = [list(lane) for lane in zip(self._lanes.kinds, self._lanes.owners, strict=True)]

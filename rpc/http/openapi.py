@@ -1,6 +1,8 @@
 """The OpenAPI description of the routes. A test holds its parameters to those that are taken, and fuzzes it."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS
 from rpc.http.chat import MAX_MESSAGES
@@ -30,6 +32,14 @@ def _string(about: str) -> Schema:
 def _only(values: list[object], about: str) -> Schema:
     return {"enum": [*values, None], "description": about}
 
+
+def _of(name: str) -> Schema:
+    """One of `openapi_schemas.json`."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+_SCHEMAS = Path(__file__).with_name("openapi_schemas.json")
+"""What has no bound that the code owns: messages, tools, answers, errors."""
 
 _MAX_INT = 2**31 - 1
 
@@ -127,119 +137,22 @@ COMPLETION: Mapping[str, Schema] = {
 }
 """Parameters of `/v1/completions` alone."""
 
-_CALL: Schema = {
-    "type": "object",
-    "required": ["function"],
-    "properties": {
-        "id": {"type": "string"},
-        "type": {"enum": ["function"]},
-        "function": {
-            "type": "object",
-            "required": ["name"],
-            "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}},
-        },
-    },
-}
-_MESSAGE: Schema = {
-    "type": "object",
-    "required": ["role"],
-    "properties": {
-        "role": {"type": "string"},
-        "content": {
-            "anyOf": [
-                {"type": "string"},
-                {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "required": ["type", "text"],
-                        "properties": {"type": {"enum": ["text"]}, "text": {"type": "string"}},
-                    },
-                },
-                {"type": "null"},
-            ]
-        },
-        "name": {"type": ["string", "null"]},
-        "tool_call_id": {"type": ["string", "null"]},
-        "tool_calls": {"type": ["array", "null"], "items": _CALL},
-    },
-}
-_TOOL: Schema = {
-    "type": "object",
-    "required": ["type", "function"],
-    "properties": {
-        "type": {"enum": ["function"]},
-        "function": {
-            "type": "object",
-            "required": ["name"],
-            "properties": {
-                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_.-]{1,64}$"},
-                "description": {"type": "string"},
-                "parameters": {"type": "object"},
-            },
-        },
-    },
-}
-
 CHAT: Mapping[str, Schema] = {
-    "messages": {"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": _MESSAGE},
+    "messages": {"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": _of("Message")},
     "logprobs": _boolean("Log-probabilities of the tokens."),
     "top_logprobs": _integer(0, MAX_LOGPROBS, "And of this many of the likeliest; needs logprobs."),
     "max_completion_tokens": _integer(1, _MAX_INT, "The later name of max_tokens."),
     "tools": {
         "type": ["array", "null"],
         "maxItems": MAX_TOOLS,
-        "items": _TOOL,
+        "items": _of("Tool"),
         "description": "Functions that the model may call, where its chat template has tools.",
     },
-    "tool_choice": {
-        "anyOf": [
-            {"enum": ["auto", "none", "required", None]},
-            {
-                "type": "object",
-                "required": ["type", "function"],
-                "properties": {
-                    "type": {"enum": ["function"]},
-                    "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
-                },
-            },
-        ],
-        "description": "Whether the model may or must call tools, or one of them.",
-    },
+    "tool_choice": _of("ToolChoice"),
     "parallel_tool_calls": _only([True], "A model may make several calls at once."),
     "modalities": _only([["text"]], "Text alone."),
 }
 """Parameters of `/v1/chat/completions` alone."""
-
-_ERROR: Schema = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-_USAGE: Schema = {
-    "type": "object",
-    "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
-    "properties": {
-        name: {"type": "integer", "minimum": 0} for name in ("prompt_tokens", "completion_tokens", "total_tokens")
-    },
-}
-_MODEL: Schema = {
-    "type": "object",
-    "required": ["id", "object", "created", "owned_by", "max_model_len"],
-    "properties": {"id": {"type": "string"}, "object": {"enum": ["model"]}, "max_model_len": {"type": "integer"}},
-}
-_FINISH = {"enum": ["stop", "length", "tool_calls", "deadline", "abort"]}
 
 _REFUSALS = {
     400: "The request is not valid; `param` names the field.",
@@ -258,32 +171,12 @@ _REFUSALS = {
 }
 
 
-def _choices(**properties: Schema) -> Schema:
-    shown = {"index": {"type": "integer", "minimum": 0}, "finish_reason": _FINISH, **properties}
-    return {"type": "array", "minItems": 1, "items": {"type": "object", "required": [*shown], "properties": shown}}
-
-
-def _answer(kind: str, choices: Schema) -> Schema:
-    return {
-        "type": "object",
-        "required": ["id", "object", "created", "model", "choices", "usage"],
-        "properties": {
-            "id": {"type": "string"},
-            "object": {"enum": [kind]},
-            "created": {"type": "integer"},
-            "model": {"type": "string"},
-            "choices": choices,
-            "usage": _USAGE,
-        },
-    }
-
-
 def _json(schema: Schema, about: str) -> Schema:
     return {"description": about, "content": {"application/json": {"schema": schema}}}
 
 
 def _refusals(*statuses: int) -> dict[str, Schema]:
-    return {str(status): _json({"$ref": "#/components/schemas/Error"}, _REFUSALS[status]) for status in statuses}
+    return {str(status): _json(_of("Error"), _REFUSALS[status]) for status in statuses}
 
 
 def _generates(name: str, about: str, body: Mapping[str, Schema], required: str, answer: Schema) -> Schema:
@@ -307,48 +200,43 @@ def _reads(name: str, about: str, content: Schema, *statuses: int, parameters: l
     }
 
 
-def _json_content(schema: Schema) -> Schema:
-    return {"application/json": {"schema": schema}}
+def _content(name: str) -> Schema:
+    return {"application/json": {"schema": _of(name)}}
 
 
 def description(version: str, needs_key: bool) -> Schema:
     """The description of a server. `needs_key`: whether it asks for API keys."""
-    health: Schema = {"type": "object", "required": ["status"], "properties": {"status": {"type": "string"}}}
-    models: Schema = {
-        "type": "object",
-        "required": ["object", "data"],
-        "properties": {"object": {"enum": ["list"]}, "data": {"type": "array", "items": _MODEL}},
-    }
-    message: Schema = {
-        "type": "object",
-        "required": ["role", "content"],
-        "properties": {"role": {"enum": ["assistant"]}, "content": {"type": ["string", "null"]}},
-    }
-    completion = _answer("text_completion", _choices(text={"type": "string"}))
-    chat = _answer("chat.completion", _choices(message=message))
     name_parameter: Schema = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-    health_route = _reads("health", "Whether requests are taken.", _json_content(health))
-    health_route["responses"]["503"] = _json(health, _REFUSALS[503])  # pyright: ignore[reportIndexIssue]
+    health_route = _reads("health", "Whether requests are taken.", _content("Health"))
+    health_route["responses"]["503"] = _json(_of("Health"), _REFUSALS[503])  # pyright: ignore[reportIndexIssue]
     paths = {
         "/v1/completions": {
-            "post": _generates("createCompletion", "Goes on with a prompt.", COMPLETION, "prompt", completion)
+            "post": _generates("createCompletion", "Goes on with a prompt.", COMPLETION, "prompt", _of("Completion"))
         },
         "/v1/chat/completions": {
-            "post": _generates("createChatCompletion", "Answers a conversation.", CHAT, "messages", chat)
+            "post": _generates(
+                "createChatCompletion", "Answers a conversation.", CHAT, "messages", _of("ChatCompletion")
+            )
         },
-        "/v1/models": {"get": _reads("listModels", "The model that is served.", _json_content(models), 401, 503)},
+        "/v1/models": {"get": _reads("listModels", "The model that is served.", _content("Models"), 401, 503)},
         "/v1/models/{model}": {
             "get": _reads(
-                "getModel", "The model, by its name.", _json_content(_MODEL), 401, 404, 503, parameters=[name_parameter]
+                "getModel",
+                "The model, by its name.",
+                _content("Model"),
+                401,
+                404,
+                503,
+                parameters=[name_parameter],
             )
         },
         "/health": {"get": health_route},
         "/metrics": {
             "get": _reads("metrics", "Prometheus metrics.", {"text/plain": {"schema": {"type": "string"}}}, 401)
         },
-        "/openapi.json": {"get": _reads("openapi", "This description.", _json_content({"type": "object"}), 401)},
+        "/openapi.json": {"get": _reads("openapi", "This description.", _content("Description"), 401)},
     }
-    components: Schema = {"schemas": {"Error": _ERROR}}
+    components: Schema = {"schemas": json.loads(_SCHEMAS.read_text())}
     made: Schema = {
         "openapi": "3.1.0",
         "info": {
