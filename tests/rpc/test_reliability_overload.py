@@ -2,21 +2,32 @@
 
 import asyncio
 import random
+import sys
+from collections.abc import Awaitable, Callable
 
+import aiohttp
 import grpc
 import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from protocols import Ask, Front, fronting
 from running_time import RunningTime, resident_bytes
 from scripted_engine import ScriptedEngine, expected_ids
-from serving import back_to_the_start, eventually, serving
+from serving import ROOT, back_to_the_start, eventually, lent, serving
 from smg_grpc_proto.generated import vllm_engine_pb2
 from test_refusals import detail
 
+from jaxserve.engine import Engine
+from jaxserve.events import FinishReason
+from jaxserve.request import Request, StoppingParams
 from rpc.client import AsyncClient
 from rpc.jetstream import orchestrator_pb2
 from rpc.v1 import jaxserve_pb2
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from benchmarks.gateway import Gateway
 
 pytestmark = pytest.mark.asyncio
 
@@ -189,3 +200,95 @@ async def canary(client: AsyncClient) -> None:
     """A request among the ruins is exact."""
     answer = await client.generate_once("hello", max_tokens=20)
     assert answer.token_ids == tuple(expected_ids(20))
+
+
+async def overload(engine: Engine, front: Front, run: Callable[[], Awaitable[tuple[bool, float]]]) -> list[float]:
+    """Fills slots and queue, then asks a hundred times more than there is room for, five at once, while health of every
+    protocol is probed. Returns how long each of the hundred took. `run`: whether one was refused as it should be, and the
+    seconds that it took.
+    """
+    room = engine.capacity
+    stopping = StoppingParams(max_tokens=2000, ignore_eos=True)
+    accepted = [engine.submit(Request(token_ids=(300, 301), stopping=stopping)) for _ in range(room)]
+    probes: list[float] = []
+
+    async def probe(clock: RunningTime) -> None:
+        while True:
+            for speaker in front.speakers.values():
+                began = clock.seconds
+                assert await speaker.is_serving()
+                probes.append(clock.seconds - began)
+            await asyncio.sleep(0.01)
+
+    async def timely() -> tuple[bool, float]:
+        """Of up to five times the best, as neighbours on the machine slow any one."""
+        rights, took = [], 1.0
+        while len(rights) < 5 and took > 0.1:
+            right, seconds = await run()
+            rights.append(right)
+            took = min(took, seconds)
+        return all(rights), took
+
+    await run()  # connects
+
+    with RunningTime() as clock:
+        probing = asyncio.create_task(probe(clock))
+        refused: list[tuple[bool, float]] = []
+        for _ in range(20):
+            refused += await asyncio.gather(*(timely() for _ in range(5)))
+        await eventually(lambda: len(probes) >= 9 or probing.done())
+        probing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await probing
+    assert [right for right, _ in refused] == [True] * 100
+    assert max(probes) <= 0.5  # on its own a server answers within 0.1 s; a gateway wants the processors, too
+    assert engine.loads().running + engine.loads().waiting == room, "none of the hundred took another's place"
+    for stream in accepted:
+        stream.cancel()
+        assert [event async for event in stream][-1].finish_reason is FinishReason.ABORT
+    await front.as_before()
+    return sorted(seconds for _, seconds in refused)
+
+
+@pytest.fixture
+def tight():
+    """Room for 24 requests, which do not end by themselves while a test lasts."""
+    with Engine(simulated_step_ms=25.0, slots=8, max_waiting=16, max_context=2048) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("protocol", ["native", "vllm", "http"])
+async def test_100_requests_past_the_real_queues_limit_are_refused_each_within_100_ms(
+    tight: Engine, protocol: str
+) -> None:
+    async with fronting(lent(tight)) as front:
+        speaker, clock = front.speakers[protocol], RunningTime()
+
+        async def run() -> tuple[bool, float]:
+            began = clock.seconds
+            outcome = await speaker.run(Ask())
+            right = outcome.code == "RESOURCE_EXHAUSTED" and bool(outcome.retry_after) and not outcome.started
+            return right, clock.seconds - began
+
+        with clock:
+            assert (await overload(tight, front, run))[-1] <= 0.1
+
+
+async def test_100_requests_past_the_limit_are_429_through_the_gateway_each_within_100_ms(tight: Engine) -> None:
+    async with fronting(lent(tight)) as front:
+        gateway = await asyncio.to_thread(Gateway, [f"127.0.0.1:{front.server.port}"], "--disable-retries")
+        clock = RunningTime()
+        try:
+            async with aiohttp.ClientSession(gateway.url) as client:
+                body = {"model": tight.model_name, "prompt": "hi", "max_tokens": 3}
+
+                async def run() -> tuple[bool, float]:
+                    began = clock.seconds
+                    async with client.post("/v1/completions", json=body) as answer:
+                        await answer.read()
+                    return answer.status == 429, clock.seconds - began
+
+                with clock:
+                    assert (await overload(tight, front, run))[-1] <= 0.1
+        finally:
+            await asyncio.to_thread(gateway.close)
