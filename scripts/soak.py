@@ -8,8 +8,9 @@ Clients send requests of every kind without a pause: many lengths, priorities, n
 aborted, with deadlines, read slowly, refused, and on connections that are cut. Meanwhile a canary asks the same of the
 server again and again. It fails, with exit status 1, where
 
-    memory         of the server's processes grows by more than 1 MB an hour after the warm-up, by more than twice the
-                   error of that slope, which is reported with it: a short run cannot tell so little
+    memory         of the server's processes grows by more than 1 MB an hour after the warm-up (every page of the cache
+                   used once, and then a third of the time), by more than twice the error of that slope, which is
+                   reported with it; a run of less than 15 minutes after that cannot tell so little: see soak/trend.py
     descriptors    are more at the end than after the warm-up
     pages          are not all free or evictable at the end, or requests are still open
     recompiles     are not 0
@@ -32,21 +33,17 @@ from benchmarks.machine import descriptors, process_tree, resident_bytes
 from benchmarks.plots import require_plots, samples_over_time
 from benchmarks.server import ServerProcess
 from benchmarks.soak.chaos import Chaos, Limits, limits_of
-from benchmarks.soak.trend import trend_of
+from benchmarks.soak.trend import memory_limit, trend_of
 from benchmarks.summary import report, rounded
 from benchmarks.workload import random_prompts
 
 from jaxserve.request import Request, SamplingParams, StoppingParams
 from rpc.client import AsyncClient
 
-MEMORY_LIMIT = 1.0
-"""MB an hour."""
-SAMPLE_INTERVAL = 2.0
+SAMPLE_INTERVAL = 0.5
 """Seconds between samples of the processes."""
 CANARY_INTERVAL = 3.0
 """Seconds between canaries."""
-SETTLE = 30.0
-"""Seconds in which a server must be at rest once its clients are."""
 FILL_SEED = 1 << 40
 """Of prompts that no client sends."""
 CANARY = Request(
@@ -64,6 +61,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=float, default=None, help="seconds that do not count (default: a third)")
     parser.add_argument("--clients", type=int, default=48, help="at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--settle", type=float, default=30.0, help="seconds in which a server must be at rest once its clients are"
+    )
     parser.add_argument("--address", help="of a server that runs, instead of one of its own")
     parser.add_argument("--pid", type=int, help="of that server")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw into this folder")
@@ -120,9 +120,9 @@ class Canary:
             await self.ask()
 
 
-async def at_rest(client: AsyncClient) -> list[str]:
-    """Waits until nothing runs or waits and all pages are free or evictable; what is not, after SETTLE seconds."""
-    deadline = time.monotonic() + SETTLE
+async def at_rest(client: AsyncClient, settle: float) -> list[str]:
+    """Waits until nothing runs or waits and all pages are free or evictable; what is not, after `settle` seconds."""
+    deadline = time.monotonic() + settle
     while True:
         loads = await client.loads()
         held = loads.total_pages - loads.available_pages
@@ -133,14 +133,14 @@ async def at_rest(client: AsyncClient) -> list[str]:
         await asyncio.sleep(0.1)
 
 
-async def fill(client: AsyncClient, limits: Limits) -> None:
+async def fill(client: AsyncClient, limits: Limits, settle: float) -> None:
     """Uses every page of the cache once, with prompts of full length: what is noted of each is no growth later on."""
     loads, before, number = await client.loads(), -1, 0
     while before < loads.cached_pages < loads.total_pages:
         prompts = random_prompts(loads.slots, limits.max_context - 1, limits.vocab_size, FILL_SEED + number)
         requests = [Request(token_ids=prompt, stopping=StoppingParams(max_tokens=1)) for prompt in prompts]
         await asyncio.gather(*(client.generate_once(request) for request in requests))
-        await at_rest(client)
+        await at_rest(client, settle)
         before, loads, number = loads.cached_pages, await client.loads(), number + 1
 
 
@@ -155,19 +155,21 @@ async def soak(arguments: argparse.Namespace, address: str, pids: list[int]) -> 
         await canary.ask()
         limits = await limits_of(client)
         chaos = [Chaos(client, limits, 1_000_003 * arguments.seed + number) for number in range(arguments.clients)]
-        await fill(client, limits)
-        kept = await at_rest(client)  # a server that is not at rest before is not judged by what it holds
+        await fill(client, limits, arguments.settle)
+        kept = await at_rest(
+            client, arguments.settle
+        )  # a server that is not at rest before is not judged by what it holds
         start = time.monotonic()
         beside = [asyncio.create_task(task) for task in (watched.run(), canary.run())]
         await asyncio.gather(*(one.run(start + warm_up) for one in chaos))
-        kept += await at_rest(client)
+        kept += await at_rest(client, arguments.settle)
         descriptors_before = descriptors(pids)
         counted_from = time.monotonic()
         await asyncio.gather(*(one.run(start + seconds) for one in chaos))
         for task in beside:
             task.cancel()
         ended = [result for result in await asyncio.gather(*beside, return_exceptions=True)]
-        kept += await at_rest(client)
+        kept += await at_rest(client, arguments.settle)
         await asyncio.sleep(1.0)  # connections that were cut are closed by both sides
         watched.sample()
         descriptors_after = descriptors(pids)
@@ -177,7 +179,10 @@ async def soak(arguments: argparse.Namespace, address: str, pids: list[int]) -> 
     trend = trend_of([(at, value / 1e6 * 3600) for at, value in watched.memory if at >= counted_from])
     broken = [*kept, *canary.wrong, *(text for one in chaos for text in one.broken)]
     broken += [f"{error!r}" for error in ended if not isinstance(error, asyncio.CancelledError)]
-    if trend is not None and trend.exceeds(MEMORY_LIMIT):
+    limit = memory_limit(seconds - warm_up)
+    if trend is None:
+        broken.append("memory was seen too few times after the warm-up to tell of it")
+    elif trend.exceeds(limit):
         broken.append(f"memory grows by {trend.slope:.3g} MB an hour, give or take {trend.error:.2g}")
     if descriptors_after > descriptors_before:
         broken.append(f"descriptors: {descriptors_after} at the end, {descriptors_before} after the warm-up")
@@ -194,6 +199,7 @@ async def soak(arguments: argparse.Namespace, address: str, pids: list[int]) -> 
         "memory_mb": rounded(watched.memory[-1][1] / 1e6),
         "memory_slope_mb_per_hour": None if trend is None else rounded(trend.slope),
         "memory_slope_error": None if trend is None else rounded(trend.error),
+        "memory_limit": limit,
         "steps": loads.steps,
         "descriptors_before": descriptors_before,
         "descriptors_after": descriptors_after,

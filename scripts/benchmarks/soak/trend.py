@@ -5,6 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+LONG_RUN = 900.0
+"""Seconds of samples from which on a soak is held to the limit."""
+LIMIT = 1.0
+"""MB an hour that memory may grow in a long run."""
+SHORT_RUN_LIMIT = 3000.0
+"""MB an hour in a shorter one: a process that is a few minutes old still fills what it keeps in bounded number, records
+of steps among them, at some hundred MB an hour. Less than most of a megabyte a second is not found."""
+
+
+def memory_limit(seconds: float) -> float:
+    """MB an hour that memory may grow where it was seen for so long after the warm-up."""
+    return LIMIT if seconds >= LONG_RUN else SHORT_RUN_LIMIT
+
 
 @dataclass(frozen=True)
 class Trend:
