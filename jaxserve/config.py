@@ -33,7 +33,8 @@ class EngineConfig:
     slots: int = 32
     """Requests that decode together, in rows of a step."""
     small_slots: int = 8
-    """Rows of the step used while no more than this many requests are live; 8 is the least that is fast and exact."""
+    """Rows of the step used while no more than this many requests are live; 8 is the least that is fast and exact where
+    XLA multiplies. With native products a single request has a step of one row."""
     prefill_chunks: tuple[int, ...] = (128, 512)
     """Prompt tokens that ride along in one mixed step; a larger chunk while as many requests wait for their prompt as
     decode."""

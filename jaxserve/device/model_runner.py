@@ -93,7 +93,7 @@ class ModelRunner:
             progress("packing weights", None)
             graphdef, params = pack_params(model.config, params)
         self._weights, self._build_model = flatten_model(graphdef, params)
-        self.row_counts = tuple(sorted({min(config.small_slots, config.slots), config.slots}))
+        self.row_counts = _row_counts(config, self.matmul)
         self.chunk_sizes = config.prefill_chunks
         words = -(-model.config.vocab_size // 32)
         self._no_masks = {rows: self._put(np.zeros((rows, words), np.int32)) for rows in self.row_counts}
@@ -277,6 +277,13 @@ class ModelRunner:
         bias_values[: len(bias)] = list(bias.values())
         arguments = self._put((np.int32(slot), ids[0], ids[1], bias_ids, bias_values))
         self._state = self._take_slot(self._state, *arguments)
+
+
+def _row_counts(config: EngineConfig, matmul: Matmul) -> tuple[int, ...]:
+    """Rows of the steps, ascending. One request alone has a step of its own where XLA multiplies nothing: its own
+    products are other bits below 8 rows."""
+    alone = {1} if matmul == "native" else set()
+    return tuple(sorted({*alone, min(config.small_slots, config.slots), config.slots}))
 
 
 def _choose_matmul(platform: str, config: EngineConfig) -> Matmul:
