@@ -105,11 +105,12 @@ class Server:
         metrics = Metrics(self.lifecycle)
         http = probes = None
         if config.http_port is not None:
-            front = HttpFront(self.lifecycle, self.calls, runner, metrics, self.access, config.max_request_bytes)
-            http = HttpListener(front.app, config.host, config.http_port, tls)
+            limits = (config.max_request_bytes, config.message_timeout)
+            front = HttpFront(self.lifecycle, self.calls, runner, metrics, self.access, *limits)
+            http = HttpListener(front.app, config, config.http_port, tls)
         if config.metrics_port is not None:
             app = metrics_app(self.lifecycle, metrics, self.access)
-            probes = HttpListener(app, config.host, config.metrics_port, tls)
+            probes = HttpListener(app, config, config.metrics_port, tls)
         return http, probes
 
     def _add_services(self, runner: CallRunner) -> None:

@@ -34,11 +34,12 @@ class ServerConfig:
     stall_limit: float = 60.0
     """Seconds a client may leave a message unread before its request is aborted."""
     max_connections: int = 4096
-    """Connections at once; a further one is closed as it comes."""
+    """Connections at once of each listener; a further one is closed as it comes."""
     handshake_timeout: float = 10.0
-    """Seconds in which a new connection must have shaken hands (TLS and HTTP/2)."""
+    """Seconds in which a new connection must have shaken hands (TLS and HTTP/2), and in HTTP/1.1 the head of a request
+    have come."""
     message_timeout: float = 60.0
-    """Seconds in which the message of a call must have come."""
+    """Seconds in which the message of a call, or the body of a request, must have come."""
     max_connection_idle: float = 3600.0
     """Seconds after which a connection without a call is closed."""
     max_header_bytes: int = 16384

@@ -86,11 +86,13 @@ class HttpFront:
         metrics: Metrics,
         access: Access,
         max_body_bytes: int,
+        body_timeout: float,
     ):
         self.lifecycle = lifecycle
         self.calls = calls
         self.runner = runner
         self.max_body_bytes = max_body_bytes
+        self.body_timeout = body_timeout
         self._began = int(time.time())
         self._feed = LiveFeed(lifecycle)
         self._description = description(installed_version("jaxserve"), needs_key=access.keys is not None)
@@ -176,7 +178,7 @@ class GenerateEndpoint:
         generation = Generation(front.runner, front.calls, request_id, disconnect)
         try:
             engine = front.lifecycle.ready_engine()
-            asked = self._parse(await read_object(request, front.max_body_bytes), engine)
+            asked = self._parse(await read_object(request, front.max_body_bytes, front.body_timeout), engine)
             await generation.admit(asked, receive, None if asked.timeout is None else arrival + asked.timeout)
             answer = self._answer_class(asked, request_id, engine.model_name, engine.tokenizer)
             if asked.stream:

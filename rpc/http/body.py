@@ -9,26 +9,24 @@ from starlette.requests import ClientDisconnect, Request
 
 from rpc.http.errors import HttpError
 
-BODY_TIMEOUT = 60.0
-"""Seconds that the body of a request may take to arrive."""
-
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """An escape that may be half of a character; only such can make a string that is no Unicode text."""
 
 
-async def read_object(request: Request, limit: int) -> dict[str, object]:
+async def read_object(request: Request, limit: int, timeout: float) -> dict[str, object]:
     """The JSON object in a request's body. Raises HttpError, and ClientDisconnect where the client has gone.
 
     Args:
         request: whose body has not been read.
         limit: bytes of the body.
+        timeout: seconds that it may take to arrive.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HttpError(415, f"content-type: must be application/json, got {kind!r}", param="content-type")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise HttpError(415, "content-encoding: compressed requests are not taken", param="content-encoding")
-    data = await _read(request, limit)
+    data = await _read(request, limit, timeout)
     try:
         value = json.loads(data, parse_constant=_refuse_constant)
     except RecursionError:
@@ -42,20 +40,20 @@ async def read_object(request: Request, limit: int) -> dict[str, object]:
     return value
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, limit: int, timeout: float) -> bytes:
     too_large = HttpError(413, f"the request body is larger than {limit} bytes", code="request_too_large")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise too_large
     data = bytearray()
     try:
-        async with asyncio.timeout(BODY_TIMEOUT):
+        async with asyncio.timeout(timeout):
             async for piece in request.stream():
                 data += piece
                 if len(data) > limit:
                     raise too_large
     except TimeoutError:
-        raise HttpError(408, f"the request body did not arrive within {BODY_TIMEOUT:g} s", "timeout") from None
+        raise HttpError(408, f"the request body did not arrive within {timeout:g} s", "timeout") from None
     except ClientDisconnect:
         raise
     return bytes(data)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 import time
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -11,9 +12,14 @@ from starlette.types import ASGIApp
 from rpc.http.protocol import BoundedProtocol
 from rpc.lifecycle import PortUnavailable
 from rpc.security.tls import TlsFiles
+from rpc.server_config import ServerConfig
+
+logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = 75.0
 """Seconds that a connection may stay without a request; above the 60 s after which proxies reuse none."""
+ACCEPT_PAUSE = 1.0
+"""Seconds to wait where the system gives no further descriptor."""
 FLUSH_TIME = 0.5
 """Seconds that responses may take to end when the listener stops; what they answer has ended before."""
 
@@ -21,15 +27,18 @@ FLUSH_TIME = 0.5
 class HttpListener:
     """Listens for HTTP/1.1 from `start` to `stop`."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, tls: TlsFiles | None = None):
-        """`port`: 0 takes a free one. `tls`: None is plain text."""
-        self._host = host
+    def __init__(self, app: ASGIApp, config: ServerConfig, port: int, tls: TlsFiles | None = None):
+        """`config`: address and limits. `port`: 0 takes a free one. `tls`: None is plain text."""
+        self._host = config.host
+        self._config = config
         self.port = port
         self._tls = tls
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=BoundedProtocol,
+                http=partial(  # pyright: ignore[reportArgumentType]
+                    BoundedProtocol, head_timeout=config.handshake_timeout, on_lost=self._on_lost
+                ),
                 ws="none",
                 lifespan="off",
                 interface="asgi3",
@@ -42,12 +51,15 @@ class HttpListener:
                 timeout_graceful_shutdown=1,
             )
         )
+        self._open = 0
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._accepting: asyncio.Task[None] | None = None
         self._ticking: asyncio.Task[None] | None = None
 
     @property
     def connections(self) -> int:
         """How many are open."""
-        return len(self._server.server_state.connections)
+        return self._open
 
     async def start(self) -> None:
         """Binds the port and answers. Raises PortUnavailable where the port cannot be had."""
@@ -61,18 +73,54 @@ class HttpListener:
         config.load()
         config.ssl = None if self._tls is None else self._tls.ssl_context()
         self._server.lifespan = config.lifespan_class(config)
-        await self._server.startup(sockets=[listening])
+        await self._server.startup(sockets=[])  # accepts nothing: uvicorn caps no connections
+        listening.setblocking(False)
+        self._accepting = asyncio.create_task(self._accept(listening))
         self._ticking = asyncio.create_task(self._server.main_loop())
+
+    async def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with listening:
+            while True:
+                try:
+                    connection, _ = await loop.sock_accept(listening)
+                except OSError as error:
+                    logger.warning("no connection is accepted for %g s: %s", ACCEPT_PAUSE, error)
+                    await asyncio.sleep(ACCEPT_PAUSE)
+                    continue
+                if self._open >= self._config.max_connections:
+                    connection.close()
+                    continue
+                self._open += 1
+                handshake = asyncio.create_task(self._shake_hands(connection))
+                self._handshakes.add(handshake)
+                handshake.add_done_callback(self._handshakes.discard)
+                await asyncio.sleep(0)  # a crowd at the door must not hold up those inside
+
+    async def _shake_hands(self, connection: socket.socket) -> None:
+        config, state = self._server.config, self._server.server_state
+        make_protocol = partial(config.http_protocol_class, config=config, server_state=state, app_state={})
+        timeout = None if config.ssl is None else self._config.handshake_timeout
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                make_protocol, connection, ssl=config.ssl, ssl_handshake_timeout=timeout
+            )
+        except (OSError, TimeoutError) as error:  # an SSLError is an OSError
+            self._on_lost()  # the protocol was never told of it
+            logger.debug("a connection was given up before its first request: %s", error)
+
+    def _on_lost(self) -> None:
+        self._open -= 1
 
     async def stop(self) -> None:
         """Closes the port and every connection. Idempotent."""
-        if self._ticking is None:
+        if self._ticking is None or self._accepting is None:
             return
+        for task in (self._accepting, *self._handshakes):
+            task.cancel()
         ticking, self._ticking = self._ticking, None
         self._server.should_exit = True
         await ticking
-        for server in self._server.servers:
-            server.close()
         connections = self._server.server_state.connections
         for connection in list(connections):
             connection.shutdown()

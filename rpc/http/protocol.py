@@ -3,6 +3,7 @@ refusals that arrive though the request is not read to its end.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -11,15 +12,22 @@ from rpc.http.lingering import LingeringTransport
 
 MAX_HEAD_BYTES = 32 << 10
 """Of a request line and its headers together."""
-HEAD_TIMEOUT = 20.0
-"""Seconds from a connection's first byte, or its beginning, until the head of a request is complete."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. Its transport is `transport` in the scope's extensions, for what must end it at once."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, head_timeout: float, on_lost: Callable[[], None], **kwargs: Any):
+        """Makes one connection's.
+
+        Args:
+            args, kwargs: of uvicorn's.
+            head_timeout: seconds from a connection's beginning, or a head's first byte, until the head is complete.
+            on_lost: called once the connection has ended.
+        """
         super().__init__(*args, **kwargs)
+        self._on_lost = on_lost
+        self._head_timeout = head_timeout
         self._head_bytes = 0
         self._in_head = True
         self._in_message = False
@@ -37,6 +45,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._lingering.stop()
         super().connection_lost(exc)
+        self._on_lost()
 
     def data_received(self, data: bytes) -> None:
         """Bounds what comes before a head is complete."""
@@ -82,7 +91,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def _await_head(self) -> None:
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self._on_late_head)
+        self._head_timer = self.loop.call_later(self._head_timeout, self._on_late_head)
 
     def _on_late_head(self) -> None:
         self._head_timer = None

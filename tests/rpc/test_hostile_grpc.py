@@ -108,7 +108,8 @@ async def test_idle_connections_slow_nobody_and_one_over_the_cap_is_refused(pyte
         async def ask() -> None:
             await client.generate_once("hello", max_tokens=1)
 
-        await p99(ask)
+        for _ in range(20):
+            await ask()
         alone, before = await p99(ask), descriptors(server)
         with ExitStack() as closing:
             for number in range(count):

@@ -1,0 +1,163 @@
+"""Reliability 17, 18 and 31 over HTTP: idle masses, those who take their time or leave, and no handshake, no request."""
+
+import asyncio
+import os
+import socket
+import ssl
+import struct
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from certificates import Authority
+from http_serving import http_serving, post, request_bytes
+from latency import p99
+from scripted_engine import ScriptedEngine
+from serving import back_to_the_start, eventually, server_process
+
+from rpc.security.config import SecurityConfig
+from rpc.server_config import ServerConfig
+
+pytestmark = pytest.mark.asyncio
+
+COMPLETIONS = "/v1/completions"
+HEAD = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n".encode()
+ABORTING = struct.pack("ii", 1, 0)
+"""A closed socket resets its connection."""
+
+
+async def canary(address: str) -> None:
+    answer = await post(address, COMPLETIONS, {"prompt": "x", "max_tokens": 5})
+    assert answer.status == 200 and b'"abcde"' in answer.body
+
+
+def connected(address: str) -> socket.socket:
+    host, port = address.split(":")
+    return socket.create_connection((host, int(port)))
+
+
+async def test_idle_connections_slow_nobody_and_one_over_the_cap_is_refused(pytestconfig: pytest.Config) -> None:
+    count = pytestconfig.getoption("connections")
+    setup = "def engine_factory(): return ScriptedEngine()"
+    limits = {"max_connections": count + 1, "handshake_timeout": 600.0}
+    with server_process(setup, http=True, **limits) as server:
+        await asyncio.to_thread(server.report, "ready")
+        address = server.http_address
+
+        def descriptors() -> int:
+            return len(os.listdir(f"/proc/{server.process.pid}/fd"))
+
+        async def ask() -> None:
+            await canary(address)
+
+        for _ in range(20):
+            await ask()
+        alone = await p99(ask)
+        readings = []
+        for _ in range(20):  # the last of those who asked may still be there
+            readings.append(descriptors())
+            await asyncio.sleep(0.01)
+        before = min(readings)
+        with ExitStack() as closing:
+            for _ in range(count):
+                closing.enter_context(connected(address))
+            await eventually(lambda: descriptors() >= before + count)
+            assert await p99(ask) <= 2 * alone
+            closing.enter_context(connected(address))
+            await eventually(lambda: descriptors() >= before + count + 1)
+            with connected(address) as one_more:
+                assert await asyncio.to_thread(one_more.recv, 1) == b""
+        await eventually(lambda: descriptors() <= before)
+        await canary(address)
+        assert server.process.poll() is None
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_those_who_take_their_time_are_closed_and_hold_up_nobody(tls: bool, tmp_path: Path) -> None:
+    security = Authority(tmp_path / "authority").server() if tls else SecurityConfig()
+    config = ServerConfig(handshake_timeout=0.5, message_timeout=0.5, security=security)
+    engine = ScriptedEngine()
+    async with http_serving(engine, config) as (server, address):
+
+        async def trickle(data: bytes, answers: bytes) -> None:
+            reader, writer = await asyncio.open_connection(*address.split(":"))
+            writer.write(data)
+            ended = asyncio.create_task(reader.read())
+            while not ended.done():
+                writer.write(b"0")
+                await asyncio.sleep(0.1)
+            assert ended.exception() is not None or ended.result().startswith(answers)
+            writer.close()
+
+        silent, writing = await asyncio.open_connection(*address.split(":"))
+        if tls:
+            assert await asyncio.wait_for(silent.read(), 60) == b""
+        else:
+            slow = [trickle(HEAD, b"HTTP/1.1 408"), trickle(HEAD + b"content-length: 1000\r\n\r\n", b"HTTP/1.1 408")]
+            await asyncio.gather(*slow, canary(address))
+            assert (await asyncio.wait_for(silent.read(), 60)).startswith(b"HTTP/1.1 408")
+        writing.close()
+        await eventually(lambda: server.http is not None and not server.http.connections)
+        await back_to_the_start(engine, server)
+
+
+async def test_clients_that_ask_and_leave_leave_nothing(pytestconfig: pytest.Config) -> None:
+    engine = ScriptedEngine(slots=64, max_waiting=4096)
+    data = request_bytes(COMPLETIONS, b'{"prompt": "x", "stream": true}')
+    async with http_serving(engine) as (server, address):
+        for number in range(pytestconfig.getoption("connections")):
+            with connected(address) as leaving:
+                leaving.sendall(data)
+                leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORTING)
+            if number % 20 == 0:
+                await asyncio.sleep(0.01)
+        await canary(address)
+        await eventually(lambda: server.http is not None and not server.http.connections)
+        await back_to_the_start(engine, server)
+
+
+def context(authority: Authority | None, shown: tuple[str, str] | None = None) -> ssl.SSLContext:
+    made = ssl.create_default_context(cafile=None if authority is None else str(authority.certificate))
+    if shown is not None:
+        made.load_cert_chain(*shown)
+    return made
+
+
+async def shakes_hands(address: str, context: ssl.SSLContext) -> bool:
+    """Whether a client of HTTPS gets an answer."""
+    host, port = address.split(":")
+    try:
+        reader, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname="localhost")
+    except (ssl.SSLError, ConnectionError):
+        return False
+    try:
+        writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        answer = await reader.read()
+    except (ssl.SSLError, ConnectionError):
+        return False  # in TLS 1.3 a client learns only then that its certificate was refused
+    finally:
+        writer.close()
+    return answer.startswith(b"HTTP/1.1 200")
+
+
+async def test_tls_lets_in_who_trusts_and_is_trusted_and_nobody_else(tmp_path: Path) -> None:
+    authority, other = Authority(tmp_path / "authority"), Authority(tmp_path / "other")
+    expired = authority.issue("expired", lifetime=timedelta(days=-1))
+    elsewhere = authority.issue("elsewhere", host="elsewhere.example")
+    for cert, key in (expired, elsewhere):
+        config = ServerConfig(security=SecurityConfig(tls_cert=cert, tls_key=key))
+        async with http_serving(ScriptedEngine(), config) as (_, address):
+            assert not await shakes_hands(address, context(authority))
+    mutual = ServerConfig(security=authority.server(tls_client_ca=str(authority.certificate)))
+    async with http_serving(ScriptedEngine(), mutual) as (_, address):
+        shown = authority.issue("client")
+        assert await shakes_hands(address, context(authority, shown))
+        assert not await shakes_hands(address, context(other, shown))
+        for bad in (None, other.issue("client"), expired):
+            assert not await shakes_hands(address, context(authority, bad))
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        writer.write(b"GET /health HTTP/1.1\r\nhost: test\r\n\r\n")
+        assert not (await reader.read()).startswith(b"HTTP/")
+        writer.close()
+        assert await shakes_hands(address, context(authority, shown))
