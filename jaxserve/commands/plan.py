@@ -85,7 +85,9 @@ def _check_shares(model: ModelConfig, tensor_parallel: int) -> None:
 
 def _attention(config: EngineConfig, device: Device) -> PagedAttention:
     try:
-        return select(device.platform, config.attention, AttentionNeeds(cache_dtype(config)))
+        return select(
+            device.platform, config.attention, AttentionNeeds(cache_dtype(config), device_kind=device.jax_kind)
+        )
     except ValueError as error:
         raise CommandError(str(error)) from error
 

@@ -29,6 +29,11 @@ class Device:
     topology: str | None = None
     """The smallest topology of it that a program can be compiled for ahead of time, in JAX's words; None: untried."""
 
+    @property
+    def jax_kind(self) -> str:
+        """What identifies it in `jax.Device.device_kind`."""
+        return self.kind.upper()
+
 
 def _tpu(kind: str, gib: float, gigabytes_a_second: float, teraflops: float, topology: str) -> Device:
     return Device(kind, "tpu", int(gib * 2**30), gigabytes_a_second * 1e9, teraflops * 1e12, topology)

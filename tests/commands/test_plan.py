@@ -106,6 +106,41 @@ def test_what_cannot_be_is_refused_by_name(capsys: pytest.CaptureFixture[str], o
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_has_a_plan(capsys: pytest.CaptureFixture[str], device: str):
+    options = ("--model", "smollm2-135m", "--device", device, "--slots", "8", "--context", "4096")
+    status, found = plan(capsys, *options)
+    assert status == 0 and found["fits"]
+    hopper = device in ("h100", "h200")
+    own = "mosaic_tpu" if found["device"]["platform"] == "tpu" else "mosaic_gpu" if hopper else "xla"
+    assert found["attention"] == own
+    assert all(row["tokens_per_s"] > 0 for row in found["decode"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("v6e-1", "--page-size", "24"), r"page_size must be a power of two in [16, 256] on a TPU, got 24"),
+        (("h100-1", "--kv-dtype", "int8"), "page_size of a int8 cache on mosaic_gpu must be at least 32, got 16"),
+        (
+            ("h100-1", "--dtype", "float32", "--attention", "mosaic_gpu"),
+            "attention mosaic_gpu: the tensor cores have no",
+        ),
+        (("a100-1", "--attention", "mosaic_gpu"), "its kernels are for Hopper GPUs, and this is 'A100'"),
+        (
+            ("v6e-1", "--attention", "cpu_native"),
+            "no attention 'cpu_native' on tpu; there are mosaic_tpu, xla, reference",
+        ),
+        (("v5e-3", "--tensor-parallel", "3"), "must divide the model's num_kv_heads of 8, got 3"),
+    ],
+)
+def test_sizes_that_kernels_do_not_serve_are_refused_before_anything_is_traced(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str
+):
+    assert main(["plan", "--model", "llama-3.2-1b", "--device", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["llama3", "qwen3", "mistral"])
 def test_a_configuration_is_enough(tmp_path: Path, name: str):
     (tmp_path / "config.json").write_bytes((FAMILIES / name / "config.json").read_bytes())
