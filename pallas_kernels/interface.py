@@ -43,6 +43,10 @@ class AttentionNeeds:
     """A name of `CACHE_DTYPES`."""
     softcap: bool = False
     sinks: bool = False
+    group: int = 1
+    """Query heads a kv head."""
+    max_pages: int = 1
+    """Of a row of the page table."""
     device_kind: str | None = None
     """The device that the program will run on, as JAX names it; None promises one that the implementation is for."""
 

@@ -11,14 +11,14 @@ def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
     """The model's configuration, its tokenizer, and sizes under `config`. No weights are read. Raises CommandError."""
     with model_errors():
         from jaxserve.checkpoints import describe_model
-        from jaxserve.device.allocation import allocate, device_limit
-        from jaxserve.device.kv_cache import cache_dtype, page_bytes
+        from jaxserve.device.allocation import allocate, attention_needs, device_limit
+        from jaxserve.device.kv_cache import page_bytes
         from jaxserve.device.roofline import model_cost
         from jaxserve.device.sharding import Placement
         from jaxserve.models.llama import abstract_llama
         from jaxserve.models.parameters import named_parameters
         from jaxserve.tokenizing.tokenizer import Tokenizer
-        from pallas_kernels import AttentionNeeds, select
+        from pallas_kernels import select
 
         model, source = describe_model(config.model)
         tokenizer = Tokenizer.from_source(source)
@@ -27,7 +27,7 @@ def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
         placement.check(model)
         # On a CPU the form that needs no compiler: both hold a page in as many bytes.
         named = config.attention or ("cpu_xla" if placement.platform == "cpu" else None)
-        attention = select(placement.platform, named, AttentionNeeds(cache_dtype(config)))
+        attention = select(placement.platform, named, attention_needs(model, config))
         a_page = page_bytes(model, attention, config)
         weights = model_cost(model, config.dtype, config.quantization, a_page, config.tensor_parallel).weight_bytes
         allocation = allocate(model, attention, config, limit=device_limit(placement), weights=weights)

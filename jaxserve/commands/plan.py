@@ -5,12 +5,12 @@ from typing import Any
 
 from jaxserve.commands.start import CommandError, model_errors
 from jaxserve.config import EngineConfig
-from jaxserve.device.allocation import AllocationError, allocate, full_context
+from jaxserve.device.allocation import AllocationError, allocate, attention_needs, full_context
 from jaxserve.device.devices import DEVICES, Device
-from jaxserve.device.kv_cache import cache_dtype, page_bytes
+from jaxserve.device.kv_cache import page_bytes
 from jaxserve.device.roofline import ModelCost, model_cost
 from jaxserve.models.config import ModelConfig
-from pallas_kernels import AttentionNeeds, PagedAttention, select
+from pallas_kernels import PagedAttention, select
 
 Plan = dict[str, Any]
 
@@ -27,7 +27,7 @@ def make_plan(model: ModelConfig, config: EngineConfig, device: Device, count: i
     if count % config.tensor_parallel:
         raise CommandError(f"tensor_parallel: must divide the {count} devices, got {config.tensor_parallel}")
     _check_shares(model, config.tensor_parallel)
-    attention = _attention(config, device)
+    attention = _attention(model, config, device)
     cost = _cost(model, config, attention)
     replicas = count // config.tensor_parallel
     plan: Plan = {
@@ -67,7 +67,7 @@ def would_fit(model: ModelConfig, config: EngineConfig, device: Device) -> list[
 def _fits(model: ModelConfig, config: EngineConfig, device: Device) -> bool:
     try:
         _check_shares(model, config.tensor_parallel)
-        attention = _attention(config, device)
+        attention = _attention(model, config, device)
         _memory(model, config, device, attention, _cost(model, config, attention))
     except (AllocationError, CommandError):
         return False
@@ -83,11 +83,9 @@ def _check_shares(model: ModelConfig, tensor_parallel: int) -> None:
         raise CommandError(str(error)) from error
 
 
-def _attention(config: EngineConfig, device: Device) -> PagedAttention:
+def _attention(model: ModelConfig, config: EngineConfig, device: Device) -> PagedAttention:
     try:
-        return select(
-            device.platform, config.attention, AttentionNeeds(cache_dtype(config), device_kind=device.jax_kind)
-        )
+        return select(device.platform, config.attention, attention_needs(model, config, device.jax_kind))
     except ValueError as error:
         raise CommandError(str(error)) from error
 
@@ -194,7 +192,7 @@ def compiled_steps(model: ModelConfig, config: EngineConfig, device: Device, num
 
     jax.config.update("jax_platforms", "cpu")  # or the compilers' plugins look for devices
     config = replace(config, max_context=full_context(model, config))
-    attention = _attention(config, device)
+    attention = _attention(model, config, device)
     try:
         placement = placement_on(device, config.tensor_parallel)
     except CannotCompile as error:

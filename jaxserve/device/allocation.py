@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 
 from jaxserve.config import EngineConfig
-from jaxserve.device.kv_cache import page_bytes
+from jaxserve.device.kv_cache import cache_dtype, page_bytes
 from jaxserve.device.sharding import JaxDevice, Placement
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import MAX_LOGIT_BIAS
-from pallas_kernels import PagedAttention
+from pallas_kernels import AttentionNeeds, PagedAttention
 
 DEFAULT_CONTEXT = 8192
 """Tokens of `max_context` where the configuration leaves it open and the model allows more."""
@@ -50,6 +50,13 @@ class Allocation:
 def full_context(model: ModelConfig, config: EngineConfig) -> int:
     """Tokens of prompt and output together that a request may have, as far as its pages suffice."""
     return min(config.max_context or DEFAULT_CONTEXT, model.max_context)
+
+
+def attention_needs(model: ModelConfig, config: EngineConfig, device_kind: str | None = None) -> AttentionNeeds:
+    """What the engine will ask of attention, on a device of this kind as JAX names it."""
+    group = model.num_q_heads // model.num_kv_heads
+    max_pages = -(-full_context(model, config) // config.page_size)
+    return AttentionNeeds(cache_dtype(config), group=group, max_pages=max_pages, device_kind=device_kind)
 
 
 def allocate(

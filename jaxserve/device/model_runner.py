@@ -19,10 +19,10 @@ from jax import monitoring
 from jaxserve.checkpoints import LoadedModel
 from jaxserve.config import EngineConfig
 from jaxserve.device import lowering
-from jaxserve.device.allocation import Allocation, allocate, device_in_use, device_limit, full_context
+from jaxserve.device.allocation import Allocation, allocate, attention_needs, device_in_use, device_limit, full_context
 from jaxserve.device.batch import BIASES, PENALIZES, Packer, features
 from jaxserve.device.decode_state import DecodeState, take_slot
-from jaxserve.device.kv_cache import KVCache, cache_dtype
+from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.lowering import StepInputs, abstract_state, flatten_model, temporary_bytes
 from jaxserve.device.page_copies import PageCopies
 from jaxserve.device.prompt_scores import PendingScores, PromptScorer, logprobs_of, read_scores
@@ -31,7 +31,7 @@ from jaxserve.models.layers import Matmul
 from jaxserve.models.packing import pack_params
 from jaxserve.request import MAX_LOGIT_BIAS
 from jaxserve.scheduling.sequence import Sequence, StepPlan, StepResults
-from pallas_kernels import AttentionNeeds, select
+from pallas_kernels import select
 from pallas_kernels.linear import available as native_linear_available
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class ModelRunner:
         self.device_kind: str = device.device_kind
         self.model_config = model.config
         self.config = config
-        needs = AttentionNeeds(cache_dtype(config), device_kind=device.device_kind)
+        needs = attention_needs(model.config, config, self.device_kind)
         self.attention = select(model.placement.platform, config.attention, needs)
         self.attention_name = self.attention.name
         self.matmul = _choose_matmul(device.platform, config)

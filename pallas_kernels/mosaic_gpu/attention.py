@@ -52,11 +52,13 @@ class MosaicGpuPagedAttention:
         return 1
 
     def missing(self, needs: AttentionNeeds) -> str | None:
-        """A float32 cache, and every GPU but Hopper: wgmma is of compute capability 9.0 alone."""
+        """A float32 cache, large groups, and every GPU but Hopper: wgmma is of compute capability 9.0 alone."""
         if needs.device_kind is not None and not _HOPPER.search(needs.device_kind):
             return f"its kernels are for Hopper GPUs, and this is {needs.device_kind!r}"
         if needs.kv_dtype == "float32":
             return "the tensor cores have no float32: a float32 cache takes attention xla"
+        if needs.group > sizes.MAX_GROUP:
+            return f"it takes at most {sizes.MAX_GROUP} query heads a kv head, not {needs.group}"
         return None
 
     def cache_layout(
@@ -90,8 +92,6 @@ class MosaicGpuPagedAttention:
         kv_heads, dtype = k.shape[1], cache.k_pages.dtype
         check_cache(cache, self.cache_layout(num_pages, page_size, kv_heads, head_dim, dtype))
         geometry = Geometry(page_size, kv_heads, cache.k_pages.shape[3], q_heads // kv_heads, dtype.name)
-        if geometry.group > sizes.MAX_GROUP:
-            raise ValueError(f"q_heads on mosaic_gpu must be at most {sizes.MAX_GROUP} a kv head, got {geometry.group}")
         cache = self._write(k, v, cache, page_table, token_row, position)
         pages = Pages(cache.k_pages, cache.v_pages, cache.k_scales, cache.v_scales, page_table)
         scores = Scores(scale, softcap)

@@ -22,13 +22,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.interface import LayerCache
-from pallas_kernels.mosaic_tpu.layout import LANES, PageLayout
+from pallas_kernels.mosaic_tpu.layout import LANES, VMEM_LIMIT, PageLayout
 from pallas_kernels.mosaic_tpu.page_copies import Ring, Scalars, Writer
 from pallas_kernels.mosaic_tpu.work import AttendUnits
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """The score of a key that is not seen: finite, so that differences of scores are numbers."""
-VMEM_LIMIT = 40 << 20
 
 
 @dataclass(frozen=True)

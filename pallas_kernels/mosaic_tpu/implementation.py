@@ -51,7 +51,11 @@ class MosaicTpuPagedAttention:
     """As of `pl.pallas_call`."""
 
     def missing(self, needs: AttentionNeeds) -> str | None:
-        """See `PagedAttention.missing`: nothing is."""
+        """Page tables of rows longer than scalar memory."""
+        if needs.max_pages > TABLE_ENTRIES:
+            return (
+                f"a row takes at most {TABLE_ENTRIES} pages, not {needs.max_pages}: larger pages or a shorter context"
+            )
         return None
 
     def cache_layout(
@@ -109,8 +113,6 @@ class MosaicTpuPagedAttention:
 
 def _row_groups(rows: int, max_pages: int) -> list[slice]:
     """The rows that a call of the kernel serves: those whose page tables fit scalar memory together."""
-    if max_pages > TABLE_ENTRIES:
-        raise ValueError(f"max_pages must be at most {TABLE_ENTRIES} on a TPU, got {max_pages}")
     size = TABLE_ENTRIES // max_pages
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 

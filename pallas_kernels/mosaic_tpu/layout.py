@@ -19,6 +19,10 @@ LANES = 128
 MAX_HEAD_DIM = 256
 MAX_KV_HEADS = 32
 MAX_PAGE_SIZE = 256
+VMEM_LIMIT = 40 << 20
+"""Bytes of VMEM that a kernel may take: of the least, 64 MiB on tpu7x."""
+MAX_PAGE_BYTES = 3 << 20
+"""Of a page in one array: the write kernel holds twelve such, keys and values, new, old and written, two of each."""
 BUFFER_BYTES = 4 << 20
 """Of the blocks in VMEM: one is computed on while the others arrive."""
 
@@ -113,3 +117,7 @@ def check_page_layout(num_pages: int, page_size: int, kv_heads: int, head_dim: i
         raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} on a TPU, got {head_dim}")
     if kv_heads > MAX_KV_HEADS:
         raise ValueError(f"kv_heads must be at most {MAX_KV_HEADS} on a TPU, got {kv_heads}")
+    page_bytes = page_size * kv_heads * -(-head_dim // LANES) * LANES * jnp.dtype(dtype).itemsize
+    if page_bytes > MAX_PAGE_BYTES:
+        most = page_size * MAX_PAGE_BYTES // page_bytes
+        raise ValueError(f"page_size must be at most {most} on a TPU, got {page_size}: {page_bytes} bytes of keys")

@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.interface import LayerCache
+from pallas_kernels.mosaic_tpu.layout import VMEM_LIMIT
 from pallas_kernels.mosaic_tpu.select import select
 from pallas_kernels.mosaic_tpu.work import WriteUnits
 
@@ -48,7 +49,7 @@ def write_pages(cache: LayerCache, new: LayerCache, units: WriteUnits, *, interp
             out_specs=page_blocks,
         ),
         input_output_aliases={3 + len(pages) + number: number for number in range(len(pages))},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_LIMIT),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=2 * touched),
         interpret=interpret,
         name="jaxserve_write_pages",

@@ -107,8 +107,3 @@ def test_an_operand_that_wgmma_cannot_take_does_not_compile(monkeypatch: pytest.
     monkeypatch.setattr(decode, "to_bfloat16", lambda values: values.astype(jnp.float32))
     with pytest.raises(Exception, match=r"dtype|type"):
         compile_step(128, 64, 1, "int8", rows=2, chunk=0)
-
-
-def test_too_large_a_group_is_refused():
-    with pytest.raises(ValueError, match="q_heads on mosaic_gpu must be at most 64 a kv head, got 65"):
-        compile_step(64, 16, 1, "bfloat16", group=65)

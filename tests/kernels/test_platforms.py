@@ -103,6 +103,15 @@ def test_the_kernels_of_hopper_serve_hopper_and_one_line_says_why_not_others(kin
     assert select("cuda", None, AttentionNeeds("float32", device_kind=kind)).name == "xla"
 
 
+def test_what_the_kernels_cannot_hold_is_refused_before_a_cache_is_made():
+    with pytest.raises(ValueError, match="attention mosaic_gpu: it takes at most 64 query heads a kv head, not 65"):
+        select("cuda", "mosaic_gpu", AttentionNeeds(group=65))
+    with pytest.raises(ValueError, match="attention mosaic_tpu: a row takes at most 131072 pages, not 131073"):
+        select("tpu", "mosaic_tpu", AttentionNeeds(max_pages=131_073))
+    with pytest.raises(ValueError, match="page_size must be at most 192 on a TPU, got 256"):
+        select("tpu").cache_layout(64, 256, 32, 256, "bfloat16")
+
+
 def test_every_implementation_says_where_kv_heads_can_be_cut():
     for platform, named in IMPLEMENTATIONS.items():
         for name in named:
