@@ -80,7 +80,7 @@ SHARED: Mapping[str, Schema] = {
     "stop_token_ids": {"type": ["array", "null"], "items": {"type": "integer", "minimum": 0}},
     "include_stop": _boolean("Keep the stop string in the text."),
     "ignore_eos": _boolean("The model's end-of-sequence ids do not end the sequence."),
-    "priority": _integer(-(2**31), _MAX_INT, "Higher goes first."),
+    "priority": _integer(-(2**31), _MAX_INT, "Higher goes first: each level counts as 4,096 arrivals earlier."),
     "cache_salt": _string("Requests share cached prefixes only within one salt."),
     "timeout": _number(
         0,
