@@ -10,7 +10,7 @@ namespace {
 
 typedef simd::IntVec Words;  // 4 bytes of each output
 
-// The number of each lane's lower 16 bits, finite.
+// The number of each lane's lower 16 bits. Infinities and NaN stay so: a damaged weight must be seen in the result.
 SIMD_INLINE simd::Vec from_half(Words half) {
 #if defined(__AVX512F__)
   return (simd::Vec)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)half));
@@ -18,7 +18,8 @@ SIMD_INLINE simd::Vec from_half(Words half) {
   const Words exponent = half & 0x7c00, fraction = half & 0x3ff;
   // A subnormal as a float: denormals are flushed here, so that its bits may not pass for one.
   const simd::Vec small = __builtin_convertvector(fraction, simd::Vec) * simd::broadcast(0x1p-24f);
-  const Words magnitude = exponent != 0 ? ((half & 0x7fff) << 13) + (112 << 23) : (Words)small;
+  const Words rebias = (112 << 23) + ((exponent == 0x7c00) & (112 << 23));  // the last exponent stays the last
+  const Words magnitude = exponent != 0 ? ((half & 0x7fff) << 13) + rebias : (Words)small;
   return (simd::Vec)(magnitude | (half & 0x8000) << 16);
 #endif
 }

@@ -135,6 +135,14 @@ def test_scales_below_the_normal_range_of_float16_count(random, arch):
     np.testing.assert_allclose(ours[0], expected, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("damaged", [np.nan, np.inf, 1e6])
+def test_a_weight_that_blocks_cannot_hold_is_seen_in_its_output_alone(random, damaged, arch):
+    weight = normal(random, 16, 64).at[3, 5].set(damaged)  # 1e6 / 15 is beyond float16
+    ours = linear(normal(random, 2, 64), pack(quantize_blocks(weight, 4), arch=arch), 16, arch=arch)
+    assert (np.isfinite(ours) == (np.arange(16) != 3)).all()
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_blocks_quantize_each_32_of_a_row_by_themselves(random, bits, dtype):
