@@ -1,6 +1,7 @@
 """Calls of gRPC as they arrive: their message in time, and not taken back over and over."""
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import time
@@ -80,9 +81,7 @@ class Arrivals(grpc.aio.ServerInterceptor):
                 request = requests if handler.request_streaming else await self._message(context)
                 await _answer(handler, request, context)
             except asyncio.CancelledError:
-                remaining = context.time_remaining()
-                in_time = remaining is None or remaining > 0
-                premature = in_time and time.monotonic() - began < PREMATURE_SECONDS
+                premature = _is_premature(time.monotonic() - began, context.time_remaining())
                 raise
             finally:
                 self._resets.count(context.peer(), premature)
@@ -102,8 +101,20 @@ class Arrivals(grpc.aio.ServerInterceptor):
             failure = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, text, "MESSAGE_TIMEOUT")
             await context.abort(failure.code, failure.message, failure.trailing_metadata())
         if message is grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
-            raise asyncio.CancelledError  # how gRPC tells of a call that was taken back before its message came
+            # It was taken back, or ended without a message: gRPC tells both alike. Who still waits is told.
+            with contextlib.suppress(grpc.aio.AbortError, grpc.aio.InternalError):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a message")
+            raise asyncio.CancelledError
         return message
+
+
+def _is_premature(elapsed: float, remaining: float | None) -> bool:
+    """Whether a call is taken back prematurely after so many seconds, with so many left to its deadline if it has one.
+
+    Past the half of its time it is not: a client whose deadline has passed takes its call back as well, and often this
+    is heard shortly before the server's own clock has come so far.
+    """
+    return elapsed < PREMATURE_SECONDS and (remaining is None or remaining > elapsed)
 
 
 async def _answer(handler: grpc.RpcMethodHandler, request: object, context: grpc.aio.ServicerContext) -> None:
