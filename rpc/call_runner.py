@@ -129,8 +129,8 @@ class CallRunner:
         try:
             return await asyncio.shield(submitted)
         except asyncio.CancelledError:
-            # The client left meanwhile. A thread cannot be stopped: cancel what it comes back with.
-            submitted.add_done_callback(_cancel_unwanted)
+            # The client left meanwhile. A thread cannot be stopped: leave what it comes back with.
+            submitted.add_done_callback(_leave)
             raise
 
     def raise_for(self, last: Finished | None, call: OpenCall) -> None:
@@ -172,7 +172,7 @@ def _are_quick(requests: Sequence[Request]) -> bool:
     return characters <= INLINE_CHARACTERS and tokens <= INLINE_TOKENS
 
 
-def _cancel_unwanted(submitted: asyncio.Future[Sequence[EventStream]]) -> None:
+def _leave(submitted: asyncio.Future[Sequence[EventStream]]) -> None:
     if not submitted.cancelled() and submitted.exception() is None:
         for stream in submitted.result():
-            stream.cancel()
+            stream.leave()

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
@@ -12,9 +13,12 @@ import pytest
 from breaking_proxy import BreakingProxy
 from serving import back_to_the_start, eventually, lent, serving
 
+from jaxserve.core.messages import Submit
 from jaxserve.engine import Engine
 from jaxserve.events import Delta, Finished, FinishReason, Started
+from jaxserve.front.admission import Admission
 from jaxserve.request_errors import InvalidRequest, StreamNotFound, StreamTaken
+from rpc import call_runner
 from rpc.client import AsyncClient, Client, Credentials, Unauthenticated
 from rpc.convert import event_from_proto
 from rpc.security.config import SecurityConfig
@@ -255,3 +259,27 @@ async def test_the_client_takes_its_stream_up_by_itself(simulated: Engine) -> No
         assert tuple(tokens) == whole.token_ids
         assert "".join(text) == whole.text
         assert generation.finished is not None
+
+
+async def test_a_connection_that_breaks_while_a_prompt_is_tokenized_costs_no_token(
+    simulated: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, reached, may_go_on = Admission.prepare, threading.Event(), threading.Event()
+
+    def slow(self: Admission, *args: Any) -> Submit:
+        reached.set()
+        may_go_on.wait(60)
+        return prepare(self, *args)
+
+    monkeypatch.setattr(Admission, "prepare", slow)
+    monkeypatch.setattr(call_runner, "INLINE_TOKENS", 0)
+    async with served(simulated) as (server, client):
+        generation = client.generate(PROMPT, **fields(20))
+        await asyncio.to_thread(reached.wait)
+        generation._call.cancel()
+        await eventually(lambda: len(server.calls) == 0)
+        may_go_on.set()
+        await eventually(lambda: ("", generation.request_id) in simulated._kept._streams)
+        attached = client.attach(generation.request_id)
+        assert sum([len(delta.token_ids) async for delta in attached]) == 20
+        assert attached.finished is not None and attached.finished.finish_reason is FinishReason.LENGTH
