@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 from jaxserve.events import Delta, Event, Finished, Started, TokenLogprob
 from jaxserve.front.request_stream import wake
-from jaxserve.request_errors import InvalidRequest, QueueFull, StreamNotFound, StreamTaken
+from jaxserve.request_errors import DuplicateRequestId, InvalidRequest, QueueFull, StreamNotFound, StreamTaken
 
 RETRY_AFTER = 1.0
 """Seconds after which a client is told to try again when as many streams are kept as may be."""
@@ -219,9 +219,14 @@ class ResumableStreams:
         return len(self._streams)
 
     def add(self, stream: ResumableStream) -> None:
-        """Keeps the stream of a new request; that of an ended one with its id is forgotten. Raises QueueFull."""
+        """Keeps the stream of a new request; that of an ended one with its id is forgotten. Raises QueueFull, and
+        DuplicateRequestId where the one with its id has not ended."""
         with self._lock:
-            self._streams.pop((stream.owner, stream.request_id), None)
+            before = self._streams.get((stream.owner, stream.request_id))
+            if before is not None:
+                if before.ended is None:
+                    raise DuplicateRequestId(f"request_id: {stream.request_id!r} is active")
+                self._forget(before)
             if len(self._streams) >= self._limit:
                 ended = self._in_order_of_end()
                 if not ended:

@@ -1,13 +1,18 @@
 """What is kept for readers to come is bounded in number, size and time, and a running request is the last to give way."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from jaxserve.config import EngineConfig
+from jaxserve.core.messages import Submit
 from jaxserve.engine import Engine
 from jaxserve.events import Delta, Finished, FinishReason, Timings, TokenLogprob, Usage
+from jaxserve.front.admission import Admission
 from jaxserve.front.resumable_stream import EVENT_BYTES, LOGPROB_BYTES, ResumableStream, ResumableStreams
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
-from jaxserve.request_errors import InvalidRequest, QueueFull, StreamNotFound, StreamTaken
+from jaxserve.request_errors import DuplicateRequestId, InvalidRequest, QueueFull, StreamNotFound, StreamTaken
 
 
 class Kept:
@@ -108,16 +113,35 @@ def test_readers_by_iteration_get_every_event_from_their_token_and_give_way_to_t
     assert isinstance(finished, Finished)
 
 
-def test_an_engine_keeps_within_its_bounds_while_requests_run():
-    def request(name: str, tokens: int) -> Request:
-        return Request(
-            token_ids=tuple(range(300, 310)),
-            sampling=SamplingParams(temperature=0.0),
-            stopping=StoppingParams(max_tokens=tokens, ignore_eos=True),
-            output=OutputParams(resumable=True),
-            request_id=name,
-        )
+def request(name: str, tokens: int) -> Request:
+    return Request(
+        token_ids=tuple(range(300, 310)),
+        sampling=SamplingParams(temperature=0.0),
+        stopping=StoppingParams(max_tokens=tokens, ignore_eos=True),
+        output=OutputParams(resumable=True),
+        request_id=name,
+    )
 
+
+def test_of_two_requests_with_one_id_at_once_one_is_refused_and_the_other_keeps_its_stream(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    both, prepare = threading.Barrier(2), Admission.prepare
+
+    def at_once(self: Admission, request: Request, handle: int, arrival: float) -> Submit:
+        both.wait()
+        return prepare(self, request, handle, arrival)
+
+    with Engine(simulated_step_ms=1.0, slots=8, max_context=1024) as engine, ThreadPoolExecutor(2) as threads:
+        monkeypatch.setattr(Admission, "prepare", at_once)
+        outcomes = [threads.submit(engine.submit, request("the same", 500)).exception for _ in range(2)]
+        refusals = [error for outcome in outcomes if (error := outcome()) is not None]
+        assert [type(refusal) for refusal in refusals] == [DuplicateRequestId]
+        tokens = [event.token_ids for event in engine.attach("the same", 0) if isinstance(event, Delta)]
+        assert sum(map(len, tokens)) == 500
+
+
+def test_an_engine_keeps_within_its_bounds_while_requests_run():
     limits = EngineConfig(resumable_streams=3, resumable_bytes=600 * EVENT_BYTES)
     with Engine(limits, simulated_step_ms=1.0, slots=8, max_context=4096) as engine:
         long = [engine.submit(request(f"long {number}", 4000)) for number in range(3)]
