@@ -149,5 +149,6 @@ class ActiveRequests:
         self._accepting = False
 
     def fail(self, error: str) -> None:
-        """Accepts no more: the core is gone. The first error is the one that is told."""
-        self._failure = self._failure or error
+        """Accepts no more: the core is gone. The first error is the one that is told. What was being taken in is in."""
+        with self._changed:
+            self._failure = self._failure or error

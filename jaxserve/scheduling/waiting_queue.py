@@ -6,7 +6,7 @@ from jaxserve.scheduling.sequence import Sequence
 
 
 class WaitingQueue:
-    """By priority, then arrival. The head is never overtaken."""
+    """By the order of `Sequence`. The head is never overtaken."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[int, int], Sequence]] = []

@@ -1,0 +1,47 @@
+"""Whoever gets in before the engine fails is told so when it does."""
+
+import threading
+from collections.abc import Iterator
+
+from jaxserve.core.messages import Submit
+from jaxserve.front.active_requests import ActiveRequest, ActiveRequests
+from jaxserve.front.request_stream import RequestStream
+from jaxserve.request import Request
+from jaxserve.tokenizing.text_stream import TextStream
+
+
+class _Slow(list[TextStream | None]):
+    """One sequence's, given once it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__([None])
+        self.reached, self.may_go_on = threading.Event(), threading.Event()
+
+    def __iter__(self) -> Iterator[TextStream | None]:
+        self.reached.set()
+        self.may_go_on.wait(60)
+        return super().__iter__()
+
+
+def test_a_request_that_is_being_taken_in_when_the_engine_fails_is_among_those_that_end() -> None:
+    requests, texts = ActiveRequests(4), _Slow()
+    request = Request(token_ids=(1,), request_id="a")
+    sampling = (0.0, 1.0, 0, 0.0, 0.0, 0.0, 1.0, 0)
+    submit = Submit(0, [1], 2, 0, [], *sampling, {}, -1, 0, "", 0.0, None)
+    active = ActiveRequest(request, submit, RequestStream("a", lambda: None), 1)
+    found: list[object] = []
+
+    def fail() -> None:
+        requests.fail("it is gone")
+        found.extend(requests.all())
+
+    adding = threading.Thread(target=requests.add, args=([(active, texts)],))
+    failing = threading.Thread(target=fail)
+    adding.start()
+    texts.reached.wait()
+    failing.start()
+    failing.join(0.2)  # as far as it gets
+    texts.may_go_on.set()
+    adding.join()
+    failing.join()
+    assert len(found) == len(requests) == 1
