@@ -25,7 +25,8 @@ class EngineConfig:
     """Of the KV cache; None takes `dtype`. The 8-bit ones keep a float32 scale for each token and head."""
     quantization: Quantization = "none"
     """int8: weights per output channel, activations per row. int4: blocks of 32 inputs with a scale and a minimum, of 4
-    bits a weight and 8 in the lm head, from GGUF's Q4_0, Q4_1 and Q8_0 as they are; for few requests on a CPU."""
+    bits a weight and 8 in the lm head; GGUF's Q4_0 and Q4_1, in the lm head Q8_0, as they are, other weights rounded;
+    for few requests on a CPU."""
     tensor_parallel: int = 1
     """Devices that share each weight and the KV cache; divides the model's kv heads."""
     replicas: int = 1
