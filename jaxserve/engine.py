@@ -292,6 +292,8 @@ class Engine:
         if not self._profiling.acquire(blocking=False):
             raise EngineUnavailable("a trace is being taken already")
         try:
+            if not self._delivery.is_running:
+                raise EngineUnavailable("no trace is taken: the engine has stopped")
             folder = tempfile.mkdtemp(prefix="jaxserve-profile-")
             self._core.send(Profile(folder, seconds))
             error = self._delivery.profiled.get().error

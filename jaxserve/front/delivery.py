@@ -87,6 +87,8 @@ class Delivery:
             log.exception("delivery failed")
             self._core.send(Shutdown())
             self._fail(f"delivery failed: {error!r}")
+        finally:
+            self.profiled.put(Profiled("the engine has stopped"))
 
     def _deliver_all(self) -> None:
         while (message := self._core.receive()) is not None:
@@ -121,7 +123,6 @@ class Delivery:
                 case _:
                     raise TypeError(f"unexpected message {message!r}")
         self._fail("the engine has stopped")
-        self.profiled.put(Profiled("the engine has stopped"))
 
     def _deliver(self, sequence: ActiveSequence, output: SequenceOutput) -> None:
         active = sequence.of

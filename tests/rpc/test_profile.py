@@ -2,23 +2,21 @@
 
 import asyncio
 import shutil
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from serving import back_to_the_start, lent, serving
 
 from jaxserve.cli import main
+from jaxserve.engine import Engine
 from jaxserve.request_errors import EngineUnavailable, InvalidRequest
-
-if TYPE_CHECKING:
-    from jaxserve.engine import Engine
 
 pytestmark = pytest.mark.asyncio
 
 
 async def test_a_trace_is_taken_while_requests_go_on_and_the_command_says_where_it_lies(
-    engine: "Engine", capsys: pytest.CaptureFixture[str], logging_unchanged: None
+    engine: Engine, capsys: pytest.CaptureFixture[str], logging_unchanged: None
 ) -> None:
     async with serving(lent(engine)) as (server, client):
         fields = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
@@ -45,3 +43,21 @@ async def test_an_address_without_a_server_is_said_in_one_line(
 ) -> None:
     assert await asyncio.to_thread(main, ["profile", "--address", "127.0.0.1:1"]) == 2
     assert capsys.readouterr().err.startswith("jaxserve: error: 127.0.0.1:1: ")
+
+
+async def test_an_engine_that_has_stopped_refuses_every_trace() -> None:
+    with Engine(simulated_step_ms=1.0, slots=4, max_context=256) as engine:
+        pass
+    refusals: list[EngineUnavailable] = []
+
+    def profile() -> None:
+        try:
+            engine.profile(0.1)
+        except EngineUnavailable as refusal:
+            refusals.append(refusal)
+
+    for _ in range(3):
+        asking = threading.Thread(target=profile, daemon=True)
+        asking.start()
+        asking.join(60)
+    assert ["has stopped" in str(refusal) for refusal in refusals] == [True] * 3
