@@ -63,7 +63,8 @@ class AsyncGeneration(Position):
                     yield event
         except (asyncio.CancelledError, GeneratorExit) as left:
             if self._abort is not None:
-                with suppress(EngineUnavailable):  # then nobody reads it, and the server ends it in its time
+                # Where it cannot be reached, or the client is closed: nobody reads it, and the server ends it in time.
+                with suppress(EngineUnavailable, grpc.aio.UsageError):
                     await self._abort()
             # grpc.aio raises the same for a call that is cancelled as asyncio does for the task that reads it.
             if isinstance(left, GeneratorExit) or not self._cancelled:

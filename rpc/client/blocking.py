@@ -72,7 +72,9 @@ class Generation(Position):
     def _end(self) -> None:
         """Ends the request, where cancelling its call does not."""
         if self._abort is not None:
-            with suppress(EngineUnavailable):  # then nobody reads it, and the server ends it in its time
+            # Where it cannot be reached, or the client is closed (gRPC's ValueError): nobody reads it, and the server
+            # ends it in its time.
+            with suppress(EngineUnavailable, ValueError):
                 self._abort()
 
     def _received(self) -> Generator[Event]:

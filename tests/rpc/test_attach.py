@@ -283,3 +283,19 @@ async def test_a_connection_that_breaks_while_a_prompt_is_tokenized_costs_no_tok
         attached = client.attach(generation.request_id)
         assert sum([len(delta.token_ids) async for delta in attached]) == 20
         assert attached.finished is not None and attached.finished.finish_reason is FinishReason.LENGTH
+
+
+async def test_a_stream_may_be_left_after_its_client_is_closed(simulated: Engine) -> None:
+    def leave_blocking(address: str) -> None:
+        client = Client(address)
+        events = client.generate(PROMPT, **fields(500)).events()
+        next(events)
+        client.close()
+        events.close()
+
+    async with served(simulated) as (_, client):
+        await asyncio.to_thread(leave_blocking, client.address)
+        closed = AsyncClient(client.address)
+        async with aclosing(closed.generate(PROMPT, **fields(500)).events()) as events:
+            await anext(events)
+            await closed.close()
