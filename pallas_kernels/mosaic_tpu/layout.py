@@ -119,5 +119,5 @@ def check_page_layout(num_pages: int, page_size: int, kv_heads: int, head_dim: i
         raise ValueError(f"kv_heads must be at most {MAX_KV_HEADS} on a TPU, got {kv_heads}")
     page_bytes = page_size * kv_heads * -(-head_dim // LANES) * LANES * jnp.dtype(dtype).itemsize
     if page_bytes > MAX_PAGE_BYTES:
-        most = page_size * MAX_PAGE_BYTES // page_bytes
+        most = 1 << (page_size * MAX_PAGE_BYTES // page_bytes).bit_length() - 1
         raise ValueError(f"page_size must be at most {most} on a TPU, got {page_size}: {page_bytes} bytes of keys")

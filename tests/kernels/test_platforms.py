@@ -108,7 +108,7 @@ def test_what_the_kernels_cannot_hold_is_refused_before_a_cache_is_made():
         select("cuda", "mosaic_gpu", AttentionNeeds(group=65))
     with pytest.raises(ValueError, match="attention mosaic_tpu: a row takes at most 131072 pages, not 131073"):
         select("tpu", "mosaic_tpu", AttentionNeeds(max_pages=131_073))
-    with pytest.raises(ValueError, match="page_size must be at most 192 on a TPU, got 256"):
+    with pytest.raises(ValueError, match="page_size must be at most 128 on a TPU, got 256"):
         select("tpu").cache_layout(64, 256, 32, 256, "bfloat16")
 
 
