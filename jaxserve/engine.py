@@ -87,6 +87,8 @@ class Engine:
         )
         self._next_handle = 0
         self._handle_lock = threading.Lock()
+        self._sending = threading.Lock()
+        """Held from a request's being active to its being sent: an abort that overtook it would have no effect."""
         self._requests = ActiveRequests(self.capacity, self.config.max_tenant_requests)
         gauges = Gauges(0, 0, 0, self.device.num_pages, *[0] * 9)
         config = self.config
@@ -162,19 +164,19 @@ class Engine:
         try:
             for request, submit in zip(requests, submits, strict=True):
                 streams.append(self._new_stream(request, submit))
-            self._requests.add(
-                [
-                    (ActiveRequest(request, submit, stream, request.sampling.n), self._admission.texts(request))
-                    for request, submit, (stream, _) in zip(requests, submits, streams, strict=True)
-                ]
-            )
+            added = [
+                (ActiveRequest(request, submit, stream, request.sampling.n), self._admission.texts(request))
+                for request, submit, (stream, _) in zip(requests, submits, streams, strict=True)
+            ]
+            with self._sending:
+                self._requests.add(added)
+                for submit in submits:
+                    self._core.send(submit)
         except Exception:
             for stream, _ in streams:
                 if isinstance(stream, ResumableStream):
                     self._kept.discard(stream)
             raise
-        for submit in submits:
-            self._core.send(submit)
         return [reader for _, reader in streams]
 
     def _new_stream(
@@ -220,8 +222,9 @@ class Engine:
             tenant: whose it must be; None ends those of every tenant with this id.
         """
         found = self._requests.find(request_id, tenant)
-        for active in found:
-            self._abort(active.submit.handle, active.request.sampling.n)
+        with self._sending:
+            for active in found:
+                self._abort(active.submit.handle, active.request.sampling.n)
         return bool(found)
 
     def _abort(self, handle: int, count: int) -> None:
