@@ -9,8 +9,9 @@ aborted, with deadlines, read slowly, refused, and on connections that are cut. 
 server again and again. It fails, with exit status 1, where
 
     memory         of the server's processes grows by more than 1 MB an hour after the warm-up (every page of the cache
-                   used once, and then a third of the time), by more than twice the error of that slope, which is
-                   reported with it; a run of less than 15 minutes after that cannot tell so little: see soak/trend.py
+                   used once, in a long run every step record too, and then a third of the time), by more than twice
+                   the error of that slope, which is reported with it; a run of less than 15 minutes after that cannot
+                   tell so little: see soak/trend.py
     descriptors    are more at the end than after the warm-up
     pages          are not all free or evictable at the end, or requests are still open
     recompiles     are not 0
@@ -33,10 +34,11 @@ from benchmarks.machine import descriptors, process_tree, resident_bytes
 from benchmarks.plots import require_plots, samples_over_time
 from benchmarks.server import ServerProcess
 from benchmarks.soak.chaos import Chaos, Limits, limits_of
-from benchmarks.soak.trend import memory_limit, trend_of
+from benchmarks.soak.trend import LONG_RUN, memory_limit, trend_of
 from benchmarks.summary import report, rounded
 from benchmarks.workload import random_prompts
 
+from jaxserve.front.delivery import STEP_RECORDS
 from jaxserve.request import Request, SamplingParams, StoppingParams
 from rpc.client import AsyncClient
 
@@ -144,6 +146,14 @@ async def fill(client: AsyncClient, limits: Limits, settle: float) -> None:
         before, loads, number = loads.cached_pages, await client.loads(), number + 1
 
 
+async def fill_history(client: AsyncClient, limits: Limits) -> None:
+    """Takes as many steps as the server keeps records of."""
+    prompt = CANARY.token_ids or ()
+    stopping = StoppingParams(max_tokens=limits.max_context - len(prompt), ignore_eos=True)
+    while (await client.loads()).steps < STEP_RECORDS:
+        await client.generate_once(Request(token_ids=prompt, stopping=stopping))
+
+
 async def soak(arguments: argparse.Namespace, address: str, pids: list[int]) -> dict[str, object]:
     """Runs it; the report."""
     seconds = 60 * arguments.minutes
@@ -156,6 +166,8 @@ async def soak(arguments: argparse.Namespace, address: str, pids: list[int]) -> 
         limits = await limits_of(client)
         chaos = [Chaos(client, limits, 1_000_003 * arguments.seed + number) for number in range(arguments.clients)]
         await fill(client, limits, arguments.settle)
+        if seconds - warm_up >= LONG_RUN:
+            await fill_history(client, limits)
         kept = await at_rest(
             client, arguments.settle
         )  # a server that is not at rest before is not judged by what it holds
