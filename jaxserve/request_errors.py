@@ -1,5 +1,19 @@
 """Why a request is not served, each with what its sender can do about it."""
 
+MAX_MESSAGE_BYTES = 600
+"""Of an error's message. Over gRPC it is sent percent-encoded and again in the details; clients take 8 KiB of headers
+in all."""
+
+
+def clipped(text: str) -> str:
+    """A message short enough for the headers of any client. What a request holds may be quoted in it, and what is wrong
+    stands before or after that: both ends are kept."""
+    data = text.encode(errors="replace")
+    if len(data) <= MAX_MESSAGE_BYTES:
+        return data.decode()
+    gap, half = b" ... ", MAX_MESSAGE_BYTES // 2
+    return (data[: half - len(gap)] + gap + data[-half:]).decode(errors="ignore")
+
 
 class RequestError(Exception):
     """A request that was not accepted. Nothing has been allocated for it."""

@@ -25,6 +25,7 @@ from jaxserve.request_errors import (
     StreamNotFound,
     StreamTaken,
     TenantBusy,
+    clipped,
 )
 from rpc.security.principal import Forbidden, Unauthenticated
 
@@ -32,9 +33,6 @@ logger = logging.getLogger(__name__)
 
 DOMAIN = "jaxserve"
 """`ErrorInfo.domain` of every error."""
-
-MAX_MESSAGE_BYTES = 600
-"""Of an error's message. It is sent percent-encoded and again in the details; clients take 8 KiB of headers in all."""
 
 TENANT_BUSY = "TENANT_BUSY"
 """`ErrorInfo.reason` where a tenant, not the server, is at its bound."""
@@ -105,11 +103,6 @@ class Failure:
             packed.Pack(detail)
             status.details.append(packed)
         return tuple(rpc_status.to_status(status).trailing_metadata)
-
-
-def clipped(text: str) -> str:
-    """A message short enough for the headers of any client: what a request holds may be quoted in it."""
-    return text.encode(errors="replace")[:MAX_MESSAGE_BYTES].decode(errors="ignore")
 
 
 def field_path(field: str, request: Message) -> str:

@@ -13,6 +13,7 @@ import sys
 from llguidance import LLTokenizer
 
 from jaxserve.constraints.matching import GrammarError, build_vocabulary, compile_grammar
+from jaxserve.request_errors import clipped
 
 
 def complaint(vocabulary: LLTokenizer, grammar: str) -> str | None:
@@ -20,7 +21,7 @@ def complaint(vocabulary: LLTokenizer, grammar: str) -> str | None:
     try:
         compile_grammar(vocabulary, grammar)
     except GrammarError as error:
-        return str(error)
+        return clipped(str(error))  # it may quote all of the grammar, and is remembered
     return None
 
 

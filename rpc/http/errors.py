@@ -7,8 +7,15 @@ from dataclasses import dataclass, field
 
 from starlette.responses import Response
 
-from jaxserve.request_errors import DuplicateRequestId, EngineUnavailable, InvalidRequest, ModelNotFound, QueueFull
-from rpc.errors import DeadlineExceeded, RequestFailed, clipped
+from jaxserve.request_errors import (
+    DuplicateRequestId,
+    EngineUnavailable,
+    InvalidRequest,
+    ModelNotFound,
+    QueueFull,
+    clipped,
+)
+from rpc.errors import DeadlineExceeded, RequestFailed
 from rpc.security.principal import Forbidden, Unauthenticated
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,11 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
 
+import grpc
 import pytest
+from google.rpc import error_details_pb2
 from latency import p99
 from raw_http2 import (
     HELLO,
@@ -23,14 +26,20 @@ from raw_http2 import (
 )
 from running_time import forget_peak, peak_resident_bytes, resident_bytes
 from scripted_engine import expected_ids
-from serving import ServerProcess, eventually, server_process
+from serving import ServerProcess, back_to_the_start, eventually, lent, server_process, serving
+from smg_grpc_proto.generated import vllm_engine_pb2
+from test_refusals import detail
 
 from rpc.client import AsyncClient
 from rpc.v1 import jaxserve_pb2 as pb
 
+if TYPE_CHECKING:
+    from jaxserve.engine import Engine
+
 pytestmark = pytest.mark.asyncio
 
 GENERATE = "/jaxserve.v1.Inference/Generate"
+VLLM = "/vllm.grpc.engine.VllmEngine/Generate"
 SCRIPTED = "def engine_factory(): return ScriptedEngine(max_context=8192)"
 REQUEST = pb.GenerateRequest(text="hello", stopping=pb.Stopping(max_tokens=3)).SerializeToString()
 DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED = 4, 8
@@ -86,6 +95,48 @@ async def test_hostile_headers_and_messages_are_refused_and_cost_no_memory() -> 
                 assert connection.status(1) == RESOURCE_EXHAUSTED, what
             assert peak_resident_bytes(server.process.pid) - before <= 16 << 20, what
             await canary(client)
+
+
+DEEP = {
+    "json_schema": lambda depth: '{"items":' * depth + "{}" + "}" * depth,
+    "regex": lambda depth: "(" * depth + "a" + ")" * depth,
+    "grammar": lambda depth: "start: " + "(" * depth + '"a"' + ")" * depth,
+}
+"""Constraints nested so deep."""
+
+
+@pytest.mark.parametrize("kind", DEEP)
+async def test_a_constraint_nested_deep_is_refused_by_name_and_costs_no_memory(kind: str, engine: "Engine") -> None:
+    """A depth that is too long for a constraint, and the greatest that is not."""
+    too_long = DEEP[kind](100_000)
+    longest = DEEP[kind](engine.config.max_constraint_bytes * 100_000 // len(too_long) - 10)
+    assert len(longest) <= engine.config.max_constraint_bytes < len(too_long)
+    async with serving(lent(engine)) as (server, client), grpc.aio.insecure_channel(client.address) as channel:
+        alone = await client.generate_once("hello", max_tokens=8, temperature=0.0, choice=("yes", "no"))
+        assert engine._admission.constraints is not None
+        checking = engine._admission.constraints._process.process
+        assert checking is not None
+        processes = ("self", checking.pid)
+        before = [resident_bytes(process) for process in processes]
+        for text, why in ((too_long, "bytes (limit"), (longest, "nested")):
+            vllm = vllm_engine_pb2.SamplingParams(**{kind: text})  # pyright: ignore[reportArgumentType]
+            for method, part, request in (
+                (GENERATE, "constraint", pb.GenerateRequest(text="hello", constraint=pb.Constraint(**{kind: text}))),
+                (VLLM, "sampling_params", vllm_engine_pb2.GenerateRequest(text="hello", sampling_params=vllm)),
+            ):
+                for process in processes:
+                    forget_peak(process)
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await channel.unary_stream(method)(request.SerializeToString()).read()
+                assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+                (violation,) = detail(refused.value, error_details_pb2.BadRequest).field_violations
+                assert violation.field == f"{part}.{kind}" and why in violation.description
+                for process, memory in zip(processes, before, strict=True):
+                    assert peak_resident_bytes(process) - memory <= 16 << 20, process
+        answer = await client.generate_once("hello", max_tokens=8, temperature=0.0, choice=("yes", "no"))
+        assert answer.token_ids == alone.token_ids and answer.text in ("yes", "no")
+        assert checking.poll() is None, "it was not ended by a limit"
+        await back_to_the_start(engine, server)
 
 
 # 17: idle connections

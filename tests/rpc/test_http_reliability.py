@@ -10,7 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 from http_serving import RawAnswer, exchange, http_serving, openai_client, post, request_bytes
-from running_time import RunningTime, resident_bytes
+from running_time import RunningTime, forget_peak, peak_resident_bytes, resident_bytes
 from scripted_engine import ScriptedEngine, expected_ids
 from serving import ServerProcess, back_to_the_start, eventually, server_process
 
@@ -136,11 +136,15 @@ async def test_text_that_is_not_unicode_is_refused_and_nul_and_any_script_are_ta
 
 def test_hostile_bodies_and_heads_are_refused_and_cost_no_memory() -> None:
     nested = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    schema = b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": %s}}}' % (
+        b'{"items":' * 100_000 + b"{}" + b"}" * 100_000
+    )
     bomb = gzip.compress(b"0" * (64 << 20))
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n".encode()
     no_json = head.replace(b"application/json", b"text/plain") + b"connection: close\r\ncontent-length: 2\r\n\r\n{}"
     cases = [
         (400, request_bytes(COMPLETIONS, nested)),
+        (400, request_bytes(COMPLETIONS, schema)),
         (415, request_bytes(COMPLETIONS, bomb, "content-encoding: gzip")),
         (413, head + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n0\r\n" * (3 << 20) + b"0\r\n\r\n"),
         (413, head + b"content-length: 100000000\r\n\r\n"),
@@ -160,9 +164,11 @@ def test_hostile_bodies_and_heads_are_refused_and_cost_no_memory() -> None:
             assert (await post(address, COMPLETIONS, {"prompt": "a" * 4000, "max_tokens": 1})).status == 200
         before = resident_bytes(server.process.pid)
         for status, data in cases:
+            forget_peak(server.process.pid)
             answer = await exchange(address, data)
             assert answer.status == status, (status, data[:80], answer)
-        assert resident_bytes(server.process.pid) - before <= 16 << 20
+            grown = peak_resident_bytes(server.process.pid) - before
+            assert grown <= 16 << 20, (status, data[:80], grown)
         assert (await post(address, COMPLETIONS, {"prompt": "still", "max_tokens": 3})).status == 200
 
     with server_process("def engine_factory(): return ScriptedEngine(max_context=8192)", http=True) as server:
