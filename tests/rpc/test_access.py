@@ -3,18 +3,23 @@
 import asyncio
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc.aio
 import pytest
-from http_serving import http_serving, post
+from http_serving import exchange, http_serving, post
 from scripted_engine import ScriptedEngine, expected_ids
 from serving import PATIENCE, eventually, lent, serving
+from starlette.applications import Starlette
 from starlette.routing import Route
 
+from jaxserve.log import JsonFormatter
 from jaxserve.request_errors import TenantBusy
 from rpc.client import AsyncClient, Credentials, Forbidden, Unauthenticated
+from rpc.http.guard import HttpGuard
+from rpc.http.listener import HttpListener
 from rpc.security.access import OPEN_PATHS, Access
 from rpc.security.config import SecurityConfig
 from rpc.security.keys import KeyFile, add_key
@@ -149,19 +154,36 @@ async def test_a_tenant_aborts_its_own_requests_alone_and_an_admin_any(keys: Key
 async def test_keys_are_in_no_log_and_no_answer(keys: Keys, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.DEBUG)
     wrong = "jxs_a-key-that-is-not-known"
-    async with serving(ScriptedEngine(), keys.config) as (server, _):
+    async with http_serving(ScriptedEngine(), replace(keys.config, metrics_port=0)) as (server, address):
+        assert server.metrics is not None
         for key in (keys.acme, wrong):
             async with client(server, key) as caller:
-                try:
-                    await caller.generate_once("raise", max_tokens=3)
-                except Exception as error:
-                    assert key not in str(error)
+                for prompt in ("raise", "break", "hello"):
+                    try:
+                        await caller.generate_once(prompt, max_tokens=3)
+                    except Exception as error:
+                        assert key not in str(error)
+            bearer = f"authorization: Bearer {key}"
+            for prompt in ("raise", "break", "hello", 5):
+                answer = await post(address, "/v1/completions", {"prompt": prompt, "max_tokens": 3}, bearer)
+                assert key.encode() not in answer.body
+            for where in (address, f"127.0.0.1:{server.metrics.port}"):
+                for head in (
+                    f"GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n{bearer}",
+                    f"GET /metrics?api_key={key} HTTP/1.1\r\nhost: test\r\nconnection: close",
+                    f"GET /metrics HTTP/1.1\r\nhost: test\r\n{bearer}\r\n{bearer}x",
+                    f"GET /metrics HTTP/1.1\r\nhost: test\r\n{bearer}\r\nx: {'y' * 40_000}",  # 431
+                    f"NO SUCH {bearer}",  # 400
+                ):
+                    answer = await exchange(where, f"{head}\r\n\r\n".encode())
+                    assert key.encode() not in answer.body
         keys.file.write_text(f"acme {keys.acme}\n")  # a key where its hash belongs
         await eventually(lambda: "stay as they were" in caplog.text)
         assert server.access.decide("/v1/models", f"Bearer {keys.acme}").tenant == "acme"
-    assert "a defect" in caplog.text  # something was logged
+    told = "\n".join(JsonFormatter().format(record) for record in caplog.records) + caplog.text
+    assert told.count("a defect") >= 2 and "a scripted failure" in told  # something was logged, of each protocol
     for key in (keys.acme, wrong):
-        assert key not in caplog.text and key not in repr(Credentials(api_key=key))
+        assert key not in told and key not in repr(Credentials(api_key=key))
 
 
 def test_only_an_admin_is_let_onto_admin_paths(keys: Keys):
@@ -219,21 +241,56 @@ async def test_a_tenant_is_bounded_and_the_others_go_on(keys: Keys):
             assert (await acme.generate_once({"token_ids": [300]}, max_tokens=2)).finish_reason == "length"
 
 
-async def test_every_http_route_is_refused_without_its_key_but_the_health_probe(
-    keys: Keys, monkeypatch: pytest.MonkeyPatch
-):
-    paths = {"/", "/no/such/path", "/v1/models/../completions"}
-    made = Route.__init__
+async def http_status(address: str, method: str, path: str, *headers: str) -> int:
+    """The status of an answer, which may go on for ever."""
+    reader, writer = await asyncio.open_connection(*address.split(":"))
+    writer.write("\r\n".join([f"{method} {path} HTTP/1.1", "host: test", *headers, "", ""]).encode())
+    async with asyncio.timeout(PATIENCE):
+        status = int((await reader.readline()).split()[1])
+    writer.transport.abort()
+    return status
 
-    def note(self: Route, path: str, *arguments: object, **fields: object) -> None:
-        paths.add(path)
-        made(self, path, *arguments, **fields)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Route, "__init__", note)
-    async with http_serving(ScriptedEngine(), keys.config) as (_, address):
-        assert {"/v1/completions", "/v1/chat/completions", "/metrics", "/health"} < paths
-        for path in sorted(paths):
-            for headers in ((), (f"authorization: Bearer {keys.acme}x",), (f"authorization: {keys.acme}",)):
-                status = (await post(address, path, {}, *headers)).status
-                assert (status == 401) is (path not in OPEN_PATHS), (path, headers, status)
-            assert (await post(address, path, {}, f"authorization: Bearer {keys.admin}")).status != 401
+def routes_of(listener: HttpListener) -> set[tuple[str, str]]:
+    """Method and path of every route, from the application itself: one that is added tomorrow is among them."""
+    guard = listener._server.config.app
+    assert isinstance(guard, HttpGuard) and isinstance(guard._app, Starlette)
+    found: set[tuple[str, str]] = set()
+    for route in guard._app.routes:
+        assert isinstance(route, Route), "neither mounts nor sockets, whose paths would not be seen here"
+        # A route that names no methods takes any.
+        found |= {(method, route.path.replace("{model:path}", "scripted")) for method in route.methods or ("POST",)}
+    return found
+
+
+async def test_every_http_route_of_either_port_is_refused_without_its_key_but_the_documented_probes(keys: Keys):
+    wrong = (
+        (),
+        (f"authorization: Bearer {keys.acme}x",),
+        (f"authorization: Bearer {keys.acme[:-1]}",),
+        (f"authorization: {keys.acme}",),
+        (f"authorization: Basic {keys.acme}",),
+        ("authorization: Bearer ",),
+        (f"authorization: Bearer {keys.acme}", f"authorization: Bearer {keys.other}"),
+        (f"x-api-key: {keys.acme}",),
+        (f"cookie: authorization=Bearer {keys.acme}",),
+    )
+    async with http_serving(ScriptedEngine(), replace(keys.config, metrics_port=0)) as (server, address):
+        assert server.http is not None and server.metrics is not None
+        assert {"/v1/completions", "/v1/chat/completions", "/metrics", "/health"} < {
+            path for _, path in routes_of(server.http)
+        }
+        unknown = {("GET", "/no/such/path"), ("POST", "/v1/models/../completions"), ("OPTIONS", "/metrics")}
+        unknown |= {("GET", f"/metrics?api_key={keys.acme}"), ("GET", "//health"), ("GET", "/health/")}
+        for listener in (server.http, server.metrics):
+            where = f"127.0.0.1:{listener.port}"
+            open_paths: set[str] = set()
+            for method, path in sorted(routes_of(listener) | unknown | {("GET", "/")}):
+                statuses = {await http_status(where, method, path, *headers) for headers in wrong}
+                if statuses != {401}:
+                    assert 401 not in statuses, (method, path, statuses)
+                    open_paths.add(path)
+                right = f"authorization: Bearer {keys.admin}"
+                assert await http_status(where, method, path, right, "content-length: 0") != 401, (method, path)
+            assert open_paths == {"/", "/health"}
+        assert await http_status(address, "GET", "/health") == 200
