@@ -47,8 +47,9 @@ async def serving(
     engine: ServedEngine, config: ServerConfig | None = None
 ) -> AsyncIterator[tuple[Server, AsyncClient]]:
     """A server for the engine on this event loop, and a client connected to it."""
-    # A pause of the whole machine, however long, is no client that has gone.
-    server = Server(config or ServerConfig(grpc_port=0, keepalive_timeout=3600.0), report=lambda _: None)
+    # A pause of the whole machine, however long, is no client that has gone, or that takes its time.
+    patient = ServerConfig(grpc_port=0, keepalive_timeout=3600.0, message_timeout=3600.0, stall_limit=3600.0)
+    server = Server(config or patient, report=lambda _: None)
     await server.start()
     await server.attach(engine)
     try:
