@@ -7,6 +7,7 @@ must run on the CPU (`jax_platforms`), or the plugins look for real devices.
 import functools
 import os
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 import jax
@@ -42,11 +43,33 @@ _LIBTPU_ALONE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 """What libtpu reads from the environment, so that it asks nobody which machine it is on."""
+_OPERATION = re.compile(r"^\s*(?:ROOT )?\S+ = (.*?) ([a-z][a-z-]*)\(", re.MULTILINE)
+"""Result and kind of an operation in the text of an HLO module."""
+_KERNEL = re.compile(
+    r'custom_call_target="tpu_custom_call".*op_name="[^"]*?(?P<name>\w+)/pallas_call'
+    r'.*"scoped_memory_configs":\[\{"memory_space":"1","offset":"(?P<begin>\d+)"'
+    r'.*"cost_estimate":\{"flops":"(?P<flops>\d+)".*?"bytes_accessed":"(?P<bytes>\d+)"'
+    r'.*"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(?P<end>\d+)"'
+)
+"""A call of a kernel: its part of VMEM is what lies from begin to end; XLA keeps other arrays before."""
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
 class CannotCompile(RuntimeError):
     """There is no compiler for the device here, or no topology of as many."""
+
+
+@dataclass(frozen=True)
+class KernelFigures:
+    """A Pallas kernel for TPUs in a compiled program."""
+
+    calls: int
+    vmem: int
+    """Bytes of VMEM that a call takes."""
+    flops: int
+    """Of a call, as the kernel states them to the compiler."""
+    bytes_accessed: int
+    """Likewise."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +98,8 @@ class StepFigures:
     bytes_accessed: float
     collectives: dict[str, int]
     """Operations by which devices talk, by kind."""
+    kernels: dict[str, KernelFigures]
+    """Pallas kernels for TPUs, by name."""
 
     def to_json(self) -> dict[str, object]:
         """As plain data."""
@@ -151,10 +176,11 @@ def _figures(
         aliased=int(memory.alias_size_in_bytes),
         cache=sum(_shard_bytes(leaf) for leaf in leaves),
         cache_is_aliased=all(aliases.get(number) == first + number for number in range(len(leaves))),
-        cache_copies=sum(_count_copies(text, shape) for shape in shapes),
+        cache_copies=sum(operations_over(text, shape)[kind] for shape in shapes for kind in ("copy", "copy-start")),
         flops=float(costs.get("flops", 0.0)),
         bytes_accessed=float(costs.get("bytes accessed", 0.0)),
         collectives={kind: count for kind in _COLLECTIVES if (count := _count_calls(text, kind))},
+        kernels=tpu_kernels(text),
     )
 
 
@@ -172,10 +198,27 @@ def _aliases(text: str) -> dict[int, int]:
     return {int(out): int(argument) for out, argument in re.findall(r"\{(\d+)\}: \((\d+), \{\}", header)}
 
 
-def _count_copies(text: str, shape: tuple[int, ...]) -> int:
-    """Copies of arrays of a shape, in any layout, be they started or whole."""
-    sizes = ",".join(map(str, shape))
-    return len(re.findall(rf"= \(?\w+\[{sizes}\]\S* (?:copy|copy-start)\(", text))
+def operations_over(text: str, shape: tuple[int, ...]) -> Counter[str]:
+    """Operations of an HLO module whose result is an array of a shape, or has one among others, by kind."""
+    sizes = f"[{','.join(map(str, shape))}]"
+    return Counter(kind for result, kind in _OPERATION.findall(text) if sizes in result)
+
+
+def tpu_kernels(text: str) -> dict[str, KernelFigures]:
+    """The Pallas kernels of a compiled HLO module, by name; of calls that differ, the most of each figure."""
+    found: dict[str, KernelFigures] = {}
+    for line in text.splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            match = _KERNEL.search(line)
+            assert match is not None, line
+            name, before = match["name"], found.get(match["name"], KernelFigures(0, 0, 0, 0))
+            found[name] = KernelFigures(
+                before.calls + 1,
+                max(before.vmem, int(match["end"]) - int(match["begin"])),
+                max(before.flops, int(match["flops"])),
+                max(before.bytes_accessed, int(match["bytes"])),
+            )
+    return found
 
 
 def _count_calls(text: str, operation: str) -> int:

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.interface import LayerCache
-from pallas_kernels.mosaic_tpu.layout import LANES, VMEM_LIMIT, PageLayout
+from pallas_kernels.mosaic_tpu.layout import LANES, VMEM_LIMIT, PageLayout, in_hbm
 from pallas_kernels.mosaic_tpu.page_copies import Ring, Scalars, Writer
 from pallas_kernels.mosaic_tpu.work import AttendUnits
 
@@ -91,7 +91,7 @@ def attend(
     for token in jax.tree.leaves(new):
         in_specs.append(_unit_block(token.shape))
         operands.append(token)
-    arrays, structure = jax.tree.flatten(cache)
+    arrays, structure = jax.tree.flatten(in_hbm(cache))
     anywhere = [pl.BlockSpec(memory_space=pl.ANY)] * len(arrays)
     written = arrays if kernel.writes else []
     first = len(scalars) + len(operands)

@@ -226,16 +226,16 @@ def _page_forms(new: LayerCache, source: Int32[Array, "unit page_size"], layout:
 
 
 def _new_tokens(k: Array, v: Array, layout: PageLayout) -> LayerCache:
-    """Keys and values as the pages hold them, [token, kv_head, lanes]; scales [token, kv_head]."""
+    """Keys and values as the pages hold them, [token, kv_head, lanes]; scales [token, scale_head]."""
     finite = jnp.isfinite(v).all(axis=-1, keepdims=True)
     k, v = jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
-    new = stored_form(k, v, layout.dtype)
-    assert new.v_pages is not None
+    keys, values, *scales = stored_form(k, v, layout.dtype)
+    assert values is not None
+    scales = [None if scale is None else _pad_last(scale, layout.scale_heads) for scale in scales]
     if layout.shared:
-        both = jnp.concatenate([new.k_pages, new.v_pages], axis=-1)
-        return new._replace(k_pages=_pad_lanes(both, layout.lanes), v_pages=None)
-    return new._replace(k_pages=_pad_lanes(new.k_pages, layout.lanes), v_pages=_pad_lanes(new.v_pages, layout.lanes))
+        return LayerCache(_pad_last(jnp.concatenate([keys, values], axis=-1), layout.lanes), None, *scales)
+    return LayerCache(_pad_last(keys, layout.lanes), _pad_last(values, layout.lanes), *scales)
 
 
-def _pad_lanes(array: Array, lanes: int) -> Array:
-    return jnp.pad(array, (*[(0, 0)] * (array.ndim - 1), (0, lanes - array.shape[-1])))
+def _pad_last(array: Array, size: int) -> Array:
+    return jnp.pad(array, (*[(0, 0)] * (array.ndim - 1), (0, size - array.shape[-1])))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.interface import LayerCache, check_sizes
@@ -66,10 +67,16 @@ class PageLayout:
         return -(-self.page_size // LANES) * LANES
 
     @property
+    def scale_heads(self) -> int:
+        """Of a page in the arrays of scales: the kv heads, padded to what a tile of sublanes holds. In other shapes XLA
+        has axis 1 outermost, and each call would copy all of the scales to have it where a page's are together."""
+        return -(-self.kv_heads // 8) * 8 if self.kv_heads > 4 else 1 << (self.kv_heads - 1).bit_length()
+
+    @property
     def token_bytes(self) -> int:
         """Bytes that attending to one token reads."""
         arrays = 1 if self.shared else 2
-        scales = 8 * self.kv_heads * self.scale_lanes // self.page_size if self.quantized else 0
+        scales = 8 * self.scale_heads * self.scale_lanes // self.page_size if self.quantized else 0
         return arrays * self.kv_heads * self.lanes * self.dtype.itemsize + scales
 
     @property
@@ -100,10 +107,16 @@ class PageLayout:
 
         def arrays() -> LayerCache:
             pages = jnp.zeros((num_pages, self.kv_heads, self.page_size, self.lanes), self.dtype)
-            scales = jnp.zeros((num_pages, self.kv_heads, self.scale_lanes), jnp.float32) if self.quantized else None
+            scales = jnp.zeros((num_pages, self.scale_heads, self.scale_lanes), jnp.float32) if self.quantized else None
             return LayerCache(pages, None if self.shared else pages, scales, scales)
 
         return jax.eval_shape(arrays)
+
+
+def in_hbm(cache: LayerCache) -> LayerCache:
+    """As operands of a kernel that stay where they are. XLA takes a kernel to read its operands whole, and would copy
+    all of a small array to VMEM before a call and back after it."""
+    return jax.tree.map(lambda array: pltpu.with_memory_space_constraint(array, pltpu.HBM), cache)
 
 
 def check_page_layout(num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> None:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.interface import LayerCache
-from pallas_kernels.mosaic_tpu.layout import VMEM_LIMIT
+from pallas_kernels.mosaic_tpu.layout import VMEM_LIMIT, in_hbm
 from pallas_kernels.mosaic_tpu.select import select
 from pallas_kernels.mosaic_tpu.work import WriteUnits
 
@@ -28,7 +28,7 @@ def write_pages(cache: LayerCache, new: LayerCache, units: WriteUnits, *, interp
         units: which page, and which of its tokens.
         interpret: as of `pl.pallas_call`.
     """
-    pages, structure = jax.tree.flatten(cache)
+    pages, structure = jax.tree.flatten(in_hbm(cache))
     news = jax.tree.leaves(new)
 
     def unit_block(array: Array) -> pl.BlockSpec:
