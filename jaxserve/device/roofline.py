@@ -4,9 +4,12 @@ Each device of a replica does an equal share. What devices tell each other, laun
 no step is faster than its floor.
 """
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
 from jaxserve.device.devices import Device
@@ -69,8 +72,7 @@ def model_cost(
     model: ModelConfig, dtype: str, quantization: Quantization, cache_bytes_per_token: float, tensor_parallel: int
 ) -> ModelCost:
     """The cost to each of `tensor_parallel` devices, whose cache takes `cache_bytes_per_token` on each of them."""
-    _, params = abstract_llama(model, dtype, quantization)
-    parameters = named_parameters(params)
+    parameters = _abstract_parameters(model, dtype, quantization)
     sizes = {
         name: math.prod(array.shape)
         * jnp.dtype(array.dtype).itemsize
@@ -80,7 +82,7 @@ def model_cost(
     has_head = "lm_head.weight" in parameters
     head = model.vocab_size * model.hidden_size
     # The floating-point model has a weight for each multiplication, whatever its bytes are here.
-    floating = named_parameters(abstract_llama(model, dtype)[1])
+    floating = _abstract_parameters(model, dtype, "none")
     products = sum(
         math.prod(array.shape)
         for name, array in floating.items()
@@ -95,3 +97,11 @@ def model_cost(
         cache_bytes_per_token=cache_bytes_per_token,
         sliding_window=model.sliding_window,
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_parameters(
+    model: ModelConfig, dtype: str, quantization: Quantization
+) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the weights by name. Kept: a plan asks for the same ones once for each device that it tries."""
+    return named_parameters(abstract_llama(model, dtype, quantization)[1])
