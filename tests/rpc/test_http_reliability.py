@@ -3,7 +3,6 @@
 import asyncio
 import gzip
 import json
-import signal
 import socket
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import openai
 import pytest
 from http_serving import RawAnswer, exchange, http_serving, openai_client, post, request_bytes
 from running_time import RunningTime, forget_peak, peak_resident_bytes, resident_bytes
-from scripted_engine import ScriptedEngine, expected_ids
+from scripted_engine import ScriptedEngine
 from serving import ServerProcess, back_to_the_start, eventually, server_process
 
 from rpc.http.lingering import LINGER_BYTES
@@ -267,52 +266,3 @@ async def test_every_route_but_the_probe_and_the_page_needs_a_key(tmp_path: Path
                 await client.completions.create(model="scripted", prompt="x")
             known = client.with_options(api_key=key)
             assert (await known.completions.create(model="scripted", prompt="x", max_tokens=2)).choices[0].text == "ab"
-
-
-def test_sigterm_under_load_flips_health_first_refuses_new_requests_and_lets_streams_finish() -> None:
-    async def run(client: openai.AsyncOpenAI, count: int) -> int:
-        text = ""
-        stream = await client.completions.create(model="scripted", prompt="x", max_tokens=count, stream=True)
-        async for chunk in stream:
-            text += chunk.choices[0].text
-        assert text == bytes(expected_ids(count)).decode()
-        return count
-
-    async def scenario(server: ServerProcess) -> None:
-        async with openai_client(server.http_address) as client:
-            runs = [asyncio.ensure_future(run(client, 150 + number)) for number in range(8)]
-            metrics = b"GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
-            while (
-                b'num_requests_running{model_name="scripted"} 8.0'
-                not in (await exchange(server.http_address, metrics)).body
-            ):
-                await asyncio.sleep(0.01)
-            server.signal(signal.SIGTERM)
-            while (health := await exchange(server.http_address, GET_HEALTH)).status == 200:
-                await asyncio.sleep(0.005)
-            assert (health.status, json.loads(health.body)) == (503, {"status": "draining"})
-            assert not any(run.done() for run in runs)
-            with pytest.raises(openai.InternalServerError, match="draining") as late:
-                await client.completions.create(model="scripted", prompt="late")
-            assert late.value.status_code == 503
-            assert int(late.value.response.headers["retry-after"]) > 0
-            assert await asyncio.gather(*runs) == [150 + number for number in range(8)]
-
-    with server_process("def engine_factory(): return ScriptedEngine(step_time=0.02)", grace=60.0, http=True) as server:
-        server.report("ready")
-        asyncio.run(scenario(server))
-        assert server.exit_code() == 0
-
-
-def test_past_the_grace_a_stream_ends_with_an_error_and_the_exit_code_says_so() -> None:
-    with server_process("def engine_factory(): return ScriptedEngine(step_time=0.02)", grace=0.3, http=True) as server:
-        server.report("ready")
-        client = openai.OpenAI(base_url=f"http://{server.http_address}/v1", api_key="none", max_retries=0)
-        stream = client.completions.create(model="scripted", prompt="x", stream=True)
-        next(stream)
-        server.signal(signal.SIGTERM)
-        with pytest.raises(openai.APIError, match="stopped before"):
-            for _ in stream:
-                pass
-        client.close()
-        assert server.exit_code() == 3

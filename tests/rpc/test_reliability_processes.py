@@ -9,12 +9,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from protocols import Ask, Http, Native, Outcome, Speaker, Vllm, speakers
 from running_time import RunningTime
 from serving import PATIENCE, ROOT, ServerProcess, server_process
 from simulated import exact
-from smg_grpc_proto.generated import vllm_engine_pb2, vllm_engine_pb2_grpc
 
 from jaxserve.request_errors import EngineUnavailable
 from rpc.client import AsyncClient
@@ -50,14 +49,6 @@ def core_of(server: ServerProcess) -> int:
         if b"jaxserve.core.process" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     ]
     return core
-
-
-async def streams(client: AsyncClient, count: int) -> list[asyncio.Task[None]]:
-    """Long streams, all of which have begun."""
-    tasks = [asyncio.create_task(exact(client, 3 + number, 250)) for number in range(count)]
-    while (await client.loads()).running < count:
-        await asyncio.sleep(0.01)
-    return tasks
 
 
 HANGS = """
@@ -175,50 +166,22 @@ async def test_when_the_front_is_killed_no_orphan_is_left_after_2_s(setup: str) 
                 assert isinstance(result, EngineUnavailable), result
 
 
-async def test_sigterm_flips_health_first_finishes_what_runs_refuses_the_new_and_exits_0() -> None:
-    with server_process(SIMULATED, grace=60.0) as server, RunningTime() as clock:
-        await asyncio.to_thread(server.report, "ready")
-        async with AsyncClient(server.address) as client, grpc.aio.insecure_channel(server.address) as channel:
-            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-            tasks = await streams(client, 16)
-            server.signal(signal.SIGTERM)
-            signalled = clock.seconds
-            assert (await watch.read()).status == NOT_SERVING
-            assert clock.seconds - signalled <= 0.1
-            assert not any(task.done() for task in tasks)
-            with pytest.raises(EngineUnavailable, match="draining"):
-                await client.generate_once("late")
-            orchestrator = orchestrator_pb2_grpc.OrchestratorStub(channel)
-            vllm = vllm_engine_pb2_grpc.VllmEngineStub(channel)
-            text = orchestrator_pb2.DecodeRequest.TextContent(text="late")
-            late = [
-                orchestrator.Decode(orchestrator_pb2.DecodeRequest(text_content=text, max_tokens=1)),
-                vllm.Generate(vllm_engine_pb2.GenerateRequest(text="late")),
-            ]
-            for call in late:
-                with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await call.read()
-                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert not (await orchestrator.HealthCheck(orchestrator_pb2.HealthCheckRequest())).is_live
-            assert not (await vllm.HealthCheck(vllm_engine_pb2.HealthCheckRequest())).healthy
-            await asyncio.gather(*tasks)  # each of its tokens is checked
-        assert await asyncio.to_thread(server.exit_code) == 0
-
-
 async def test_sigterm_by_every_protocol_turns_health_first_and_within_100_ms_and_exits_0_within_the_grace() -> None:
     with server_process(SIMULATED, grace=60.0, http=True) as server, RunningTime() as clock:
         await asyncio.to_thread(server.report, "ready")
         async with (
             speakers(server.address, server.http_address, MODEL) as clients,
             speakers(server.address, server.http_address, MODEL) as late,
+            grpc.aio.insecure_channel(server.address) as channel,
         ):
+            jetstream = orchestrator_pb2_grpc.OrchestratorStub(channel)
             watch = clients[0].health.Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
             streams = Streams(clients, 200)
             await streams.begun()
             for speaker in late:
                 assert await speaker.is_serving()  # they are connected
+            assert (await jetstream.HealthCheck(orchestrator_pb2.HealthCheckRequest())).is_live
             server.signal(signal.SIGTERM)
             signalled = clock.seconds
 
@@ -231,9 +194,17 @@ async def test_sigterm_by_every_protocol_turns_health_first_and_within_100_ms_an
                 assert "draining" in outcome.message
                 if speaker is late[2]:
                     assert outcome.retry_after
+                    async with late[2].client.get("/health") as health:
+                        assert (health.status, await health.json()) == (503, {"status": "draining"})
 
-            _, took, *_ = await asyncio.gather(watch.read(), turned(clients, clock), *map(refused, late))
+            told, took, *_ = await asyncio.gather(watch.read(), turned(clients, clock), *map(refused, late))
+            assert told.status == NOT_SERVING
             assert took - signalled <= 0.1
+            assert not (await jetstream.HealthCheck(orchestrator_pb2.HealthCheckRequest())).is_live
+            text = orchestrator_pb2.DecodeRequest.TextContent(text="late")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await jetstream.Decode(orchestrator_pb2.DecodeRequest(text_content=text, max_tokens=1)).read()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
             assert not any(task.done() for task in streams.tasks)
             for ask, outcome in await streams.outcomes():
                 assert outcome.is_exact(ask), outcome
