@@ -1,6 +1,5 @@
 """`serve` as a process: ready, signalled, drained, gone, with the exit code that says which."""
 
-import asyncio
 import signal
 import threading
 import time
@@ -13,7 +12,7 @@ from serving import PATIENCE, server_process
 
 from jaxserve.events import Delta, Finished, FinishReason
 from jaxserve.request_errors import EngineUnavailable
-from rpc.client import AsyncClient, Client
+from rpc.client import Client
 
 SLOW_ENGINE = """
 def engine_factory():
@@ -53,60 +52,23 @@ def test_sigterm_lets_streams_finish_refuses_new_ones_and_exits_0() -> None:
             assert server.report("stopped")["exit_code"] == 0
 
 
-def test_every_stream_in_flight_gets_its_last_message_and_status_ok_in_a_drain() -> None:
-    async def run(client: AsyncClient, number: int) -> int:
-        generation = client.generate("x", max_tokens=20 + number)
-        count = 0
-        async for delta in generation:
-            count += len(delta.token_ids)
-        assert generation.finished is not None
-        assert count == 20 + number
-        return count
-
-    async def scenario(server) -> None:
-        async with AsyncClient(server.address) as client:
-            runs = [asyncio.ensure_future(run(client, number)) for number in range(16)]
-            while (await client.loads()).open_calls < 16:
-                await asyncio.sleep(0.01)
-            server.signal(signal.SIGTERM)
-            assert sum(await asyncio.gather(*runs)) == sum(range(20, 36))
-
-    with server_process("def engine_factory(): return ScriptedEngine(step_time=0.04)") as server:
-        server.report("ready")
-        asyncio.run(scenario(server))
-        assert server.exit_code() == 0
-
-
-def test_past_the_grace_what_is_left_is_aborted_and_the_exit_code_says_so() -> None:
-    with server_process(SLOW_ENGINE, grace=0.3) as server:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_hurries(number: signal.Signals) -> None:
+    with server_process(SLOW_ENGINE, grace=1000.0) as server:
         server.report("ready")
         with Client(server.address) as client:
             generation = client.generate("hello")
             events = generation.events()
             next(events)
-            server.signal(signal.SIGTERM)
+            server.signal(number)
+            server.report("draining")
+            assert isinstance(next(events), Delta)  # still served
+            server.signal(number)
             with pytest.raises(EngineUnavailable, match="stopped before"):
                 for _ in events:
                     pass
             assert generation.finished is not None
             assert generation.finished.finish_reason is FinishReason.ABORT
-            assert server.exit_code() == 3
-
-
-@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)])
-def test_a_second_signal_hurries(numbers: tuple[signal.Signals, signal.Signals]) -> None:
-    with server_process(SLOW_ENGINE, grace=1000.0) as server:
-        server.report("ready")
-        with Client(server.address) as client:
-            events = client.generate("hello").events()
-            next(events)
-            server.signal(numbers[0])
-            server.report("draining")
-            assert isinstance(next(events), Delta)  # still served
-            server.signal(numbers[1])
-            with pytest.raises(EngineUnavailable):
-                for _ in events:
-                    pass
             assert server.exit_code() == 3
 
 
