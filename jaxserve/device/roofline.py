@@ -103,5 +103,5 @@ def model_cost(
 def _abstract_parameters(
     model: ModelConfig, dtype: str, quantization: Quantization
 ) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the weights by name. Kept: a plan asks for the same ones once for each device that it tries."""
+    """Shapes and dtypes of the weights by name. Kept: a plan asks for the same ones again and again."""
     return named_parameters(abstract_llama(model, dtype, quantization)[1])
