@@ -1,11 +1,11 @@
 """The Hopper kernels compiled to machine code over the sizes that they promise, or refused before anything is traced."""
 
-import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import pytest
+from pairwise import covering, every
 
 from jaxserve.device.ahead_of_time import placement_on
 from jaxserve.device.devices import DEVICES
@@ -15,18 +15,27 @@ from pallas_kernels.mosaic_gpu import MosaicGpuPagedAttention, decode
 pytestmark = pytest.mark.aot
 jax.config.update("jax_platforms", "cpu")
 ATTENTION = MosaicGpuPagedAttention()
-SIZES = {
-    f"d{head_dim}-page{page_size}-kv{kv_heads}-{dtype}": (head_dim, page_size, kv_heads, dtype)
-    for head_dim, page_size, kv_heads, dtype in itertools.chain(
-        itertools.product((64, 96, 128, 256), (16, 64), (2,), ("bfloat16", "int8", "float8_e4m3fn")),
-        itertools.product((64, 128), (16, 64), (1, 3, 4, 8), ("bfloat16",)),
-    )
+FACTORS = {
+    "head_dim": (64, 96, 128, 256),
+    "kv_heads": (1, 2, 3, 4, 8),
+    "cache": (("bfloat16", 16), ("bfloat16", 64), ("int8", 64), ("float8_e4m3fn", 64)),
+    "features": ("plain", "window", "softcap", "all"),
 }
 FEATURES = {
+    "plain": {},
     "window": {"sliding_window": 300},
     "softcap": {"softcap": 30.0},
     "all": {"sliding_window": 300, "softcap": 30.0, "sinks": True},
 }
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All combinations with `--aot-matrix full`, a few that hold every pair of values without."""
+    if "case" in metafunc.fixturenames:
+        full = metafunc.config.getoption("--aot-matrix") == "full"
+        cases = (every if full else covering)(FACTORS)
+        names = ["d{head_dim}-kv{kv_heads}-{cache[0]}-page{cache[1]}-{features}".format(**case) for case in cases]
+        metafunc.parametrize("case", cases, ids=names)
 
 
 def compile_for_h100(function: Callable, *shapes, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
@@ -60,26 +69,21 @@ def compile_step(head_dim, page_size, kv_heads, dtype, *, rows=64, chunk=128, gr
     return compiled, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_each_size_compiles_with_the_cache_in_place_or_is_refused_at_once(sizes):
-    head_dim, page_size, kv_heads, dtype = sizes
-    if dtype != "bfloat16" and page_size < 32:
-        with pytest.raises(ValueError, match=f"page_size of a {dtype} cache on mosaic_gpu must be at least 32, got 16"):
-            ATTENTION.cache_layout(512, page_size, kv_heads, head_dim, dtype)
-        return
-    compiled, cache_bytes = compile_step(*sizes)
+def test_each_case_compiles_with_the_cache_in_place(case: dict):
+    dtype, page_size = case["cache"]
+    features = FEATURES[case["features"]]
+    compiled, cache_bytes = compile_step(case["head_dim"], page_size, case["kv_heads"], dtype, **features)
     assert compiled.as_text().count('custom_call_target="mosaic_gpu_v2"') == 4
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == cache_bytes
-    assert "copy" not in {
-        line.split(" = ")[0] for line in compiled.as_text().splitlines() if f"[512,{kv_heads}" in line
-    }
+    made = [line for line in compiled.as_text().splitlines() if f"[512,{case['kv_heads']}," in line.split("(")[0]]
+    assert made and not [line for line in made if " copy(" in line]
 
 
-@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_each_feature_compiles(features, dtype):
-    compile_step(128, 64, 2, dtype, **features)
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_small_pages_of_a_quantized_cache_are_refused_at_once(dtype: str):
+    with pytest.raises(ValueError, match=f"page_size of a {dtype} cache on mosaic_gpu must be at least 32, got 16"):
+        ATTENTION.cache_layout(512, 16, 2, 128, dtype)
 
 
 @pytest.mark.parametrize("group", [1, 3, 7, 8, 16, 64])
