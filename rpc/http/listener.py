@@ -20,6 +20,9 @@ KEEP_ALIVE = 75.0
 """Seconds that a connection may stay without a request; above the 60 s after which proxies reuse none."""
 ACCEPT_PAUSE = 1.0
 """Seconds to wait where the system gives no further descriptor."""
+SEND_BUFFER_BYTES = 32 << 10
+"""Of the system's, for what a client has not taken; Linux doubles it. Left alone it grows to megabytes a connection, so
+that a reader that reads nothing is noticed late."""
 FLUSH_TIME = 0.5
 """Seconds that responses may take to end when the listener stops; what they answer has ended before."""
 
@@ -92,6 +95,7 @@ class HttpListener:
                     connection.close()
                     continue
                 self._open += 1
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
                 handshake = asyncio.create_task(self._shake_hands(connection))
                 self._handshakes.add(handshake)
                 handshake.add_done_callback(self._handshakes.discard)

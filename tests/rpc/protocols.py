@@ -298,12 +298,12 @@ async def speakers(address: str, http_address: str, model: str) -> AsyncIterator
 
 
 @asynccontextmanager
-async def fronting(engine: ServedEngine) -> AsyncIterator[Front]:
+async def fronting(engine: ServedEngine, config: ServerConfig | None = None) -> AsyncIterator[Front]:
     """Serves an engine by every protocol."""
     # A pause of the whole machine, however long, is no client that has gone, or that takes its time.
-    config = ServerConfig(keepalive_timeout=3600.0, message_timeout=3600.0, stall_limit=3600.0)
+    patient = ServerConfig(keepalive_timeout=3600.0, message_timeout=3600.0, stall_limit=3600.0)
     async with (
-        http_serving(engine, config) as (server, http_address),
+        http_serving(engine, config or patient) as (server, http_address),
         speakers(f"127.0.0.1:{server.port}", http_address, engine.model_name) as (native, vllm, http),
     ):
         yield Front(server, engine, native, vllm, http)
