@@ -1,12 +1,14 @@
 """The model with packed weights and the native kernel against the portable one."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_attention import dense_logits
 from flax import nnx
+from test_llama import TINY
 
-from jaxserve.models.config import ModelConfig, RopeConfig
 from jaxserve.models.llama import Llama, abstract_llama
 from jaxserve.models.packing import pack_params
 from pallas_kernels import linear
@@ -14,22 +16,7 @@ from pallas_kernels import linear
 pytestmark = pytest.mark.skipif(not linear.available(), reason="the native kernels cannot be built here")
 
 # Sizes that fill neither panels nor blocks.
-TINY = ModelConfig(
-    family="qwen3",
-    vocab_size=99,
-    hidden_size=36,
-    intermediate_size=50,
-    num_layers=2,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-6,
-    rope=RopeConfig(),
-    max_context=64,
-    tie_embeddings=True,
-    qkv_bias=True,
-    qk_norm=True,
-)
+TINY = replace(TINY, vocab_size=99, hidden_size=36, intermediate_size=50)
 
 
 def shapes(params: nnx.State) -> dict[tuple, tuple]:
