@@ -1,8 +1,6 @@
 """Whoever stops listening stops the work: cancelled, killed, late, aborted, or asleep."""
 
 import asyncio
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +8,7 @@ from dataclasses import replace
 import grpc.aio
 import pytest
 from scripted_engine import ScriptedEngine, expected_ids
-from serving import ROOT, back_to_the_start, eventually, serving
+from serving import back_to_the_start, eventually, serving
 
 from jaxserve.events import FinishReason
 from jaxserve.request import Request
@@ -98,30 +96,6 @@ async def test_a_long_prompt_does_not_hold_up_the_event_loop() -> None:
         assert (await slow).text == "a"
 
 
-async def test_a_killed_client_process_frees_what_it_held() -> None:
-    engine = ScriptedEngine(max_context=1 << 20)
-    script = """
-import sys
-from rpc.client import Client
-for delta in Client(sys.argv[1]).generate("hello", ignore_eos=True):
-    print(delta.text, flush=True)
-"""
-    async with serving(engine) as (server, client):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, client.address], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        line = await asyncio.to_thread(process.stdout.readline)
-        assert line == "a\n"
-        survivor = asyncio.ensure_future(client.generate_once("other", max_tokens=800))
-        await eventually(lambda: engine.loads().running == 2)
-        process.kill()
-        process.communicate()
-        await eventually(lambda: engine.loads().running == 1)
-        assert (await survivor).token_ids == tuple(expected_ids(800))
-        await back_to_the_start(engine, server)
-
-
 async def test_a_deadline_ends_the_request_in_mid_stream() -> None:
     engine = ScriptedEngine()
     async with serving(engine) as (server, client):
@@ -196,13 +170,7 @@ async def test_abort_ends_a_stream_with_finish_reason_abort_and_status_ok() -> N
         await eventually(lambda: engine.loads().running == 1)
         await client.abort("once")
         assert (await once).finish_reason is FinishReason.ABORT
-
-
-async def test_abort_of_an_unknown_or_finished_id_is_no_error() -> None:
-    async with serving(ScriptedEngine()) as (_, client):
-        assert not await client.abort("nobody")
-        done = await client.generate_once("hello", max_tokens=1)
-        assert not await client.abort(done.request_id)
+        assert not await client.abort("once")  # it has ended
 
 
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
@@ -243,12 +211,3 @@ async def test_a_reader_that_stalls_is_aborted_at_the_stall_limit() -> None:
         assert await client.generate("other", max_tokens=3).text() == "abc"
         assert not call.done()
         call.cancel()
-
-
-async def test_raw_cancel_reaches_the_engine() -> None:
-    engine = ScriptedEngine()
-    async with serving(engine) as (server, client):
-        call = client._inference.Generate(pb.GenerateRequest(text="a"))
-        await call.read()
-        call.cancel()
-        await back_to_the_start(engine, server)
