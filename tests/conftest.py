@@ -13,6 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--mutations", type=int, default=3000, help="mutated protobuf messages to send; in full 100,000")
     parser.addoption("--schemathesis-cases", type=int, default=25, help="HTTP cases for each route; in full 3,500")
     parser.addoption("--connections", type=int, default=1000, help="connections left idle; in full 10,000")
+    parser.addoption("--resets", type=int, default=3000, help="HTTP connections that are reset; in full 50,000")
     parser.addoption("--schemas", type=int, default=60, help="random JSON schemas to hold outputs to")
     parser.addoption("--aot-matrix", choices=("covering", "full"), default="covering", help="cells of the aot matrices")
 

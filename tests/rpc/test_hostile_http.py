@@ -13,9 +13,11 @@ import pytest
 from certificates import Authority
 from http_serving import http_serving, post, request_bytes
 from latency import p99
+from running_time import peak_resident_bytes
 from scripted_engine import ScriptedEngine
 from serving import back_to_the_start, eventually, server_process
 
+from rpc.client import AsyncClient
 from rpc.security.config import SecurityConfig
 from rpc.server_config import ServerConfig
 
@@ -102,19 +104,52 @@ async def test_those_who_take_their_time_are_closed_and_hold_up_nobody(tls: bool
         await back_to_the_start(engine, server)
 
 
-async def test_clients_that_ask_and_leave_leave_nothing(pytestconfig: pytest.Config) -> None:
-    engine = ScriptedEngine(slots=64, max_waiting=4096)
-    data = request_bytes(COMPLETIONS, b'{"prompt": "x", "stream": true}')
-    async with http_serving(engine) as (server, address):
-        for number in range(pytestconfig.getoption("connections")):
-            with connected(address) as leaving:
-                leaving.sendall(data)
-                leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORTING)
-            if number % 20 == 0:
-                await asyncio.sleep(0.01)
+def ask_and_leave(address: str, count: int) -> None:
+    """So many connections at a time, each of which comes so far with a request, and is then reset."""
+    asked = [
+        b"",
+        HEAD[:20],
+        HEAD + b"content-length: 1000\r\n\r\n{",
+        request_bytes(COMPLETIONS, b'{"prompt": "x"}'),
+        request_bytes(COMPLETIONS, b'{"prompt": "x", "stream": true}'),
+    ]
+    with ExitStack() as closing:
+        for number in range(count):
+            leaving = closing.enter_context(connected(address))
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORTING)
+            leaving.sendall(asked[number % len(asked)])
+
+
+async def test_clients_that_ask_and_leave_over_and_over_leave_nothing_and_hold_up_nobody(
+    pytestconfig: pytest.Config,
+) -> None:
+    setup = "def engine_factory(): return ScriptedEngine(slots=64, max_waiting=4096)"
+    with server_process(setup, http=True) as server:
+        await asyncio.to_thread(server.report, "ready")
+        address, pid = server.http_address, server.process.pid
+        done = asyncio.Event()
+
+        async def survive() -> None:
+            while not done.is_set():
+                await canary(address)
+
         await canary(address)
-        await eventually(lambda: server.http is not None and not server.http.connections)
-        await back_to_the_start(engine, server)
+        descriptors = len(os.listdir(f"/proc/{pid}/fd"))
+        surviving = asyncio.create_task(survive())
+        memory = 0
+        for _ in range(pytestconfig.getoption("resets") // 1000):
+            await asyncio.to_thread(ask_and_leave, address, 1000)
+            memory = memory or peak_resident_bytes(pid)
+        done.set()
+        await surviving
+        async with AsyncClient(server.address) as client:
+            while (loads := await client.loads()).running + loads.waiting or loads.available_pages < loads.total_pages:
+                await asyncio.sleep(0.01)
+        # A thousand cost what they cost; the next thousand may come while they are still being closed.
+        assert peak_resident_bytes(pid) - memory <= 32 << 20
+        await eventually(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= descriptors + 1)  # the client's
+        await canary(address)
+        assert server.process.poll() is None
 
 
 def context(authority: Authority | None, shown: tuple[str, str] | None = None) -> ssl.SSLContext:
