@@ -13,6 +13,7 @@ from jaxserve.core import garbage_collection
 from jaxserve.core.channel import MessageSocket
 from jaxserve.core.client import start_threads
 from jaxserve.core.messages import Failed, Ready, Shutdown, decode, encode
+from jaxserve.core.priority import give_way
 from jaxserve.device.devices import GPU_MEMORY_FRACTION
 from jaxserve.heap import share_one_arena
 from jaxserve.log import configure_logging
@@ -52,6 +53,8 @@ def main() -> int:
     while (message := core.receive()) is not None:
         if isinstance(message, Ready):
             garbage_collection.quieten()
+            if message.platform == "cpu":
+                give_way()
         failed = failed or isinstance(message, Failed)
         try:
             connection.send_bytes(encode(message))

@@ -1,6 +1,7 @@
 """A request with a constraint is as much its own as any: the same bits in any company, after preemption, after a failed
 step; and the others are as if it were not there."""
 
+import os
 import random
 import re
 from pathlib import Path
@@ -111,5 +112,6 @@ def test_after_a_failed_step_constrained_streams_go_on_where_they_were(alone: li
 
 def test_a_core_in_a_process_of_its_own_holds_to_constraints_too(alone: list[tuple]):
     with Engine(**SHAPE, slots=4, core="process") as engine:
+        assert os.getpriority(os.PRIO_PROCESS, engine._core.pid) > os.nice(0), "it gives way to those who deliver"
         numbers = range(10)
         assert [outcome(c) for c in engine.generate([make_request(n) for n in numbers])] == [alone[n] for n in numbers]
