@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from enum import IntEnum
 
+from rpc.event_loop import new_event_loop
 from rpc.served_engine import ServedEngine
 from rpc.server import Report, Server
 from rpc.server_config import ServerConfig
@@ -39,7 +40,7 @@ def serve(engine_factory: Callable[[], ServedEngine], config: ServerConfig, repo
         ValueError: the files of keys or TLS cannot be used.
         Exception: what `engine_factory` raises.
     """
-    code, loading = asyncio.run(_serve(engine_factory, config, report))
+    code, loading = asyncio.run(_serve(engine_factory, config, report), loop_factory=new_event_loop)
     if loading:
         sys.stdout.flush()
         sys.stderr.flush()

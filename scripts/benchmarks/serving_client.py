@@ -21,6 +21,7 @@ from benchmarks.load.targets import Address, Target, connect
 from benchmarks.workload import greedy_request
 from jaxserve.events import Event
 from jaxserve.request import Request
+from rpc.event_loop import new_event_loop
 
 
 def request_of(load: dict, prompt: str | list[int]) -> Request:
@@ -59,4 +60,4 @@ async def answer_loads(url: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(answer_loads(sys.argv[1]))
+    asyncio.run(answer_loads(sys.argv[1]), loop_factory=new_event_loop)

@@ -14,6 +14,10 @@ from benchmarks.machine import OtherLoad, process_tree
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 
+CLIENT_ENVIRONMENT = {"GRPC_EXPERIMENTS": "-event_engine_client"}
+"""Of a process that reads streams: gRPC reads them where it polls, and not on threads of its own. A quarter less CPU
+time a message, which a client on the server's own cores takes from the server."""
+
 
 class WorkerFailed(RuntimeError):
     """A worker ended instead of answering; the message has the end of what it said."""
@@ -48,7 +52,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=module_environment(),
+            env={**module_environment(), **CLIENT_ENVIRONMENT},
         )
         self.ready: dict[str, object] = self._answer()
         """What it said of itself."""

@@ -22,6 +22,7 @@ from benchmarks.load.plan import Load, Mix, Planned, make_plan
 from benchmarks.load.targets import Address, Target, connect
 from benchmarks.workload import greedy_request, random_prompts
 from jaxserve.request import Request
+from rpc.event_loop import new_event_loop
 
 PROGRESS_INTERVAL = 0.5
 """Seconds between progress lines."""
@@ -128,4 +129,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(main(), loop_factory=new_event_loop)
