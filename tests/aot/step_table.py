@@ -7,11 +7,14 @@ A cell takes half a minute to two, for two or three programs of a whole model.
 
 import functools
 import json
+import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from jaxserve.config import EngineConfig
 from jaxserve.device.ahead_of_time import choose_figures, forward_figures, placement_on
@@ -68,6 +71,10 @@ COVERING = ("llama-3.1-8b v5e-4", "smollm2-135m h100-1")
 """Those that every run takes: one that is shared, and one of each compiler."""
 
 
+_STATED = re.compile(r"CostEstimate\(flops=(\d+).*?bytes_accessed=(\d+).*?name=(jaxserve_\w+)", re.DOTALL)
+"""Operations, bytes and name of a call of a kernel in the text of a jaxpr."""
+
+
 def floors(cell: Cell) -> dict[str, float]:
     """By hand: operations of the products, and bytes of weights that a step reads, on each device. Attention comes on
     top, by the live context, which no compiler knows."""
@@ -76,21 +83,40 @@ def floors(cell: Cell) -> dict[str, float]:
     return {"decode_flops": decode, "mixed_flops": mixed, "bytes": cost.read_bytes}
 
 
-def figures(cell: Cell, pages: int | None = None) -> dict[str, object]:
-    """Of the cell's decode step, its mixed step and its choose; None takes as many pages as the device has room for."""
-    jax.config.update("jax_platforms", "cpu")
-    model, config, device, attention = PUBLISHED[cell.model], cell.config, DEVICES[cell.device], cell.attention()
-    placement = placement_on(device, cell.tensor_parallel)
-    weights = cell.cost().weight_bytes
-    if pages is None:
-        pages = allocate(model, attention, config, limit=device.memory, weights=weights).num_pages
+def derived(cell: Cell) -> dict[str, object]:
+    """What of the cell's figures needs no compiler: of a cell that is older than what made it, these may differ."""
+    model, config, attention, weights = PUBLISHED[cell.model], cell.config, cell.attention(), cell.cost().weight_bytes
+    pages = allocate(model, attention, config, limit=DEVICES[cell.device].memory, weights=weights).num_pages
+    return {"attention": attention.name, "pages": pages, "weights": weights, "floors": floors(cell)}
+
+
+def stated_work(cell: Cell, chunk: int) -> dict[str, dict[str, int]]:
+    """Calls of each TPU kernel in a step, and the operations and bytes of one, as attention is traced now."""
+    model, config, attention = PUBLISHED[cell.model], cell.config, cell.attention()
+    shape, tokens = jax.ShapeDtypeStruct, SLOTS + chunk
+    q_heads, kv_heads = (heads // cell.tensor_parallel for heads in (model.num_q_heads, model.num_kv_heads))
+    q, k = (shape((tokens, heads, model.head_dim), config.dtype) for heads in (q_heads, kv_heads))
+    cache = attention.cache_layout(2, config.page_size, kv_heads, model.head_dim, config.dtype)
+    sizes = ((SLOTS, CONTEXT // config.page_size), (tokens,), (tokens,))
+    ints = [shape(size, jnp.int32) for size in sizes]
+    attend = functools.partial(attention.write_and_attend, scale=1.0, sliding_window=model.sliding_window)
+    calls = _STATED.findall(str(jax.make_jaxpr(attend)(q, k, k, cache, *ints)))
+    count = Counter(name for *_, name in calls)
     return {
-        "attention": attention.name,
-        "pages": pages,
-        "weights": weights,
-        "floors": floors(cell),
-        "decode": forward_figures(model, config, attention, placement, pages, 0).to_json(),
-        "mixed": forward_figures(model, config, attention, placement, pages, CHUNK).to_json(),
+        name: {"calls": model.num_layers * count[name], "flops": int(flops), "bytes_accessed": int(size)}
+        for flops, size, name in calls
+    }
+
+
+def figures(cell: Cell) -> dict[str, object]:
+    """Of the cell's decode step, its mixed step and its choose, with as many pages as the device has room for."""
+    jax.config.update("jax_platforms", "cpu")
+    model, config, attention = PUBLISHED[cell.model], cell.config, cell.attention()
+    placement = placement_on(DEVICES[cell.device], cell.tensor_parallel)
+    found = derived(cell)
+    return found | {
+        "decode": forward_figures(model, config, attention, placement, found["pages"], 0).to_json(),
+        "mixed": forward_figures(model, config, attention, placement, found["pages"], CHUNK).to_json(),
         "choose": choose_figures(model, config, placement).to_json(),
     }
 

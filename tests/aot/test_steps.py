@@ -4,7 +4,7 @@ small, no work is missing, and devices talk as often as the layout asks. `step_t
 import json
 
 import pytest
-from step_table import CELLS, COVERING, TABLE, Cell, figures, floors
+from step_table import CELLS, CHUNK, COVERING, TABLE, Cell, derived, figures, floors, stated_work
 
 from jaxserve.device.allocation import estimated_temporaries
 from jaxserve.models.published import PUBLISHED
@@ -31,13 +31,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def step(request: pytest.FixtureRequest) -> tuple[Cell, dict]:
     name, compiles = request.param
     assert name in TABLED, f"python tests/aot/step_table.py '{name}' adds it"
-    return CELLS[name], figures(CELLS[name], TABLED[name]["pages"]) if compiles else TABLED[name]
+    return CELLS[name], figures(CELLS[name]) if compiles else TABLED[name]
 
 
 @pytest.fixture
 def compiled(step: tuple[Cell, dict]) -> tuple[Cell, dict]:
     """For a test that is about nothing but what was compiled anew."""
     return step
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_cell_is_no_older_than_what_it_was_made_from(name: str):
+    """What needs no compiler, and so is seen at every run: sizes, and what kernels state of their work."""
+    cell, tabled = CELLS[name], TABLED[name]
+    again = f"python tests/aot/step_table.py '{name}'"
+    sizes = derived(cell)
+    assert {key: tabled[key] for key in sizes} == sizes, again
+    for half, chunk in (("decode", 0), ("mixed", CHUNK)):
+        stated = stated_work(cell, chunk)
+        for name, kernel in tabled[half]["kernels"].items():
+            assert kernel == {**stated.pop(name, {}), "vmem": kernel["vmem"]}, again
+        assert stated == {}, again
 
 
 def test_the_cache_is_overwritten_in_place_and_never_copied(step: tuple[Cell, dict]):
@@ -57,6 +71,15 @@ def test_the_estimate_of_temporaries_is_no_less_than_what_the_compiler_says(step
     cell, found = step
     needed = max(found[half]["temporaries"] for half in ("decode", "mixed", "choose"))
     assert needed <= estimated_temporaries(PUBLISHED[cell.model], cell.config)
+
+
+def test_kernels_of_a_step_take_no_more_vmem_than_the_compiler_gives_any_operation(step: tuple[Cell, dict]):
+    """16 MiB on a v5e, the least of these; what they ask for beyond is for larger pages and more heads."""
+    cell, found = step
+    for half in ("decode", "mixed"):
+        assert bool(found[half]["kernels"]) == (cell.attention().name == "mosaic_tpu")
+        for name, kernel in found[half]["kernels"].items():
+            assert 0 < kernel["vmem"] <= 16 << 20, name
 
 
 def test_devices_talk_four_times_a_layer_and_twice_a_step(step: tuple[Cell, dict]):
