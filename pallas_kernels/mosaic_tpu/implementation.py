@@ -27,6 +27,8 @@ from pallas_kernels.mosaic_tpu.write import write_pages
 
 TILE_QUERIES = 256
 """Queries of a kv head that a chunk's tile has about: twice the rows of the matrix unit."""
+TILE_BYTES = 4 << 20
+"""Of a chunk's tile of queries over all kv heads, about: VMEM holds four such and the running sums."""
 SUBLANES = 16
 """Queries are padded to a multiple of this: the rows of a bfloat16 tile in registers."""
 TABLE_ENTRIES = 1 << 17
@@ -137,7 +139,8 @@ class _Attending:
     def chunk(self, q: Array, cache: LayerCache, page_table: Array, token_row: Array, position: Array) -> Array:
         """The output of a chunk's tokens."""
         tokens, q_heads, _ = q.shape
-        tile = _chunk_tile(tokens, q_heads // self.layout.kv_heads)
+        layout = self.layout
+        tile = _chunk_tile(tokens, q_heads // layout.kv_heads, layout.kv_heads * layout.lanes * q.dtype.itemsize)
         padding = -tokens % tile
         q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
         token_row = jnp.pad(token_row, (0, padding), constant_values=-1)
@@ -174,10 +177,12 @@ class _Attending:
         return _tokens(out, tile, q.shape[1], self.layout), cache
 
 
-def _chunk_tile(tokens: int, group: int) -> int:
-    """Tokens of a tile: the power of two, 8 or more, that makes about TILE_QUERIES queries with a group of heads."""
+def _chunk_tile(tokens: int, group: int, query_bytes: int) -> int:
+    """Tokens of a tile: the power of two, 8 or more, that makes about TILE_QUERIES queries with a group of heads, of
+    `query_bytes` over all kv heads."""
+    queries = min(TILE_QUERIES, TILE_BYTES // query_bytes)
     tile = 8
-    while tile < tokens and 2 * tile * group <= TILE_QUERIES:
+    while tile < tokens and 2 * tile * group <= queries:
         tile *= 2
     return tile
 

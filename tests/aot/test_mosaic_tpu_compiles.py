@@ -128,6 +128,11 @@ def test_each_group_of_query_heads_compiles(group: int):
     assert kernel_calls(Cell("v6e", kv_heads=1, group=group).compile(select("tpu"))) == 3
 
 
+def test_the_most_and_largest_heads_compile():
+    cell = Cell(head_dim=256, kv_heads=32, dtype="float32", features="all", group=1, chunk=512)
+    assert kernel_calls(cell.compile(select("tpu"))) == 3
+
+
 def test_a_decode_call_is_one_kernel_that_writes_too():
     assert kernel_calls(Cell("v6e", chunk=0).compile(select("tpu"))) == 1
 
