@@ -67,7 +67,7 @@ def test_constrained_and_free_requests_together_give_their_solo_bits(alone: list
     random_ = random.Random(3)
     mismatches = constrained = 0
     waiting: list[tuple[int, RequestStream]] = []
-    with Engine(**SHAPE, slots=7, small_slots=3, prefill_chunks=(16, 48), num_pages=18, page_size=16) as engine:
+    with Engine(**SHAPE, slots=7, small_slots=3, prefill_chunks=(16, 48), num_pages=12, page_size=16) as engine:
 
         def collect_oldest() -> None:
             nonlocal mismatches
