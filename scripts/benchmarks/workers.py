@@ -14,10 +14,6 @@ from benchmarks.machine import OtherLoad, process_tree
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 
-CLIENT_ENVIRONMENT = {"GRPC_EXPERIMENTS": "-event_engine_client"}
-"""Of a process that reads streams: gRPC reads them where it polls, and not on threads of its own. A quarter less CPU
-time a message, which a client on the server's own cores takes from the server."""
-
 
 class WorkerFailed(RuntimeError):
     """A worker ended instead of answering; the message has the end of what it said."""
@@ -32,6 +28,12 @@ def module_environment() -> dict[str, str]:
     """An environment in which that command finds the benchmarks and the project, installed or not."""
     found = (str(SCRIPTS), str(SCRIPTS.parent), *filter(None, [os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
+
+
+def client_environment() -> dict[str, str]:
+    """The same for a process that reads streams: gRPC reads them where it polls, and not on threads of its own. That is
+    a quarter less CPU time a message, which a client on the server's own cores takes from the server."""
+    return {**module_environment(), "GRPC_EXPERIMENTS": "-event_engine_client"}
 
 
 class Worker:
@@ -52,7 +54,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**module_environment(), **CLIENT_ENVIRONMENT},
+            env=client_environment(),
         )
         self.ready: dict[str, object] = self._answer()
         """What it said of itself."""

@@ -15,7 +15,7 @@ from benchmarks.load.client import Part
 from benchmarks.load.outcome import Outcome
 from benchmarks.load.targets import Address
 from benchmarks.summary import percentile
-from benchmarks.workers import CLIENT_ENVIRONMENT, module_environment, python_module
+from benchmarks.workers import client_environment, python_module
 
 LINE_BYTES = 1 << 26
 """Longest line of a client: the outcome of one request."""
@@ -73,7 +73,7 @@ class Clients:
                     stdin=pipe,
                     stdout=pipe,
                     limit=LINE_BYTES,
-                    env={**module_environment(), **CLIENT_ENVIRONMENT},
+                    env=client_environment(),
                 )
             )
         for process in self._processes:
