@@ -22,6 +22,7 @@ from jaxserve.device import lowering
 from jaxserve.device.allocation import Allocation, allocate, attention_needs, device_in_use, device_limit, full_context
 from jaxserve.device.batch import BIASES, PENALIZES, Packer, features
 from jaxserve.device.decode_state import DecodeState, take_slot
+from jaxserve.device.huge_pages import use_huge_pages
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.lowering import StepInputs, abstract_state, flatten_model, temporary_bytes
 from jaxserve.device.page_copies import PageCopies
@@ -93,6 +94,8 @@ class ModelRunner:
             progress("packing weights", None)
             graphdef, params = pack_params(model.config, params)
         self._weights, self._build_model = flatten_model(graphdef, params)
+        if device.platform == "cpu":
+            use_huge_pages(self._weights)
         self.row_counts = _row_counts(config, self.matmul)
         self.chunk_sizes = config.prefill_chunks
         words = -(-model.config.vocab_size // 32)
