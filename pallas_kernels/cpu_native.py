@@ -32,6 +32,7 @@ class NativePagedAttention:
     """The name that `native_build.register` gave."""
     name: str = "cpu_native"
     kv_head_axis: int | None = 1
+    stacks_layers: bool = True
 
     @staticmethod
     def build() -> "NativePagedAttention":
@@ -73,7 +74,8 @@ class NativePagedAttention:
         """See `PagedAttention.write_and_attend`."""
         check_operands(q, k, v, page_table, token_row, position, sinks)
         k_pages, v_pages = cache.k_pages, cache.v_pages
-        layout = self.cache_layout(k_pages.shape[0], k_pages.shape[2], k.shape[1], k.shape[2], k_pages.dtype)
+        num_pages, _, page_size, _ = k_pages.shape[-4:]
+        layout = self.cache_layout(num_pages, page_size, k.shape[1], k.shape[2], k_pages.dtype)
         check_cache(cache, layout)
         needs = AttentionNeeds(k_pages.dtype.name, softcap is not None, sinks is not None)
         if (reason := self.missing(needs)) is not None:
@@ -88,8 +90,9 @@ class NativePagedAttention:
             ),
             input_output_aliases={3: 1, 4: 2},
         )
-        operands = (q.astype(dtype), k.astype(dtype), v.astype(dtype), k_pages, v_pages)
+        layer = jnp.int32(0) if cache.layer is None else cache.layer
+        operands = (q.astype(dtype), k.astype(dtype), v.astype(dtype), k_pages, v_pages, layer)
         out, k_pages, v_pages = call(
             *operands, page_table, token_row, position, scale=np.float32(scale), window=np.int32(sliding_window or 0)
         )
-        return Attended(out.astype(q.dtype), LayerCache(k_pages, v_pages))
+        return Attended(out.astype(q.dtype), cache._replace(k_pages=k_pages, v_pages=v_pages))

@@ -15,7 +15,7 @@ CACHE_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
 
 
 class LayerCache(NamedTuple):
-    """A layer's keys and values; as a layout, of `jax.ShapeDtypeStruct`. Axis 0 of each array counts pages."""
+    """A layer's keys and values; as a layout, of `jax.ShapeDtypeStruct`. Axis 0 of a layer's arrays counts pages."""
 
     k_pages: Array
     """Keys, arranged as the implementation likes."""
@@ -24,6 +24,9 @@ class LayerCache(NamedTuple):
     k_scales: Array | None = None
     """float32, one for each token and kv head; None where the cache is not quantised."""
     v_scales: Array | None = None
+    layer: Int32[Array, ""] | None = None
+    """Which layer this is of all those that the arrays hold, along a further axis in front; None where they hold one.
+    Only for an implementation that says `stacks_layers`."""
 
 
 class Attended(NamedTuple):
@@ -82,6 +85,12 @@ class PagedAttention(Protocol):
         Tensor parallelism cuts the cache there: a part has the layout of a cache of its own heads. None where no axis
         can be cut.
         """
+        ...
+
+    @property
+    def stacks_layers(self) -> bool:
+        """Whether it works in place on one layer of a cache that holds all of them, `LayerCache.layer`: a step then has
+        few arrays to hand over, which is what costs the host where steps are short."""
         ...
 
     def missing(self, needs: AttentionNeeds) -> str | None:
@@ -170,9 +179,10 @@ def check_operands(
 
 
 def check_cache(cache: LayerCache, layout: LayerCache) -> None:
-    """Raises ValueError where a cache does not have its layout."""
-    for name, array, expected in zip(cache._fields, cache, layout, strict=True):
-        found = None if array is None else (array.shape, array.dtype)
+    """Raises ValueError where a cache does not have the layout of one layer, or each layer of it."""
+    front = 0 if cache.layer is None else 1
+    for name, array, expected in zip(cache._fields[:-1], cache[:-1], layout[:-1], strict=True):
+        found = None if array is None else (array.shape[front:], array.dtype)
         wanted = None if expected is None else (expected.shape, expected.dtype)
         if found != wanted:
             raise ValueError(f"{name} of the cache must be {expected}, got {found}")

@@ -70,6 +70,7 @@ class ReferencePagedAttention:
 
     name: str = "reference"
     kv_head_axis: int | None = 2
+    stacks_layers: bool = False
 
     def missing(self, needs: AttentionNeeds) -> str | None:
         """See `PagedAttention.missing`: nothing is."""

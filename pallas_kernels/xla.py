@@ -46,6 +46,7 @@ class XlaPagedAttention:
 
     name: str = "xla"
     kv_head_axis: int | None = 2
+    stacks_layers: bool = False
 
     def missing(self, needs: AttentionNeeds) -> str | None:
         """See `PagedAttention.missing`: nothing is."""

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float32, Int32
 from jaxserve.checkpoints import describe_model, load_model
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Quantization
+from jaxserve.models.llama import Uncached
 from jaxserve.models.packing import pack_params
 from jaxserve.tokenizing.tokenizer import Tokenizer
 from pallas_kernels import linear
@@ -52,7 +53,7 @@ def window_logprobs(graphdef: nnx.GraphDef, config: ModelConfig):
     def logprobs(params: nnx.State, token_ids: Int32[Array, " token"]) -> Float32[Array, "token vocab"]:
         model = nnx.merge(graphdef, params)
         positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-        hidden, _ = model.hidden(token_ids, positions, attend, [None] * config.num_layers)
+        hidden, _ = model.hidden(token_ids, positions, attend, Uncached())
         return jax.nn.log_softmax(model.logits(hidden))
 
     return jax.jit(logprobs)

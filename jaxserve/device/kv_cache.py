@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,17 @@ from pallas_kernels import LayerCache, PagedAttention
 class KVCache:
     """Donated to each step, which writes the keys and values of its tokens in place. Page 0 stays zero."""
 
+    page_axis: ClassVar[int] = 0
+    """Of every array."""
     layers: tuple[LayerCache, ...]
+
+    def layer(self, index: int) -> LayerCache:
+        """What attention is given in a layer."""
+        return self.layers[index]
+
+    def with_layer(self, index: int, cache: LayerCache) -> "KVCache":
+        """The cache with what attention gave back."""
+        return KVCache((*self.layers[:index], cache, *self.layers[index + 1 :]))
 
     @staticmethod
     def layout(
@@ -36,19 +47,39 @@ class KVCache:
             raise PlacementError(f"tensor_parallel: must be 1 with attention {attention.name}, got {parts}")
         share = _layer_layout(model, attention, num_pages, config, parts)
 
+        front = (model.num_layers,) if attention.stacks_layers else ()
+
         def whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             if axis is None:
-                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.sharding())
-            shape = (*leaf.shape[:axis], leaf.shape[axis] * parts, *leaf.shape[axis + 1 :])
-            sharding = placement.sharding(*(None,) * axis, "kv_head")
+                return jax.ShapeDtypeStruct((*front, *leaf.shape), leaf.dtype, sharding=placement.sharding())
+            shape = (*front, *leaf.shape[:axis], leaf.shape[axis] * parts, *leaf.shape[axis + 1 :])
+            sharding = placement.sharding(*(None,) * (len(front) + axis), "kv_head")
             return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
+        if attention.stacks_layers:
+            return StackedKVCache((jax.tree.map(whole, share),))
         return KVCache(tuple(jax.tree.map(whole, share) for _ in range(model.num_layers)))
 
     @staticmethod
     def zeros(layout: "KVCache") -> "KVCache":
         """An empty cache of a layout."""
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), layout)
+
+
+@pytree_dataclass
+@dataclass(frozen=True)
+class StackedKVCache(KVCache):
+    """One cache of all layers, along axis 0 of its arrays, for an attention that `stacks_layers`."""
+
+    page_axis: ClassVar[int] = 1
+
+    def layer(self, index: int) -> LayerCache:
+        """See `KVCache.layer`."""
+        return self.layers[0]._replace(layer=jnp.int32(index))
+
+    def with_layer(self, index: int, cache: LayerCache) -> "StackedKVCache":
+        """See `KVCache.with_layer`."""
+        return StackedKVCache((cache._replace(layer=None),))
 
 
 def cache_dtype(config: EngineConfig) -> str:

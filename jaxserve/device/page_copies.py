@@ -62,7 +62,7 @@ class PageCopies:
             first: index, among the saved pages, of the one that goes to pages[0].
             pages: page numbers.
         """
-        nowhere = jax.tree.leaves(cache)[0].shape[0]  # past the end: dropped
+        nowhere = jax.tree.leaves(cache)[0].shape[cache.page_axis]  # past the end: dropped
         targets = [nowhere] * first + list(pages)
         for block, some in zip(blocks, batched(targets, BLOCK), strict=False):
             if some[-1] != nowhere:
@@ -85,12 +85,16 @@ def _stacks(cache: KVCache) -> dict[tuple[tuple[int, ...], np.dtype], list[int]]
 
 def _gather(cache: KVCache, pages: Int32[Array, " block"]) -> Block:
     arrays = jax.tree.leaves(cache)
-    return tuple(jnp.stack([arrays[number][pages] for number in numbers]) for numbers in _stacks(cache).values())
+    front = (slice(None),) * cache.page_axis
+    return tuple(
+        jnp.stack([arrays[number][*front, pages] for number in numbers]) for numbers in _stacks(cache).values()
+    )
 
 
 def _scatter(cache: KVCache, pages: Int32[Array, " block"], block: Block) -> KVCache:
     arrays, structure = jax.tree.flatten(cache)
+    front = (slice(None),) * cache.page_axis
     for stack, numbers in zip(block, _stacks(cache).values(), strict=True):
         for place, number in enumerate(numbers):
-            arrays[number] = arrays[number].at[pages].set(stack[place], mode="drop")
+            arrays[number] = arrays[number].at[*front, pages].set(stack[place], mode="drop")
     return jax.tree.unflatten(structure, arrays)

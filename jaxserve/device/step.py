@@ -78,14 +78,14 @@ def make_forward(
                 sliding_window=config.sliding_window,
             )
 
-        hidden, layers = model.hidden(tokens, positions, attend, cache.layers, live)
+        hidden, cache = model.hidden(tokens, positions, attend, cache, live)
         sampled = hidden[:rows]
         if chunk:
             ends_prompt = (upload.sample_index >= 0)[:, None]
             sampled = jnp.where(ends_prompt, hidden[rows + jnp.maximum(upload.sample_index, 0)], sampled)
         logits = model.logits(sampled, LiveRows(live.counts.at[1].set(0), rows))
         packed_rows = packed[: Upload.size(rows, 0, upload.page_table.shape[1])]
-        return KVCache(layers), logits, packed_rows, hidden[rows:]
+        return cache, logits, packed_rows, hidden[rows:]
 
     return forward
 

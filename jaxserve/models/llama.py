@@ -3,9 +3,9 @@
 Attention is a callback: the step gives one over the paged KV cache, a test a dense one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,31 @@ from pallas_kernels.linear import LiveRows
 
 LayerCache = Any
 """What attention keeps of a layer, a pytree: the paged keys and values in the engine, nothing in a test."""
+
+
+@runtime_checkable
+class Caches(Protocol):
+    """What attention keeps of all layers."""
+
+    def layer(self, index: int) -> LayerCache:
+        """Of one layer."""
+        ...
+
+    def with_layer(self, index: int, cache: LayerCache) -> Any:
+        """All of them, with what attention gave back for one."""
+        ...
+
+
+class Uncached:
+    """For an `attend` that keeps nothing."""
+
+    def layer(self, index: int) -> None:
+        """Nothing."""
+
+    def with_layer(self, index: int, cache: None) -> "Uncached":
+        """Nothing still."""
+        return self
+
 
 Attend = Callable[[Array, Array, Array, LayerCache], tuple[Array, LayerCache]]
 """(q [token q_head head_dim], k [token kv_head head_dim], v as k, cache) -> ([token q_head head_dim], cache). q and k
@@ -139,15 +164,15 @@ class Llama(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, form, rngs, block_bits=8) if own_head else None
 
-    def hidden(
+    def hidden[C: Caches](
         self,
         token_ids: Int32[Array, " token"],
         positions: Int32[Array, " token"],
         attend: Attend,
-        caches: Sequence[LayerCache],
+        caches: C,
         live: LiveRows | None = None,
-    ) -> tuple[Float[Array, "token hidden"], tuple[LayerCache, ...]]:
-        """The last layer's residual stream, for `logits`, and the caches, one a layer. Tokens meet only in `attend`.
+    ) -> tuple[Float[Array, "token hidden"], C]:
+        """The last layer's residual stream, for `logits`, and the caches. Tokens meet only in `attend`.
 
         `live` names the tokens that count, None for all: the others may cost nothing and give anything finite.
         """
@@ -162,11 +187,10 @@ class Llama(nnx.Module):
         else:
             x = self.shards.rows(self.embedding[...], token_ids)
         by = rotation(positions, self.config.rope, self.config.head_dim)
-        updated = []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = run_layer(*nnx.split(layer), x, by, cache, live)
-            updated.append(cache)
-        return x, tuple(updated)
+        for index, layer in enumerate(self.layers):
+            x, cache = run_layer(*nnx.split(layer), x, by, caches.layer(index), live)
+            caches = caches.with_layer(index, cache)
+        return x, caches
 
     def logits(
         self, hidden: Float[Array, "token hidden"], live: LiveRows | None = None

@@ -47,6 +47,11 @@ class MosaicGpuPagedAttention:
     """Blocks of threads of the grid; None takes what fills an H100. No bit depends on it."""
 
     @property
+    def stacks_layers(self) -> bool:
+        """A cache for each layer."""
+        return False
+
+    @property
     def kv_head_axis(self) -> int | None:
         """The axis of kv heads in all arrays of the cache."""
         return 1

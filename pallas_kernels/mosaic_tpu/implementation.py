@@ -45,6 +45,7 @@ class MosaicTpuPagedAttention:
 
     name: str = "mosaic_tpu"
     kv_head_axis: int | None = 1
+    stacks_layers: bool = False
     block_tokens: int = 512
     """Keys that one step of the softmax takes, at most."""
     block_bytes: int = 1 << 20

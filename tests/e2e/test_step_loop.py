@@ -13,6 +13,7 @@ from scripted_device import submit
 from jaxserve.config import EngineConfig
 from jaxserve.core.loop import StepLoop, build_step_loop
 from jaxserve.core.messages import Message, SequenceOutput, Shutdown, StepOutput
+from jaxserve.device import model_runner
 from jaxserve.device.page_copies import PageCopies
 
 MODEL = str(Path(__file__).parents[1] / "fixtures" / "families" / "smollm2")
@@ -54,11 +55,25 @@ def recorder() -> Recorder:
 
 
 def test_every_transfer_of_the_loop_is_asked_for(recorder: Recorder):
+    assert recorder.loop is not None
+    runner, uploads = recorder.loop._runner, []
+
+    def upload_first(program):
+        """A step's one upload, which its program would take from the host, asked for; all else is there already."""
+
+        def run(weights, cache, state, packed):
+            assert isinstance(packed, np.ndarray)
+            uploads.append(packed)
+            return program(weights, cache, state, runner._put(packed))
+
+        return run
+
+    runner._forwards = {shape: upload_first(program) for shape, program in runner._forwards.items()}
     with jax.transfer_guard("disallow"):
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
             jnp.add(jnp.zeros(3), np.ones(3)).block_until_ready()  # the guard is on
-        assert recorder.loop is not None
         recorder.loop.run()
+    assert len(uploads) == sum(message.record is not None for message in recorder.messages)
     assert [output.finish_reason for output in recorder.ended] == ["length"] * REQUESTS
     gauges = recorder.messages[-1].gauges
     assert gauges.preemptions > 0 and gauges.restored_pages > 0
@@ -69,16 +84,31 @@ def test_only_read_waits_for_the_device_and_reads_one_array_a_step(recorder: Rec
     array = type(jnp.zeros(1))
     value = array._value
 
-    def counted(self: jax.Array) -> np.ndarray:
-        callers, frame = [], sys._getframe(1)
+    def count(read: jax.Array) -> None:
+        callers, frame = [], sys._getframe(2)
         while frame is not None:
             callers.append(frame.f_code.co_name)
             frame = frame.f_back
-        reads["read" if "read" in callers else callers[0], "saved" if "to_host" in callers else str(self.shape)] += 1
+        reads["read" if "read" in callers else callers[0], "saved" if "to_host" in callers else str(read.shape)] += 1
+
+    def counted(self: jax.Array) -> np.ndarray:
+        count(self)
         return value.fget(self)
+
+    class CountingNumpy:
+        """On a CPU numpy reads an array of JAX where it lies, and asks nobody."""
+
+        def __getattr__(self, name: str):
+            return getattr(np, name)
+
+        def asarray(self, read: object, *arguments: object) -> np.ndarray:
+            if isinstance(read, array):
+                count(read)
+            return np.asarray(read, *arguments)
 
     waits: list[str] = []
     monkeypatch.setattr(array, "_value", property(counted))
+    monkeypatch.setattr(model_runner, "np", CountingNumpy())
     monkeypatch.setattr(array, "block_until_ready", lambda self: waits.append(repr(self.shape)))
     assert recorder.loop is not None
     recorder.loop.run()
@@ -115,7 +145,8 @@ def test_pages_come_back_as_they_went(recorder: Recorder):
     blocks = copies.to_host(copies.save(cache, pages))
     targets = list(reversed(pages[3:]))
     restored = jax.device_get(copies.restore(cache, blocks, 3, targets))
-    for before, after in zip(jax.tree.leaves(original), jax.tree.leaves(restored), strict=True):
+    for arrays in zip(jax.tree.leaves(original), jax.tree.leaves(restored), strict=True):
+        before, after = (np.moveaxis(array, cache.page_axis, 0) for array in arrays)
         untouched = [page for page in range(len(before)) if page not in targets]
         assert np.array_equal(after[targets], before[pages[3:]])
         assert np.array_equal(after[untouched], before[untouched])

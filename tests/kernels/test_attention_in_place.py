@@ -64,3 +64,28 @@ def test_without_donation_the_copy_shows_and_the_operand_is_unharmed(implementat
     assert set(addresses(layers)).isdisjoint(addresses(new_layers))
     assert not np.asarray(layers[0].k_pages).any()
     assert np.asarray(new_layers[0].k_pages).any()
+
+
+def test_a_layer_of_one_cache_of_all_is_as_a_cache_of_its_own():
+    run, (layers, *rest) = three_layers("cpu_native")
+    together = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+    attention = select("cpu", "cpu_native")
+    assert attention.stacks_layers
+
+    def run_together(cache, q, k, v, table, token_row, position):
+        for layer in range(LAYERS):
+            of_layer = cache._replace(layer=jnp.int32(layer))
+            q, cache = attention.write_and_attend(q, k, v, of_layer, table, token_row, position, scale=0.125)
+        return cache._replace(layer=None), q
+
+    compiled = jax.jit(run_together, donate_argnums=0).lower(together, *rest).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < CACHE_BYTES / 2
+    before = addresses(together)
+    together, out = compiled(together, *rest)
+    layers, expected = run(layers, *rest)
+    assert addresses(together) == before
+    np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(expected, np.float32))
+    for layer, cache in enumerate(layers):
+        assert np.asarray(cache.k_pages, np.float32).any()
+        np.testing.assert_array_equal(np.asarray(together.k_pages[layer]), np.asarray(cache.k_pages))
+        np.testing.assert_array_equal(np.asarray(together.v_pages[layer]), np.asarray(cache.v_pages))

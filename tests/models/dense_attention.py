@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.llama import Uncached
 
 
 def dense_logits(
@@ -30,5 +31,5 @@ def dense_logits(
         return jnp.einsum("hqk,khd->qhd", weights.astype(v.dtype), values, precision=highest), cache
 
     model = nnx.merge(graphdef, params)
-    hidden, _ = model.hidden(token_ids, positions, attend, [None] * config.num_layers)
+    hidden, _ = model.hidden(token_ids, positions, attend, Uncached())
     return model.logits(hidden)
