@@ -48,8 +48,13 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         responses = ResponseBuilder(request)
 
         def write(event: Event) -> Awaitable[None] | None:
-            messages = responses.messages(event)
-            return _write(context, messages) if messages else None
+            match responses.messages(event):
+                case []:
+                    return None
+                case [message]:  # nearly all: a coroutine around its write would cost each token another
+                    return context.write(message)
+                case messages:
+                    return _write(context, messages)
 
         await self._runner.run(
             request_id, lambda deadline: request_from_vllm(request, request_id, deadline), context, write
