@@ -64,6 +64,7 @@ def test_an_option_out_of_range_ends_the_command(engine: Engine):
 def test_an_interrupt_ends_the_answer_and_without_a_person_the_command(engine: Engine, interactive: bool):
     chat = conversation(engine, StoppingParams(max_tokens=1500, ignore_eos=True), interactive)
     asked = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are given none
 
     def interrupt() -> None:
         while engine.loads().running == 0:
@@ -75,8 +76,12 @@ def test_an_interrupt_ends_the_answer_and_without_a_person_the_command(engine: E
         yield "Tell a long story."
         asked.append("again")  # the person is asked for the next turn
 
-    assert chat.run(lines()) == (0 if interactive else 130)
+    try:
+        assert chat.run(lines()) == (0 if interactive else 130)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert asked == (["again"] if interactive else [])
+    assert len(chat.output.getvalue()) < 1500, "1,500 tokens have more characters"
     for _ in range(2000):  # the steps in flight fence some pages
         loads = engine.loads()
         if (loads.running, loads.available_pages) == (0, loads.total_pages):
