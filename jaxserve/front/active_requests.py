@@ -41,6 +41,8 @@ class ActiveSequence:
     text: TextStream | None
     tokens: int = 0
     """Tokens delivered."""
+    delivered: float = 0.0
+    """Monotonic seconds of the latest delivery of tokens; 0 before the first."""
     times: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Monotonic seconds of first scheduling, first token and last token; 0 for what has not been."""
 

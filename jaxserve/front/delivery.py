@@ -158,8 +158,7 @@ class Delivery:
             delta = sequence.text.push(token_ids)
             text, matched = delta.text, delta.matched_stop
             token_ids = token_ids[: delta.tokens_used]
-        sequence.tokens += len(token_ids)
-        self.statistics.on_tokens(sequence.handle, len(token_ids), active.submit.arrival)
+        self._count(sequence, len(token_ids))
         logprobs = None if reported is None else _token_logprobs(reported[: len(token_ids)])
         wanted = active.request.output
         shown_ids, shown_text = token_ids if wanted.return_token_ids else [], text if wanted.return_text else ""
@@ -172,6 +171,15 @@ class Delivery:
             log.warning("the client left %d tokens unread; aborting", unread, extra={"request_id": name})
             active.stream.cancel()
         return matched is not None
+
+    def _count(self, sequence: ActiveSequence, tokens: int) -> None:
+        now = time.monotonic()
+        if sequence.delivered:
+            self.statistics.on_more_tokens(tokens, now - sequence.delivered)
+        else:
+            self.statistics.on_first_tokens(tokens, now - sequence.of.submit.arrival)
+        sequence.delivered = now
+        sequence.tokens += tokens
 
     def _finish(
         self,
@@ -189,7 +197,7 @@ class Delivery:
         usage = Usage(len(submit.token_ids), active.cached_tokens or 0, tokens)
         timings = _timings(submit.arrival, sequence.times, time.monotonic() if ended is None else ended)
         finished = Finished(request_id, sequence.index, reason, usage, timings, matched_stop, error)
-        self.statistics.on_finish(sequence.handle, finished)
+        self.statistics.on_finish(finished, sequence.tokens)
         active.stream.finish(finished)
 
     def _fail_alone(self, sequence: ActiveSequence, error: Exception) -> None:

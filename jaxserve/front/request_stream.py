@@ -13,10 +13,17 @@ class _Unread:
 
     __slots__ = ("logprobs", "text", "token_ids")
 
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.text: list[str] = []
-        self.logprobs: list[TokenLogprob] | None = None
+    def __init__(self, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None):
+        self.token_ids = token_ids
+        self.text = [text]
+        self.logprobs = logprobs
+
+    def add(self, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None) -> None:
+        """Adds what came before it was read."""
+        self.token_ids += token_ids
+        self.text.append(text)
+        if logprobs is not None:
+            self.logprobs = (self.logprobs or []) + logprobs
 
 
 class RequestStream:
@@ -59,16 +66,13 @@ class RequestStream:
             self._notify()
 
     def push(self, index: int, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None) -> int:
-        """Adds to the delta of a sequence that is read next; returns the number of tokens that are unread."""
+        """Adds to the delta of a sequence that is read next, keeping the lists; returns how many tokens are unread."""
         with self._lock:
             unread = self._unread.get(index)
             if unread is None:
-                unread = self._unread[index] = _Unread()
-            unread.token_ids += token_ids
-            if text:
-                unread.text.append(text)
-            if logprobs is not None:
-                unread.logprobs = (unread.logprobs or []) + logprobs
+                self._unread[index] = _Unread(token_ids, text, logprobs)
+            else:
+                unread.add(token_ids, text, logprobs)
             self._unread_tokens += len(token_ids)
             self._notify()
             return self._unread_tokens

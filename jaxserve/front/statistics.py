@@ -3,7 +3,6 @@
 Plain numbers without a format; `rpc.metrics` gives them to Prometheus. One thread writes, any may read.
 """
 
-import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
@@ -76,8 +75,6 @@ class Statistics:
         """As `Usage.completion_tokens` counts them."""
         self.finished = {reason.value: 0 for reason in FinishReason}
         """Sequences that ended, by reason."""
-        self._delivered: dict[int, tuple[float, int]] = {}
-        """By handle: when its latest tokens were delivered, and how many so far."""
         self._freed: dict[int, int] = {}
         """By slot: the step that freed it."""
         self._waiting: deque[int] = deque(maxlen=_PLANNED_AHEAD)
@@ -103,21 +100,18 @@ class Statistics:
         """A request holds a slot."""
         self.prompt_tokens += prompt_tokens
 
-    def on_tokens(self, handle: int, count: int, arrival: float) -> None:
-        """Tokens of a sequence are delivered. `arrival`: monotonic seconds of its acceptance."""
-        now = time.monotonic()
-        before = self._delivered.get(handle)
-        if before is None:
-            self.time_to_first_token.observe(now - arrival)
-            self._delivered[handle] = now, count
-        else:
-            self.inter_token_latency.observe(now - before[0])
-            self._delivered[handle] = now, before[1] + count
+    def on_first_tokens(self, count: int, seconds: float) -> None:
+        """The first tokens of a sequence are delivered, so long after its acceptance."""
+        self.time_to_first_token.observe(seconds)
         self.generation_tokens += count
 
-    def on_finish(self, handle: int, finished: Finished) -> None:
-        """A sequence has ended."""
-        _, delivered = self._delivered.pop(handle, (0.0, 0))
+    def on_more_tokens(self, count: int, seconds: float) -> None:
+        """Further tokens of a sequence are delivered, so long after those before."""
+        self.inter_token_latency.observe(seconds)
+        self.generation_tokens += count
+
+    def on_finish(self, finished: Finished, delivered: int) -> None:
+        """A sequence has ended, of which so many tokens were delivered."""
         self.generation_tokens += finished.usage.completion_tokens - delivered  # the end-of-sequence token
         self.finished[finished.finish_reason] += 1
         timings = finished.timings

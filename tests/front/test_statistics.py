@@ -38,20 +38,21 @@ def test_quantiles_lie_within_their_bounds() -> None:
 def test_tokens_are_counted_as_usage_has_them_and_first_ones_apart() -> None:
     statistics = Statistics()
     statistics.on_start(7)
-    for count in (1, 1, 2):
-        statistics.on_tokens(5, count, arrival=0.0)
+    statistics.on_first_tokens(1, 0.25)
+    for count in (1, 2):
+        statistics.on_more_tokens(count, 0.125)
     finished = Finished("id", 0, FinishReason.STOP, Usage(7, 0, 5), Timings(0.1, 0.2, 0.3, 0.6))
-    statistics.on_finish(5, finished)
+    statistics.on_finish(finished, 4)
     assert (statistics.prompt_tokens, statistics.generation_tokens) == (7, 5)
     assert statistics.finished["stop"] == 1
-    assert sum(statistics.time_to_first_token.counts) == 1
-    assert sum(statistics.inter_token_latency.counts) == 2
+    assert (sum(statistics.time_to_first_token.counts), statistics.time_to_first_token.sum) == (1, 0.25)
+    assert (sum(statistics.inter_token_latency.counts), statistics.inter_token_latency.sum) == (2, 0.25)
     assert (statistics.e2e_latency.sum, statistics.decode_time.sum) == (0.6, 0.3)
 
 
 def test_a_request_that_never_ran_has_no_prefill_and_no_decode() -> None:
     statistics = Statistics()
-    statistics.on_finish(1, Finished("id", 0, FinishReason.ABORT, Usage(3, 0, 0), Timings(0.5, 0, 0, 0.5)))
+    statistics.on_finish(Finished("id", 0, FinishReason.ABORT, Usage(3, 0, 0), Timings(0.5, 0, 0, 0.5)), 0)
     assert sum(statistics.queue_time.counts) == 1
     assert sum(statistics.prefill_time.counts) == sum(statistics.decode_time.counts) == 0
 

@@ -121,6 +121,8 @@ class _Active:
     arrival: float
     limit: int
     made: int = 0
+    delivered: float = 0.0
+    """Monotonic seconds of the latest token."""
     running: bool = False
     cancelled: bool = False
 
@@ -312,7 +314,12 @@ class ScriptedEngine:
     def _make_token(self, active: _Active) -> None:
         token = LETTERS[active.made % 26]
         active.made += 1
-        self.statistics.on_tokens(id(active), 1, active.arrival)
+        now = time.monotonic()
+        if active.made == 1:
+            self.statistics.on_first_tokens(1, now - active.arrival)
+        else:
+            self.statistics.on_more_tokens(1, now - active.delivered)
+        active.delivered = now
         wanted = active.request.output
         logprobs = None
         if wanted.logprobs is not None:
@@ -332,7 +339,7 @@ class ScriptedEngine:
             Timings(0.001, 0.002, 0.003, time.monotonic() - active.arrival, 0.003),
             error="a scripted failure" if reason is FinishReason.ERROR else None,
         )
-        self.statistics.on_finish(id(active), finished)
+        self.statistics.on_finish(finished, active.made)
         active.stream.finish(finished)
 
     def _wake(self, streams: list[RequestStream]) -> None:
