@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
 COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-w")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-w")
 """Contraction is off so that a product and a sum become one rounding only where the source says so."""
 _COMPILE_SECONDS = 120
 

@@ -1,8 +1,8 @@
 // The XLA custom call: checks what XLA hands over and shares the work among its own threads.
 
-#include <memory>
-
 #include "paged_attention.h"
+
+#include "parallel.h"
 
 #include "xla/ffi/api/ffi.h"
 
@@ -13,12 +13,9 @@ using Ints = ffi::Buffer<ffi::S32>;
 
 template <class T>
 ffi::Error run(ffi::ThreadPool& pool, const kernels::Call<T>& call) {
-  // Shared, because a helper may start after the call is over.
-  auto job = std::make_shared<kernels::Job<T>>(call);
-  int64_t threads = std::min<int64_t>(pool.num_threads(), job->useful_threads());
-  for (int64_t i = 1; i < threads; ++i) pool.Schedule([job] { job->work(); });
-  job->work();
-  job->wait();
+  kernels::Job<T> job(call);
+  auto work = [&] { job.work(); };
+  jaxserve::Team::run(std::min<int64_t>(pool.num_threads(), job.useful_threads()), work);
   return ffi::Error::Success();
 }
 

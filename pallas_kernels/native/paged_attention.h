@@ -293,7 +293,7 @@ class Job {
     pieces_ = static_cast<int>(tiles_.size()) * call.kv_heads;
   }
 
-  // How many threads are worth waking: each should have some ten microseconds of work, at an eighth of one for a query
+  // How many threads are worth their meeting: each should have some ten microseconds of work, at an eighth of one for a query
   // head of a token against a block.
   int useful_threads() const {
     constexpr int64_t kCostPerThread = 80;
@@ -302,34 +302,27 @@ class Job {
     return static_cast<int>(std::min<int64_t>(std::max(pieces_, writes_), cost / kCostPerThread + 1));
   }
 
+  // Writes and attends until there is nothing left to take; any number of threads may.
   void work() {
-    simd::FlushDenormals flush;
     for (int i; (i = next_write_.fetch_add(1)) < writes_;) {
       int end = std::min(call_.tokens, (i + 1) * kTokensPerWrite);
       for (int token = i * kTokensPerWrite; token < end; ++token) write_token(call_, token);
       written_.fetch_add(1, std::memory_order_release);
     }
     if (next_piece_.load() >= pieces_) return;
-    wait_for(written_, writes_);
+    await_writes();
     // Taken one ahead, so that the last block of one piece can prefetch the first of the next.
     for (int i = next_piece_.fetch_add(1); i < pieces_;) {
       int following = next_piece_.fetch_add(1);
       attention(i).run(first_block(following < pieces_ ? following : i));
-      attended_.fetch_add(1, std::memory_order_release);
       i = following;
     }
   }
 
-  // Returns when every piece is done, by whichever thread.
-  void wait() const {
-    wait_for(written_, writes_);
-    wait_for(attended_, pieces_);
-  }
-
  private:
-  // Another thread is in the middle of a piece: microseconds, unless it lost its core.
-  static void wait_for(const std::atomic<int>& count, int all) {
-    for (int spins = 0; count.load(std::memory_order_acquire) < all; ++spins)
+  // Another thread is in the middle of one: microseconds, unless it lost its core.
+  void await_writes() const {
+    for (int spins = 0; written_.load(std::memory_order_acquire) < writes_; ++spins)
       spins < 2000 ? simd::pause() : std::this_thread::yield();
   }
   TileAttention<T> attention(int i) { return {call_, tiles_[i / call_.kv_heads], i % call_.kv_heads}; }
@@ -342,7 +335,7 @@ class Job {
   const Call<T> call_;
   std::vector<Tile> tiles_;
   int writes_, pieces_;
-  std::atomic<int> next_write_{0}, written_{0}, next_piece_{0}, attended_{0};
+  std::atomic<int> next_write_{0}, written_{0}, next_piece_{0};
 };
 
 }  // namespace

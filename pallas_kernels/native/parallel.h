@@ -1,65 +1,118 @@
-// Splits work over XLA's own thread pool, in pieces that each thread takes when it is free.
+// Shares the work of a call among threads that stay awake from one call to the next.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <mutex>
 #include <thread>
+#include <vector>
 
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxserve {
 
-// Calls work(piece) for each piece in [0, pieces), on this thread and up to max_threads - 1 of the pool's.
+// Threads that help one caller at a time.
 //
-// This thread waits only for pieces that a running thread has taken: were every thread of the pool busy, or waiting
-// here itself, this one would do all the pieces. A late thread finds none and leaves; the state outlives it.
+// A step has hundreds of calls, microseconds apart. XLA's own pool lets its threads sleep between them, and waking one
+// takes tens of microseconds: these look for the next call for a while before they sleep.
+class Team {
+ public:
+  // Calls work() on this thread and on up to threads - 1 others, those that come before this one is through; returns
+  // when all have. `work` takes pieces until there are none.
+  template <typename Work>
+  static void run(int64_t threads, Work& work) {
+    Team* team = threads > 1 ? free_team() : nullptr;
+    if (team == nullptr) {
+      const simd::FlushDenormals flush;
+      return work();
+    }
+    team->lead(threads - 1, [](void* work) { (*static_cast<Work*>(work))(); }, &work);
+    team->taken_.clear(std::memory_order_release);
+  }
+
+ private:
+  static constexpr int kTeams = 8;  // callers at a time: replicas on devices of their own; a further one works alone
+  static constexpr int kLookouts = 2000;  // about 100 microseconds
+
+  // The board: the number of a call in its upper half, then how many may join, then how many have tried to.
+  static constexpr uint64_t kCall = uint64_t{1} << 32, kPlace = 1 << 16;
+  static uint32_t call_of(uint64_t board) { return static_cast<uint32_t>(board >> 32); }
+  static int places(uint64_t board) { return static_cast<int>(board >> 16 & 0xffff); }
+  static int joined(uint64_t board) { return std::min(static_cast<int>(board & 0xffff), places(board)); }
+
+  static Team* free_team() {
+    static Team* teams = new Team[kTeams];  // never deleted: their threads end with the process
+    for (int i = 0; i < kTeams; ++i)
+      if (!teams[i].taken_.test_and_set(std::memory_order_acquire)) return &teams[i];
+    return nullptr;
+  }
+
+  void lead(int64_t helpers, void (*call)(void*), void* work) {
+    for (; started_ < helpers; ++started_) std::thread([this, seen = call_of(board_.load())] { help(seen); }).detach();
+    call_ = call, work_ = work;
+    left_.store(0, std::memory_order_relaxed);
+    const uint64_t number = (board_.load(std::memory_order_relaxed) / kCall + 1) * kCall;
+    board_.store(number + static_cast<uint64_t>(helpers) * kPlace);
+    if (asleep_.load() > 0) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      wake_.notify_all();
+    }
+    {
+      const simd::FlushDenormals flush;
+      call(work);
+    }
+    const int all = joined(board_.exchange(number, std::memory_order_acq_rel));
+    // About 50 microseconds of spinning: the others are on their last piece, unless they lost their core.
+    for (int spins = 0; left_.load(std::memory_order_acquire) < all; ++spins)
+      spins < 1000 ? simd::pause() : std::this_thread::yield();
+  }
+
+  void help(uint32_t seen) {
+    const simd::FlushDenormals flush;
+    for (;;) {
+      await_call_after(seen);
+      const uint64_t board = board_.fetch_add(1, std::memory_order_acq_rel);
+      seen = call_of(board);
+      if (static_cast<int>(board & 0xffff) >= places(board)) continue;
+      call_(work_);
+      left_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  void await_call_after(uint32_t seen) {
+    for (int lookout = 0; lookout < kLookouts; ++lookout) {
+      if (call_of(board_.load(std::memory_order_relaxed)) != seen) return;
+      simd::pause();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    asleep_.fetch_add(1);
+    wake_.wait(lock, [&] { return call_of(board_.load()) != seen; });
+    asleep_.fetch_sub(1);
+  }
+
+  std::atomic_flag taken_ = ATOMIC_FLAG_INIT;
+  std::atomic<uint64_t> board_{0};
+  std::atomic<int> left_{0}, asleep_{0};
+  void (*call_)(void*) = nullptr;
+  void* work_ = nullptr;
+  int64_t started_ = 0;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+// Calls work(piece) for each piece in [0, pieces), on this thread and up to max_threads - 1 others, as many as XLA was
+// given in all; each takes the next piece when it is free.
 template <typename Work>
 void parallel_for(xla::ffi::ThreadPool& pool, int64_t pieces, int64_t max_threads, Work& work) {
-  const int64_t helpers = std::min({pieces, max_threads, pool.num_threads()}) - 1;
-  if (helpers <= 0) {
-    const simd::FlushDenormals flush;
-    for (int64_t piece = 0; piece < pieces; ++piece) work(piece);
-    return;
-  }
-  struct State {
-    Work* work;
-    int64_t pieces;
-    std::atomic<int64_t> next{0};
-    std::atomic<int64_t> done{0};
-    std::atomic<int64_t> owners;
-
-    void run() {
-      const simd::FlushDenormals flush;
-      int64_t mine = 0;
-      for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces; ++mine) (*work)(piece);
-      if (mine) done.fetch_add(mine, std::memory_order_release);
-    }
-    void release() {
-      if (owners.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
-    }
+  std::atomic<int64_t> next{0};
+  auto take = [&] {
+    for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) work(piece);
   };
-  State* state = new State;
-  state->work = &work;
-  state->pieces = pieces;
-  state->owners = helpers + 1;
-  for (int64_t helper = 0; helper < helpers; ++helper) {
-    pool.Schedule([state] {
-      state->run();
-      state->release();
-    });
-  }
-  state->run();
-  for (int spins = 0; state->done.load(std::memory_order_acquire) < pieces; ++spins) {
-    // About 50 microseconds of spinning: the others are on their last piece.
-    if (spins < 1000) {
-      simd::pause();
-    } else {
-      std::this_thread::yield();
-    }
-  }
-  state->release();
+  Team::run(std::min({pieces, max_threads, pool.num_threads()}), take);
 }
 
 }  // namespace jaxserve
