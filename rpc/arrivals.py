@@ -80,6 +80,9 @@ class Arrivals(grpc.aio.ServerInterceptor):
             try:
                 request = requests if handler.request_streaming else await self._message(context)
                 await _answer(handler, request, context)
+            except grpc.aio.AbortError as error:
+                # gRPC keeps it with the call and raises it again itself; its frames would keep all that the call had.
+                error.__traceback__ = error.__context__ = None
             except asyncio.CancelledError:
                 premature = _is_premature(time.monotonic() - began, context.time_remaining())
                 raise

@@ -66,21 +66,28 @@ class CallRunner:
         Whatever ends the call early (the client leaves, its deadline passes, a write fails) ends the request as well.
         """
         set_request_id(request_id)
-        call = self._calls.open(request_id)
-        # The RPC is done later than its handler: the status is sent in between.
-        context.add_done_callback(lambda _: self._calls.close(call))  # pyright: ignore[reportArgumentType]
+        call = self._open(request_id)
         self._lifecycle.ready_engine()
         (stream,) = await self.admit([build(_deadline(context))], [call])
         await self._follow(stream, call, take)
 
-    async def attach(
-        self, request_id: str, from_token: int, context: grpc.aio.ServicerContext, take: TakeEvent
-    ) -> None:
+    async def attach(self, request_id: str, from_token: int, take: TakeEvent) -> None:
         """Takes up the stream of a request and runs it to its end, as `run` does; also while draining."""
-        call = self._calls.open(request_id)
-        context.add_done_callback(lambda _: self._calls.close(call))  # pyright: ignore[reportArgumentType]
+        call = self._open(request_id)
         call.stream = self._lifecycle.loaded_engine().attach(request_id, from_token)
         await self._follow(call.stream, call, take)
+
+    def _open(self, request_id: str) -> OpenCall:
+        """Takes up the call that this task runs, until the task ends: the status is sent later than its handler ends.
+
+        The context's own `add_done_callback` would tell of the same, but ties what it is given, the context and the
+        call's state into a cycle, which then lies about until the garbage is collected.
+        """
+        call = self._calls.open(request_id)
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: self._calls.close(call))
+        return call
 
     async def _follow(self, stream: EventStream, call: OpenCall, take: TakeEvent) -> None:
         ending: Finished | None = None

@@ -28,7 +28,7 @@ class InferenceServicer(jaxserve_pb2_grpc.InferenceServicer):
     @errors.answered
     async def Attach(self, request: pb.AttachRequest, context: grpc.aio.ServicerContext) -> None:
         await self._runner.attach(
-            request.request_id, request.from_token, context, lambda event: context.write(event_to_proto(event))
+            request.request_id, request.from_token, lambda event: context.write(event_to_proto(event))
         )
 
     @errors.answered
