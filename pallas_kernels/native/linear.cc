@@ -104,9 +104,9 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Resul
       counts ? LiveRows(tokens, counts, leading_rows) : LiveRows(tokens),
   };
   const Tiles& tiles = tiles_for(*weights);
-  const int64_t threads = pool.num_threads();
+  const int64_t threads = threads_of(pool);
   ProductPieces pieces(call, tiles, threads);
-  parallel_for(pool, pieces.count(), threads, pieces);
+  parallel_for(pieces.count(), threads, pieces);
   return ffi::Error::Success();
 }
 
@@ -134,7 +134,7 @@ ffi::Error pack(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::Result<ffi::An
     const int64_t count = std::min<int64_t>(kPanel, outputs - first);
     pack_panel(to, panel, from + (half * outputs + first) * row_bytes, count, row_bytes);
   };
-  parallel_for(pool, halves * to.panels, pool.num_threads(), work);
+  parallel_for(halves * to.panels, threads_of(pool), work);
   return ffi::Error::Success();
 }
 
@@ -181,7 +181,7 @@ ffi::Error split_heads(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::
       split_token(by, parts, token, static_cast<const char*>(qkv.untyped_data()) + token * row_bytes);
     }
   };
-  parallel_for(pool, pieces, pool.num_threads(), work);
+  parallel_for(pieces, threads_of(pool), work);
   for (int64_t dead = 0; dead < live.dead_count(); ++dead)
     for (const HeadsPart& part : parts) std::memset(part.out + live.dead_token(dead) * part.bytes, 0, part.bytes);
   return ffi::Error::Success();

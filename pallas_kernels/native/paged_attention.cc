@@ -15,7 +15,7 @@ template <class T>
 ffi::Error run(ffi::ThreadPool& pool, const kernels::Call<T>& call) {
   kernels::Job<T> job(call);
   auto work = [&] { job.work(); };
-  jaxserve::Team::run(std::min<int64_t>(pool.num_threads(), job.useful_threads()), work);
+  jaxserve::Team::run(std::min<int64_t>(jaxserve::threads_of(pool), job.useful_threads()), work);
   return ffi::Error::Success();
 }
 

@@ -2,13 +2,14 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <fstream>
+#include <limits>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
@@ -104,15 +105,31 @@ class Team {
   std::condition_variable wake_;
 };
 
-// Calls work(piece) for each piece in [0, pieces), on this thread and up to max_threads - 1 others, as many as XLA was
-// given in all; each takes the next piece when it is free.
+// Processors whose time a container may use, which XLA does not look at: more threads than that, awake, would use the
+// time up before they have done anything.
+inline int64_t processors_allowed() {
+  static const int64_t allowed = [] {
+    std::ifstream limit("/sys/fs/cgroup/cpu.max");  // control groups version 2; "max" where there is no limit
+    std::ifstream old_quota("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), old_period("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+    double quota, period;
+    const bool limited = (limit >> quota >> period) || (old_quota >> quota && old_period >> period && quota > 0);
+    return limited ? std::max<int64_t>(1, std::llround(std::ceil(quota / period))) : std::numeric_limits<int64_t>::max();
+  }();
+  return allowed;
+}
+
+// The threads that a call may use.
+inline int64_t threads_of(xla::ffi::ThreadPool& pool) { return std::min(pool.num_threads(), processors_allowed()); }
+
+// Calls work(piece) for each piece in [0, pieces), on this thread and up to max_threads - 1 others; each takes the next
+// piece when it is free.
 template <typename Work>
-void parallel_for(xla::ffi::ThreadPool& pool, int64_t pieces, int64_t max_threads, Work& work) {
+void parallel_for(int64_t pieces, int64_t max_threads, Work& work) {
   std::atomic<int64_t> next{0};
   auto take = [&] {
     for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) work(piece);
   };
-  Team::run(std::min({pieces, max_threads, pool.num_threads()}), take);
+  Team::run(std::min(pieces, max_threads), take);
 }
 
 }  // namespace jaxserve
