@@ -81,6 +81,8 @@ class Team {
       if (static_cast<int>(board & 0xffff) >= places(board)) continue;
       call_(work_);
       left_.fetch_add(1, std::memory_order_release);
+      // Whoever waits for this core had better have it now than in the midst of a piece, which the caller would wait for.
+      std::this_thread::yield();
     }
   }
 
