@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from enum import IntEnum
 
-from rpc.event_loop import new_event_loop
+from rpc.event_loop import let_completions_gather, new_event_loop
 from rpc.served_engine import ServedEngine
 from rpc.server import Report, Server
 from rpc.server_config import ServerConfig
@@ -64,6 +64,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     await server.start()
+    let_completions_gather()
     loading = asyncio.create_task(server.load(engine_factory))
     asked = asyncio.create_task(stopping.wait())
     try:
