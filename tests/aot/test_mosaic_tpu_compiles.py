@@ -84,6 +84,15 @@ class Cell:
     def cache_bytes(self, attention: PagedAttention) -> int:
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.cache(attention)))
 
+    def staged_bytes(self, attention: PagedAttention) -> int:
+        """Of the chunk's tokens as `write_pages` takes them, a page for each part of a page that they fill.
+
+        K and V, and one of the two before its axes change places: in VMEM where there is room, which tpu7x has not for
+        the largest, else in HBM.
+        """
+        pages = min(self.chunk, self.chunk // self.page_size + 2 * self.rows + 1)
+        return 3 * pages * self.cache_bytes(attention) // PAGES // 2
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """All cells with `--aot-matrix full`, a few that hold every pair of values without."""
@@ -111,7 +120,7 @@ def test_each_cell_compiles_to_kernels_with_the_cache_in_place(cell: Cell):
     assert moved(compiled, cell, attention) == set()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cell.cache_bytes(attention)
-    assert memory.temp_size_in_bytes < max(4 << 20, cell.cache_bytes(attention) // 10)
+    assert memory.temp_size_in_bytes < cell.staged_bytes(attention) + (4 << 20)
 
 
 @pytest.mark.parametrize("tpu", TPUS)
