@@ -120,7 +120,7 @@ def test_each_cell_compiles_to_kernels_with_the_cache_in_place(cell: Cell):
     assert moved(compiled, cell, attention) == set()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cell.cache_bytes(attention)
-    assert memory.temp_size_in_bytes < cell.staged_bytes(attention) + (4 << 20)
+    assert memory.temp_size_in_bytes < max(4 << 20, cell.staged_bytes(attention) + (1 << 20))
 
 
 @pytest.mark.parametrize("tpu", TPUS)
