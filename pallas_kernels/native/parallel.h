@@ -1,11 +1,17 @@
 // Shares the work of a call among threads that stay awake from one call to the next.
 #pragma once
 
+#ifdef __linux__
+#include <sched.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <fstream>
 #include <limits>
 #include <mutex>
@@ -45,6 +51,30 @@ class Team {
   static int places(uint64_t board) { return static_cast<int>(board >> 16 & 0xffff); }
   static int joined(uint64_t board) { return std::min(static_cast<int>(board & 0xffff), places(board)); }
 
+  // A thread, and the processor that it last worked on.
+  struct Helper {
+#ifdef __linux__
+    void starts() { thread.store(gettid(), std::memory_order_relaxed); }
+    void works() { processor.store(sched_getcpu(), std::memory_order_relaxed); }
+    // Sends it to another processor if it waits for the caller's. The scheduler leaves the two on one for milliseconds,
+    // with the other processor idle.
+    void leave_to_caller() {
+      const int here = sched_getcpu();
+      cpu_set_t others;
+      if (processor.load(std::memory_order_relaxed) != here || sched_getaffinity(0, sizeof others, &others)) return;
+      CPU_CLR(here, &others);
+      if (CPU_COUNT(&others) > 0) sched_setaffinity(thread.load(std::memory_order_relaxed), sizeof others, &others);
+      processor.store(-1, std::memory_order_relaxed);
+    }
+    std::atomic<pid_t> thread{0};
+    std::atomic<int> processor{-1};
+#else
+    void starts() {}
+    void works() {}
+    void leave_to_caller() {}
+#endif
+  };
+
   static Team* free_team() {
     static Team* teams = new Team[kTeams];  // never deleted: their threads end with the process
     for (int i = 0; i < kTeams; ++i)
@@ -53,7 +83,8 @@ class Team {
   }
 
   void lead(int64_t helpers, void (*call)(void*), void* work) {
-    for (; started_ < helpers; ++started_) std::thread([this, seen = call_of(board_.load())] { help(seen); }).detach();
+    while (static_cast<int64_t>(helpers_.size()) < helpers)
+      std::thread([this, &me = helpers_.emplace_back(), seen = call_of(board_.load())] { help(me, seen); }).detach();
     call_ = call, work_ = work;
     left_.store(0, std::memory_order_relaxed);
     const uint64_t number = (board_.load(std::memory_order_relaxed) / kCall + 1) * kCall;
@@ -67,18 +98,22 @@ class Team {
       call(work);
     }
     const int all = joined(board_.exchange(number, std::memory_order_acq_rel));
+    if (all < helpers)
+      for (Helper& helper : helpers_) helper.leave_to_caller();
     // About 50 microseconds of spinning: the others are on their last piece, unless they lost their core.
     for (int spins = 0; left_.load(std::memory_order_acquire) < all; ++spins)
       spins < 1000 ? simd::pause() : std::this_thread::yield();
   }
 
-  void help(uint32_t seen) {
+  void help(Helper& me, uint32_t seen) {
     const simd::FlushDenormals flush;
+    me.starts();
     for (;;) {
       await_call_after(seen);
       const uint64_t board = board_.fetch_add(1, std::memory_order_acq_rel);
       seen = call_of(board);
       if (static_cast<int>(board & 0xffff) >= places(board)) continue;
+      me.works();
       call_(work_);
       left_.fetch_add(1, std::memory_order_release);
       // Whoever waits for this core had better have it now than in the midst of a piece, which the caller would wait for.
@@ -102,7 +137,7 @@ class Team {
   std::atomic<int> left_{0}, asleep_{0};
   void (*call_)(void*) = nullptr;
   void* work_ = nullptr;
-  int64_t started_ = 0;
+  std::deque<Helper> helpers_;
   std::mutex mutex_;
   std::condition_variable wake_;
 };

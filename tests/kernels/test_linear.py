@@ -1,7 +1,6 @@
 """Products with packed weights against numpy in float64 and in integers, and row by row to the bit."""
 
 import platform
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -224,20 +223,6 @@ def test_gate_saturates_without_overflow():
     ours = linear(jnp.stack([gate, jnp.ones(7)], axis=1), packed, 1)[:, 0]
     np.testing.assert_allclose(ours, jax.nn.silu(gate), rtol=1e-5, atol=1e-30)
     assert np.isnan(linear(jnp.array([[jnp.nan, 1.0]]), packed, 1)).all()
-
-
-def test_calls_at_the_same_time_have_the_bits_of_calls_alone(random):
-    """More callers than there are teams of helping threads: the last of them work alone."""
-    packed, _ = quantized(normal(random, 640, 320, dtype=BF16), None)
-    product = jax.jit(lambda x: linear(x, packed, 640))
-    inputs = [normal(random, count, 320, dtype=BF16) for count in range(1, 13)]
-    alone = [np.asarray(product(x)) for x in inputs]
-
-    def repeated(index: int) -> bool:
-        return all(np.array_equal(product(inputs[index]), alone[index]) for _ in range(100))
-
-    with ThreadPoolExecutor(len(inputs)) as callers:
-        assert all(callers.map(repeated, range(len(inputs))))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, jnp.dtype(jnp.int8), jnp.dtype(jnp.uint8)])
