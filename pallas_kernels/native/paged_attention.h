@@ -132,7 +132,16 @@ class Workspace {
   T *staged_keys, *staged_values;
 };
 
-// One tile against one kv head.
+// A list of the calling thread's, empty, whose memory is kept from call to call. Threads that allocate and free at the same
+// time wait for each other.
+template <class Item>
+std::vector<Item>& kept_list() {
+  thread_local std::vector<Item> items;
+  items.clear();
+  return items;
+}
+
+// One tile against one kv head; a thread has one at a time.
 template <class T>
 class TileAttention {
  public:
@@ -143,7 +152,9 @@ class TileAttention {
         row_(call.token_row[tile.begin]),
         padded_(call.padded_head_dim()),
         dwords_(call.head_dim / kPerDword<T>),
-        work_((tile.end - tile.begin) * call.group(), call.head_dim, padded_) {
+        work_((tile.end - tile.begin) * call.group(), call.head_dim, padded_),
+        row_groups_(kept_list<RowGroup>()),
+        states_(kept_list<RowState>()) {
     int group = call.group(), together = tokens_per_group(group), parts = (group + simd::kMaxRows - 1) / simd::kMaxRows;
     int next_row = 0;
     for (int token = tile.begin; token < tile.end; token += together) {
@@ -268,8 +279,8 @@ class TileAttention {
   const Tile& tile_;
   int kv_head_, row_, padded_, dwords_;
   Workspace<T> work_;
-  std::vector<RowGroup> row_groups_;
-  std::vector<RowState> states_;
+  std::vector<RowGroup>& row_groups_;
+  std::vector<RowState>& states_;
 };
 
 // A call, shared among threads. Each takes the next piece of work that none has taken: writes first, then tiles, the
