@@ -60,11 +60,16 @@ class Team {
     // with the other processor idle.
     void leave_to_caller() {
       const int here = sched_getcpu();
-      cpu_set_t others;
-      if (processor.load(std::memory_order_relaxed) != here || sched_getaffinity(0, sizeof others, &others)) return;
-      CPU_CLR(here, &others);
-      if (CPU_COUNT(&others) > 0) sched_setaffinity(thread.load(std::memory_order_relaxed), sizeof others, &others);
+      if (processor.load(std::memory_order_relaxed) != here) return;
       processor.store(-1, std::memory_order_relaxed);
+      cpu_set_t all;
+      if (sched_getaffinity(0, sizeof all, &all)) return;
+      cpu_set_t others = all;
+      CPU_CLR(here, &others);
+      if (CPU_COUNT(&others) == 0) return;
+      const pid_t id = thread.load(std::memory_order_relaxed);
+      sched_setaffinity(id, sizeof others, &others);  // moves it at once
+      sched_setaffinity(id, sizeof all, &all);
     }
     std::atomic<pid_t> thread{0};
     std::atomic<int> processor{-1};

@@ -51,7 +51,7 @@ os.sched_setaffinity(helper, {here})
 deadline = time.monotonic() + 60
 while os.sched_getaffinity(helper) == {here} and time.monotonic() < deadline:
     assert (product(x) == expected).all()
-print(os.sched_getaffinity(helper))
+print(sorted(os.sched_getaffinity(helper)))
 """
 
 
@@ -72,4 +72,4 @@ def test_a_helper_that_waits_for_the_callers_processor_goes_to_another():
         for rival in rivals:
             rival.kill()
             rival.wait()
-    assert printed.strip() == str({other})
+    assert printed.strip() == str([here, other])  # moved, and bound no more
