@@ -43,7 +43,7 @@ class Team {
 
  private:
   static constexpr int kTeams = 8;  // callers at a time: replicas on devices of their own; a further one works alone
-  static constexpr int kLookouts = 2000;  // about 100 microseconds
+  static constexpr int kLookouts = 2000;  // 50 to 100 microseconds, by how long a processor pauses
 
   // The board: the number of a call in its upper half, then how many may join, then how many have tried to.
   static constexpr uint64_t kCall = uint64_t{1} << 32, kPlace = 1 << 16;
@@ -105,7 +105,7 @@ class Team {
     const int all = joined(board_.exchange(number, std::memory_order_acq_rel));
     if (all < helpers)
       for (Helper& helper : helpers_) helper.leave_to_caller();
-    // About 50 microseconds of spinning: the others are on their last piece, unless they lost their core.
+    // 20 to 50 microseconds of spinning: the others are on their last piece, unless they lost their core.
     for (int spins = 0; left_.load(std::memory_order_acquire) < all; ++spins)
       spins < 1000 ? simd::pause() : std::this_thread::yield();
   }
