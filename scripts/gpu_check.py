@@ -48,27 +48,30 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_here(section: str, rehearse: bool) -> None:
-    """The section's process: prints its result as one line of JSON."""
+    """The section's process: prints what it has, as one line of JSON, whenever there is more; the last has all."""
     import jax
 
     device = jax.devices()[0]
-    result = importlib.import_module(f"gpu_checks.{SECTIONS[section]}").run(rehearse)
-    print(json.dumps({"device": device.device_kind, "jax": jax.__version__, **result}))
+    for result in importlib.import_module(f"gpu_checks.{SECTIONS[section]}").run(rehearse):
+        print(json.dumps({"device": device.device_kind, "jax": jax.__version__, **result}), flush=True)
 
 
 def run_section(section: str, rehearse: bool, seconds: float) -> dict:
-    """The section's result, or what went wrong."""
+    """The section's result, or what it had when it went wrong, and what went wrong."""
     command = [sys.executable, str(Path(__file__).resolve()), "--run-one", section, *(["--rehearse"] * rehearse)]
     environment = {**module_environment(), **({"JAX_PLATFORMS": "cpu"} if rehearse else {})}
     start = time.monotonic()
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=seconds)
+        printed, said = done.stdout, done.stderr
+        failure = {"failed": f"ended with {done.returncode}"} if done.returncode else {}
     except subprocess.TimeoutExpired as expired:
-        said = expired.stderr.decode() if isinstance(expired.stderr, bytes) else expired.stderr
-        return {"failed": f"stopped after {seconds:.0f} s", "said": (said or "")[-1000:]}
-    if done.returncode:
-        return {"failed": f"ended with {done.returncode}", "said": done.stderr[-2000:]}
-    return {**json.loads(done.stdout.splitlines()[-1]), "seconds": round(time.monotonic() - start, 1)}
+        printed, said = expired.stdout or b"", expired.stderr or b""
+        failure = {"failed": f"stopped after {seconds:.0f} s"}
+    # A line that is cut off has no end.
+    whole = printed.decode()[: printed.decode().rfind("\n") + 1].splitlines()
+    result = {**(json.loads(whole[-1]) if whole else {}), "seconds": round(time.monotonic() - start, 1)}
+    return result | failure | ({"said": said.decode(errors="replace")[-2000:]} if failure else {})
 
 
 def table(results: dict) -> list[str]:

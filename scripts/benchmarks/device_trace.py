@@ -1,6 +1,8 @@
 """Device time from a `jax.profiler` trace."""
 
+import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +17,24 @@ class DeviceTrace:
     """Filled when the traced block ends."""
 
     def __init__(self) -> None:
-        self.intervals: list[Interval] = []
-        """Of each device operation, in seconds of the profiler's clock."""
+        self.operations: list[tuple[str, Interval]] = []
+        """Name and time of each device operation, in seconds of the profiler's clock."""
+
+    @property
+    def intervals(self) -> list[Interval]:
+        """When the device was at an operation."""
+        return [interval for _, interval in self.operations]
+
+    def by_operation(self) -> list[tuple[str, int, float]]:
+        """Operations that differ in a number at most, as a name, how many there were and their seconds; longest first.
+
+        Example: `fusion.1` and `fusion_12` are both `fusion`.
+        """
+        seconds: defaultdict[str, list[float]] = defaultdict(list)
+        for name, (start, end) in self.operations:
+            seconds[re.sub(r"[._]\d+", "", name)].append(end - start)
+        summed = [(kind, len(each), sum(each)) for kind, each in seconds.items()]
+        return sorted(summed, key=lambda operation: -operation[2])
 
 
 @contextmanager
@@ -36,12 +54,12 @@ def trace_device() -> Iterator[DeviceTrace]:
         finally:
             jax.profiler.stop_trace()
         for file in Path(folder).rglob("*.xplane.pb"):
-            trace.intervals += _intervals(file)
-    if not trace.intervals:
+            trace.operations += _operations(file)
+    if not trace.operations:
         raise RuntimeError("the trace has no device operation")
 
 
-def _intervals(file: Path) -> Iterator[Interval]:
+def _operations(file: Path) -> Iterator[tuple[str, Interval]]:
     for plane in ProfileData.from_file(str(file)).planes:
         on_device = plane.name.startswith("/device:")
         for line in plane.lines:
@@ -51,4 +69,4 @@ def _intervals(file: Path) -> Iterator[Interval]:
             for event in line.events:
                 if event.name.startswith("Wait"):
                     continue
-                yield event.start_ns * 1e-9, (event.start_ns + event.duration_ns) * 1e-9
+                yield event.name, (event.start_ns * 1e-9, (event.start_ns + event.duration_ns) * 1e-9)

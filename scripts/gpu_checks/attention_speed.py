@@ -1,5 +1,7 @@
 """Attention alone: decode as a part of the copy bandwidth, a prompt chunk as a part of the matmul rate."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
@@ -8,11 +10,13 @@ from gpu_checks.timing import seconds_per_call
 from pallas_kernels import AttentionNeeds, PagedAttention, select
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+LAYERS = 4
+"""In one call, as in a step: what is to do is the same for each, and is computed once."""
 
 
-def run(rehearse: bool) -> dict:
+def run(rehearse: bool) -> Iterator[dict]:
     """Every decode and chunk case."""
-    rates = roofline.run(rehearse)
+    rates = roofline.rates(rehearse)
     results: dict = {**rates, "decode": [], "chunk": []}
     cases = [(64, 4096, 16, "bfloat16"), (64, 4096, 64, "bfloat16"), (64, 4096, 64, "int8"), (1, 4096, 16, "bfloat16")]
     cases += [(32, 1024, 16, "bfloat16"), (64, 1024, 16, "bfloat16"), (1, 65536, 64, "bfloat16")]
@@ -28,6 +32,7 @@ def run(rehearse: bool) -> dict:
                 "of_copy": moved / seconds / 1e9 / rates["copy_gb_per_s"],
             }
         )  # fmt: skip
+        yield results
     for chunk, context in [(64, 128)] if rehearse else [(512, 4096), (2048, 4096), (2048, 2048), (4096, 16384)]:
         attention = _attention("bfloat16")
         seconds = _time(attention, 1, chunk, context, 16, "bfloat16")
@@ -40,7 +45,7 @@ def run(rehearse: bool) -> dict:
                 "of_matmul": operations / seconds / 1e12 / rates["bf16_tflop_per_s"],
             }
         )  # fmt: skip
-    return results
+        yield results
 
 
 def _attention(dtype: str) -> PagedAttention:
@@ -50,18 +55,17 @@ def _attention(dtype: str) -> PagedAttention:
 
 
 def _time(attention: PagedAttention, rows: int, chunk: int, context: int, page_size: int, dtype: str) -> float:
-    """Seconds of a call with `rows` decode rows at `context`, or with one piece of `chunk` tokens that ends there."""
+    """Seconds of a layer with `rows` decode rows at `context`, or with one piece of `chunk` tokens that ends there."""
     pages = context // page_size
     layout = attention.cache_layout(1 + rows * pages, page_size, KV_HEADS, HEAD_DIM, dtype)
     keys = jax.random.split(jax.random.key(0), 8)
-    cache = jax.tree.map(
-        lambda leaf: (
-            jnp.full(leaf.shape, 0.01, leaf.dtype)
-            if leaf.dtype == jnp.float32
-            else jax.random.randint(keys[0], leaf.shape, -100, 100, jnp.int8).astype(leaf.dtype)
-        ),
-        layout,
-    )
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.dtype == jnp.float32:
+            return jnp.full(leaf.shape, 0.01, leaf.dtype)
+        return jax.random.randint(keys[0], leaf.shape, -100, 100, jnp.int8).astype(leaf.dtype)
+
+    caches = tuple(jax.tree.map(fill, layout) for _ in range(LAYERS))
     table = (1 + jax.random.permutation(keys[1], rows * pages)).reshape(rows, pages).astype(jnp.int32)
     tokens = rows + chunk
     q, k, v = (
@@ -75,9 +79,12 @@ def _time(attention: PagedAttention, rows: int, chunk: int, context: int, page_s
         row, position = jnp.arange(rows, dtype=jnp.int32), jnp.full(rows, context - 1, jnp.int32)
 
     def attend(carry):
-        _, cache = carry
-        return tuple(attention.write_and_attend(q, k, v, cache, table, row, position, scale=HEAD_DIM**-0.5))
+        out, caches = carry
+        written = []
+        for cache in caches:
+            out, cache = attention.write_and_attend(q + out, k, v, cache, table, row, position, scale=HEAD_DIM**-0.5)
+            written.append(cache)
+        return out, tuple(written)
 
     step = jax.jit(attend, donate_argnums=0)
-    out = jnp.zeros(q.shape, q.dtype)
-    return seconds_per_call(step, (out, cache), calls=20)
+    return seconds_per_call(step, (jnp.zeros(q.shape, q.dtype), caches), calls=20) / LAYERS

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.workers import SCRIPTS, module_environment
@@ -11,7 +12,7 @@ from benchmarks.workers import SCRIPTS, module_environment
 from gpu_checks.random_model import random_folder
 
 
-def run(rehearse: bool) -> dict:
+def run(rehearse: bool) -> Iterator[dict]:
     """What the benchmark prints."""
     sizes = {"layers": 2, "hidden": 128, "heads": 2, "kv_heads": 1, "intermediate": 256}
     slots = "4" if rehearse else "64"
@@ -24,4 +25,4 @@ def run(rehearse: bool) -> dict:
         done = subprocess.run(command, env=module_environment(), capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-        return json.loads(done.stdout.splitlines()[-1])
+        yield json.loads(done.stdout.splitlines()[-1])

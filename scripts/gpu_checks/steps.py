@@ -1,12 +1,15 @@
 """A whole step of the engine's own forward and choosing, on random weights: MBU of decode, operations of prompts."""
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gpu_checks import roofline
 from gpu_checks.random_model import LLAMA_8B, TINY, random_weights
-from gpu_checks.timing import seconds_per_call
+from gpu_checks.timing import profile, seconds_per_call
 from jaxserve.config import EngineConfig
 from jaxserve.device.batch import ROW_COLUMNS, Column, Upload
 from jaxserve.device.decode_state import DecodeState
@@ -20,9 +23,9 @@ PEAK_GB_PER_S = {"H100 80GB HBM3": 3350, "H200": 4800}
 """Of the data sheet, by a part of the device's name."""
 
 
-def run(rehearse: bool) -> dict:
-    """Decode at several batch sizes, then steps with a prompt chunk."""
-    rates = roofline.run(rehearse)
+def run(rehearse: bool) -> Iterator[dict]:
+    """Decode at several batch sizes, then steps with a prompt chunk, and what each consists of."""
+    rates = roofline.rates(rehearse)
     model = TINY if rehearse else LLAMA_8B
     context = 128 if rehearse else 1024
     device = jax.devices()[0]
@@ -36,9 +39,10 @@ def run(rehearse: bool) -> dict:
     kv_bytes = 2 * model.num_layers * model.kv_size * 2
     results: dict = {**rates, "attention": attention.name, "weight_gb": weight_bytes / 1e9, "peak_gb_per_s": peak}
 
-    results["decode"], results["prefill"] = [], []
+    results["decode"], results["prefill"], results["profile"] = [], [], []
     for rows in (2,) if rehearse else (1, 32, 64):
-        seconds = _time(weights, model, attention, rows, 0, context)
+        call, carry = _step(weights, model, attention, rows, 0, context)
+        seconds = seconds_per_call(call, carry(), calls=5)
         moved = read_bytes + rows * context * kv_bytes
         results["decode"].append(
             {
@@ -46,18 +50,24 @@ def run(rehearse: bool) -> dict:
                 "of_copy": moved / seconds / 1e9 / rates["copy_gb_per_s"], "tokens_per_s": rows / seconds,
             }
         )  # fmt: skip
+        results["profile"] += profile(f"{rows} rows", call, carry(), calls=5)
+        yield results
     for chunk in (64,) if rehearse else (512, 2048):
-        seconds = _time(weights, model, attention, 1, chunk, chunk)
+        call, carry = _step(weights, model, attention, 1, chunk, chunk)
+        seconds = seconds_per_call(call, carry(), calls=5)
         operations = chunk * read_bytes + 4 * model.num_layers * model.q_size * chunk * (chunk + 1) // 2
         rate = operations / seconds / 1e12
         results["prefill"].append(
             {"tokens": chunk, "ms": seconds * 1e3, "tflop_per_s": rate, "of_matmul": rate / rates["bf16_tflop_per_s"]}
         )
-    return results
+        results["profile"] += profile(f"prompt of {chunk}", call, carry(), calls=5)
+        yield results
 
 
-def _time(weights, model, attention, rows: int, chunk: int, context: int) -> float:
-    """Seconds of a step of `rows` decode rows at `context`, or of one prompt of `chunk` tokens."""
+def _step(
+    weights, model, attention, rows: int, chunk: int, context: int
+) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    """A step of `rows` decode rows at `context`, or of one prompt of `chunk` tokens, and what makes its first carry."""
     config = EngineConfig(slots=rows, dtype="bfloat16")
     pages = -(-context // config.page_size)
     inputs = StepInputs.abstract(model, config, attention, 1 + rows * pages, Placement((jax.devices()[0],)))
@@ -72,8 +82,10 @@ def _time(weights, model, attention, rows: int, chunk: int, context: int) -> flo
         return cache, state
 
     compiled = jax.jit(step, donate_argnums=1)
-    state = DecodeState.zeros(rows, model.vocab_size)
-    return seconds_per_call(lambda carry: compiled(weights, carry), (KVCache.zeros(inputs.cache), state), calls=5)
+    return (
+        lambda carry: compiled(weights, carry),
+        lambda: (KVCache.zeros(inputs.cache), DecodeState.zeros(rows, model.vocab_size)),
+    )
 
 
 def _upload(rows: int, chunk: int, context: int, pages: int) -> np.ndarray:

@@ -29,6 +29,8 @@ def test_every_section_runs_and_gives_its_figures(tmp_path: Path):
     assert all(result["device"] == "cpu" for result in results.values())
     assert results["kernels"]["passed"] and results["engine"]["passed"]
     assert results["attention"]["decode"][0]["gb_per_s"] > 0 and results["steps"]["decode"][0]["mbu"] > 0
+    profile = results["steps"]["profile"]
+    assert {line["step"] for line in profile} == {"2 rows", "prompt of 64"} and profile[1]["us"] > 0
     assert 0 <= results["overlap"]["device_idle_ratio"] <= 1
 
 
@@ -41,4 +43,5 @@ def test_a_section_without_time_is_ended_and_fails():
 def test_a_kernel_error_is_a_failure(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "REHEARSED", ("d64 page16 kv3",))
     monkeypatch.setattr(kernels, "LIMIT", 1e-9)
-    assert kernels.run(rehearse=True)["passed"] is False
+    (result,) = kernels.run(rehearse=True)
+    assert result["passed"] is False
