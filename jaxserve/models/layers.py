@@ -218,5 +218,6 @@ def split_heads(
     parts = jnp.split(qkv, (q_heads * head_dim, (q_heads + kv_heads) * head_dim), axis=-1)
     q, k, v = (part.reshape(qkv.shape[0], -1, head_dim) for part in parts)
     if norms is not None:
-        q, k = norms[0](q), norms[1](k)
+        # Without the barrier a GPU's norms are made once for each half of the heads that rotation takes apart.
+        q, k = jax.lax.optimization_barrier((norms[0](q), norms[1](k)))
     return rotate(q, by), rotate(k, by), v

@@ -3,10 +3,11 @@
 import re
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from pallas_kernels.interface import (
     Attended,
@@ -21,9 +22,9 @@ from pallas_kernels.interface import (
 from pallas_kernels.mosaic_gpu import geometry as sizes
 from pallas_kernels.mosaic_gpu.chunk import TILE, ChunkKernel, ChunkPlan
 from pallas_kernels.mosaic_gpu.combine import combine
-from pallas_kernels.mosaic_gpu.decode import DecodePlan, attend_splits, padded_group
+from pallas_kernels.mosaic_gpu.decode import DecodePlan, attend_splits
 from pallas_kernels.mosaic_gpu.geometry import Geometry
-from pallas_kernels.mosaic_gpu.products import plain_product, wgmma_product
+from pallas_kernels.mosaic_gpu.products import Product, plain_product, wgmma_product
 from pallas_kernels.mosaic_gpu.ring import Pages
 from pallas_kernels.mosaic_gpu.scores import LOG2_E, Scores
 from pallas_kernels.mosaic_gpu.work import chunk_work, decode_work
@@ -97,95 +98,118 @@ class MosaicGpuPagedAttention:
         kv_heads, dtype = k.shape[1], cache.k_pages.dtype
         check_cache(cache, self.cache_layout(num_pages, page_size, kv_heads, head_dim, dtype))
         geometry = Geometry(page_size, kv_heads, cache.k_pages.shape[3], q_heads // kv_heads, dtype.name)
-        cache = self._write(k, v, cache, page_table, token_row, position)
-        pages = Pages(cache.k_pages, cache.v_pages, cache.k_scales, cache.v_scales, page_table)
-        scores = Scores(scale, softcap)
+        arrays = [array for array in cache if array is not None]
+        refs = [jax.new_ref(array) for array in arrays]
+        call = _Call(
+            Pages(*refs, *(None,) * (4 - len(refs)), page_table),
+            geometry,
+            Scores(scale, softcap),
+            sliding_window,
+            None if sinks is None else LOG2_E * sinks.reshape(kv_heads, geometry.group),
+        )
         queries = _pad_last(q.astype(jnp.bfloat16), geometry.head_dim)
         queries = queries.reshape(q.shape[0], kv_heads, geometry.group, geometry.head_dim)
-        grouped = None if sinks is None else LOG2_E * sinks.reshape(kv_heads, geometry.group)
+        stored = stored_form(_pad_last(k, geometry.head_dim), _pad_last(v, geometry.head_dim), dtype)
         rows = page_table.shape[0]
-        decoded = (queries[:rows], pages, token_row[:rows], position[:rows], geometry, scores, sliding_window, grouped)
-        out = self._attend_rows(*decoded)
+        decoded, chunk = (
+            jax.tree.map(lambda array, part=part: array[part], (queries, stored, token_row, position))
+            for part in (slice(rows), slice(rows, None))
+        )
+        out = self._attend_rows(call, *decoded)
         if q.shape[0] > rows:
-            chunk = (queries[rows:], pages, token_row[rows:], position[rows:], geometry, scores)
-            out = jnp.concatenate([out, self._attend_chunk(*chunk, sliding_window, grouped)])
+            out = jnp.concatenate([out, self._attend_chunk(call, *chunk)])
         out = jnp.where((token_row >= 0)[:, None, None, None], out, 0.0)
-        return Attended(out.reshape(q.shape[0], q_heads, -1)[..., :head_dim].astype(q.dtype), cache)
-
-    def _write(
-        self, k: Array, v: Array, cache: LayerCache, page_table: Array, token_row: Array, position: Array
-    ) -> LayerCache:
-        """The cache with the tokens in it."""
-        _, _, page_size, head_dim = cache.k_pages.shape
-        table_page = position // page_size
-        lives = (token_row >= 0) & (position >= 0) & (table_page < page_table.shape[1])
-        page = jnp.where(lives, page_table.at[token_row, table_page].get(mode="clip"), 0)
-        stored = stored_form(_pad_last(k, head_dim), _pad_last(v, head_dim), cache.k_pages.dtype)
-        tokens = [array for array in stored if array is not None]
-        pages = [array for array in cache if array is not None]
-        return LayerCache(*write_tokens(tokens, pages, page, position % page_size, self.interpret))
+        out = out.reshape(q.shape[0], q_heads, -1)[..., :head_dim].astype(q.dtype)
+        return Attended(out, LayerCache(*(ref[...] for ref in refs)))
 
     def _attend_rows(
         self,
-        queries: Array,
-        pages: Pages,
-        token_row: Array,
-        position: Array,
-        geometry: Geometry,
-        scores: Scores,
-        sliding_window: int | None,
-        sinks: Array | None,
+        call: "_Call",
+        queries: BFloat16[Array, "row kv_head group head_dim"],
+        stored: LayerCache,
+        token_row: Int32[Array, " row"],
+        position: Int32[Array, " row"],
     ) -> Float32[Array, "row kv_head group head_dim"]:
-        """The decode rows."""
-        max_context = pages.table.shape[1] * geometry.page_size
-        work, row_start = decode_work(token_row, position, max_context, sliding_window)
+        """The decode rows, written and attended."""
+        geometry, sinks = call.geometry, call.sinks
+        max_context = call.pages.table.shape[1] * geometry.page_size
+        work, row_start = decode_work(token_row, position, max_context, call.sliding_window)
         plan = DecodePlan.of(geometry)
-        padding = padded_group(geometry.group) - geometry.group
-        partial = attend_splits(
-            jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0))),
-            pages,
-            work,
-            geometry,
-            scores,
-            replace(plan, blocks=self.blocks or plan.blocks),
-            wgmma_product if self.interpret is None else plain_product,
-            self.interpret,
-        )
-        sinks = None if sinks is None else jnp.pad(sinks, ((0, 0), (0, padding)))
+        plan = replace(plan, blocks=self.blocks or plan.blocks)
+        padding = geometry.q_rows - geometry.group
+        tokens = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
+        tokens = tokens.reshape(tokens.shape[0], -1, geometry.head_dim)
+        if geometry.quantized:
+            self._write(call, stored, token_row, position)
+        else:
+            # One array, which XLA makes in one operation; the kernel's copies want its heads in eights.
+            tokens = jnp.concatenate([tokens, stored.k_pages, stored.v_pages], axis=1)
+            tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % 8), (0, 0)))
+        partial = attend_splits(tokens, call.pages, work, geometry, call.scores, plan, self._product, self.interpret)
+        if sinks is not None:
+            sinks = jnp.pad(sinks, ((0, 0), (0, padding)))
         out = combine(partial, row_start, sinks, self.interpret)
         return jnp.swapaxes(out, 2, 3)[:, :, : geometry.group]
 
     def _attend_chunk(
         self,
-        queries: Array,
-        pages: Pages,
-        token_row: Array,
-        position: Array,
-        geometry: Geometry,
-        scores: Scores,
-        sliding_window: int | None,
-        sinks: Array | None,
+        call: "_Call",
+        queries: BFloat16[Array, "token kv_head group head_dim"],
+        stored: LayerCache,
+        token_row: Int32[Array, " token"],
+        position: Int32[Array, " token"],
     ) -> Float32[Array, "token kv_head group head_dim"]:
-        """The prompt chunk, its queries laid out in tiles for the kernel and back."""
+        """The prompt chunk, written and attended: its queries are laid out in tiles for the kernel, and back."""
+        geometry, rows = call.geometry, call.pages.table.shape[0]
+        self._write(call, stored, token_row, position)
         plan = ChunkPlan.of(geometry)
         plan = replace(plan, blocks=self.blocks or plan.blocks)
-        product = wgmma_product if self.interpret is None else plain_product
-        kernel = ChunkKernel(geometry, scores, sliding_window, plan, product)
-        work, places = chunk_work(token_row, position, pages.table.shape[0], kernel.tokens_per_unit)
+        kernel = ChunkKernel(geometry, call.scores, call.sliding_window, plan, self._product)
+        work, places = chunk_work(token_row, position, rows, kernel.tokens_per_unit)
         spare = TILE - kernel.tokens_per_tile * geometry.group
 
         within = jnp.arange(kernel.tokens_per_unit).reshape(plan.consumers, kernel.tokens_per_tile)
         token = jnp.minimum(places.first_token[:, None, None] + within, queries.shape[0] - 1)
         tiles = jnp.swapaxes(queries[token], 2, 3).reshape(*token.shape[:2], geometry.kv_heads, -1, geometry.head_dim)
         tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, 0), (0, spare), (0, 0)))
+        sinks = call.sinks
         if sinks is not None:
             sinks = jnp.pad(jnp.tile(sinks, (1, kernel.tokens_per_tile)), ((0, 0), (0, spare)))
 
-        out = kernel(tiles, pages, work, sinks, self.interpret)[..., : TILE - spare, :]
+        out = kernel(tiles, call.pages, work, sinks, self.interpret)[..., : TILE - spare, :]
         out = out.reshape(*out.shape[:3], kernel.tokens_per_tile, geometry.group, geometry.head_dim)
         tile, within_tile = places.before // kernel.tokens_per_tile, places.before % kernel.tokens_per_tile
         by_token = jnp.moveaxis(out, 3, 2)[places.unit, tile, within_tile]
         return by_token.astype(jnp.float32)
+
+    def _write(
+        self, call: "_Call", stored: LayerCache, token_row: Int32[Array, " token"], position: Int32[Array, " token"]
+    ) -> None:
+        """Tokens to their pages, in a kernel of its own."""
+        page_size, table = call.geometry.page_size, call.pages.table
+        table_page = position // page_size
+        lives = (token_row >= 0) & (position >= 0) & (table_page < table.shape[1])
+        page = jnp.where(lives, table.at[token_row, table_page].get(mode="clip"), 0)
+        tokens = [array for array in stored if array is not None]
+        pages = [ref for ref in call.pages[:4] if ref is not None]
+        write_tokens(tokens, pages, page, position % page_size, self.interpret)
+
+    @property
+    def _product(self) -> Product:
+        return wgmma_product if self.interpret is None else plain_product
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What `write_and_attend` was given, as the kernels take it."""
+
+    pages: Pages
+    """References to the cache, and its table."""
+    geometry: Geometry
+    scores: Scores
+    sliding_window: int | None
+    sinks: Array | None
+    """[kv_head, group], in units of log 2."""
 
 
 def _pad_last(x: Array, size: int) -> Array:

@@ -44,8 +44,9 @@ class DecodePlan:
     def of(geometry: Geometry) -> "DecodePlan":
         """Two blocks of threads a multiprocessor where each has room for three stages, so that one computes while
         the other waits; one otherwise."""
-        q_rows = padded_group(geometry.group)
+        q_rows = geometry.q_rows
         beside = q_rows * (2 * geometry.head_dim * 2 + BLOCK * 2 + geometry.head_dim * 4 + 8)
+        beside += 2 * 2 * geometry.head_dim * 2 * (not geometry.quantized)
         beside += BLOCK * geometry.head_dim * 2 * geometry.quantized
         halves = (SHARED_BYTES - 4096) // 2 - beside
         if halves // geometry.block_bytes >= 3:
@@ -53,16 +54,13 @@ class DecodePlan:
         return DecodePlan(MULTIPROCESSORS, min(_MAX_STAGES, (SHARED_BYTES - beside) // geometry.block_bytes))
 
 
-def padded_group(group: int) -> int:
-    """Query rows of a kv head: the columns of a wgmma tile come in eights."""
-    return -(-group // 8) * 8
-
-
 class _Scratch(NamedTuple):
     """Shared memory of a block of threads."""
 
     queries: Ref
     """Two buffers: the producer loads the next unit's while the consumer uses the last's."""
+    own: Ref
+    """Key and value of the row's own token, so; none where the cache is quantized."""
     queries_full: Ref
     queries_free: Ref
     ring: Ring
@@ -73,10 +71,11 @@ class _Scratch(NamedTuple):
 
     @staticmethod
     def of(geometry: Geometry, stages: int) -> "_Scratch":
-        head_dim, q_rows, bfloat16 = geometry.head_dim, padded_group(geometry.group), jnp.bfloat16
+        head_dim, q_rows, bfloat16 = geometry.head_dim, geometry.q_rows, jnp.bfloat16
         return _Scratch(
             plgpu.SMEM((2, q_rows, head_dim), bfloat16, transforms=tiled(head_dim, bfloat16)),
-            plgpu.Barrier(num_barriers=2),
+            None if geometry.quantized else plgpu.SMEM((2, 2, head_dim), bfloat16),
+            plgpu.Barrier(num_arrivals=1 if geometry.quantized else 3, num_barriers=2),
             plgpu.Barrier(num_barriers=2),
             Ring.scratch(geometry, stages, consumers=1),
             plgpu.SMEM((q_rows, BLOCK), bfloat16, transforms=tiled(BLOCK, bfloat16)),
@@ -92,7 +91,7 @@ class _Scratch(NamedTuple):
 
 
 def attend_splits(
-    queries: jax.Array,
+    tokens: jax.Array,
     pages: Pages,
     work: DecodeWork,
     geometry: Geometry,
@@ -101,11 +100,12 @@ def attend_splits(
     product: Product,
     interpret=None,
 ) -> Partial:
-    """Each live unit's partial attention.
+    """Each live unit's partial attention. Of a cache that is not quantized, a row's own token goes to its page here.
 
     Args:
-        queries: bfloat16 [row, kv_head, q_row, head_dim], padded.
-        pages: the cache and its table.
+        tokens: bfloat16 [row, head, head_dim], the queries of the kv heads, each group padded to `q_rows`; behind them,
+            of a cache that is not quantized, the keys and the values of the rows' own tokens.
+        pages: references to the cache, and its table.
         work: the units.
         geometry: sizes.
         scores: what becomes of the product of a query and a key.
@@ -114,26 +114,21 @@ def attend_splits(
         interpret: parameters of the interpreter, None on a GPU.
     """
     units = work.row.shape[0]
-    q_rows = queries.shape[2]
-    operands = [queries, *work, pages.table, pages.keys, pages.values]
-    if geometry.quantized:
-        operands += [pages.key_scales, pages.value_scales]
+    q_rows = geometry.q_rows
+    operands, structure = jax.tree.flatten((tokens, pages, work))
 
     def kernel(*refs):
-        q, live, row, begin, end, table, keys, values, *scales = refs[: len(operands)]
-        weighted, largest, total, scratch = refs[len(operands) :]
-        key_scales, value_scales = scales or (None, None)
-        cache = Pages(keys, values, key_scales, value_scales, table)
-        unit_list = DecodeWork(live, row, begin, end)
+        tokens, pages, work = structure.unflatten(refs[: len(operands)])
+        *partial, scratch = refs[len(operands) :]
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == _CONSUMER)
         def _attend():
-            _consume(geometry, scores, product, unit_list, scratch, Partial(weighted, largest, total))
+            _consume(geometry, scores, product, pages, work, scratch, Partial(*partial))
 
         @pl.when(warpgroup == _PRODUCER)
         def _load():
-            _produce(geometry, q, cache, unit_list, scratch)
+            _produce(geometry, tokens, pages, work, scratch)
 
     shapes = ((geometry.head_dim, q_rows), (q_rows,), (q_rows,))
     out_type = [jax.ShapeDtypeStruct((units, geometry.kv_heads, *shape), jnp.float32) for shape in shapes]
@@ -157,15 +152,22 @@ def _blocks_of(work: DecodeWork, unit):
     return first, lax.div(work.end[unit] + (BLOCK - 1), jnp.int32(BLOCK))
 
 
-def _produce(geometry: Geometry, queries: Ref, pages: Pages, work: DecodeWork, scratch: _Scratch) -> None:
+def _produce(geometry: Geometry, tokens: Ref, pages: Pages, work: DecodeWork, scratch: _Scratch) -> None:
+    q_rows, first_key = geometry.q_rows, geometry.kv_heads * geometry.q_rows
+
     def load_unit(number, unit, head, step):
         buffer, row = lax.rem(number, jnp.int32(2)), work.row[unit]
+        full = scratch.queries_full.at[buffer]
 
         @pl.when(number >= 2)
         def _wait_for_consumer():
             plgpu.barrier_wait(scratch.queries_free.at[buffer])
 
-        plgpu.copy_gmem_to_smem(queries.at[row, head], scratch.queries.at[buffer], scratch.queries_full.at[buffer])
+        plgpu.copy_gmem_to_smem(tokens.at[row, pl.ds(head * q_rows, q_rows)], scratch.queries.at[buffer], full)
+        if scratch.own is not None:
+            for index in range(2):
+                source = tokens.at[row, first_key + index * geometry.kv_heads + head]
+                plgpu.copy_gmem_to_smem(source, scratch.own.at[buffer, index], full)
 
         def load_block(block, step):
             scratch.ring.load(geometry, pages, row, head, block, step)
@@ -179,7 +181,13 @@ def _produce(geometry: Geometry, queries: Ref, pages: Pages, work: DecodeWork, s
 
 
 def _consume(
-    geometry: Geometry, scores: Scores, product: Product, work: DecodeWork, scratch: _Scratch, out: Partial
+    geometry: Geometry,
+    scores: Scores,
+    product: Product,
+    pages: Pages,
+    work: DecodeWork,
+    scratch: _Scratch,
+    out: Partial,
 ) -> None:
     ring, q_rows = scratch.ring, scratch.weights.shape[0]
     columns = functools.partial(lax.broadcast_in_dim, broadcast_dimensions=[1])
@@ -189,11 +197,18 @@ def _consume(
         buffer = lax.rem(number, jnp.int32(2))
         plgpu.barrier_wait(scratch.queries_full.at[buffer])
         queries = scratch.queries.at[buffer].transpose((1, 0))
-        begin, end = work.begin[unit], work.end[unit]
+        begin, end, newest = work.begin[unit], work.end[unit], work.newest[unit]
+        own = None if scratch.own is None else tuple(scratch.own.at[buffer, index] for index in range(2))
 
         def attend_block(block, carry):
             largest, total, weighted, step = carry
             stage = ring.wait(step)
+            if own is not None:
+
+                @pl.when((newest >= 0) & (block == lax.div(newest, jnp.int32(BLOCK))))
+                def _take_in():
+                    ring.insert(stage, lax.rem(newest, jnp.int32(BLOCK)), *own)
+
             position = block * BLOCK + plgpu.broadcasted_iota(jnp.int32, (BLOCK, q_rows), 0, layout=plgpu.Layout.WGMMA)
             seen = (position >= begin) & (position < end)
             if geometry.quantized:
@@ -226,6 +241,13 @@ def _consume(
         weighted = plgpu.layout_cast(jnp.zeros((geometry.head_dim, q_rows), jnp.float32), wgmma)
         carry = lax.fori_loop(*_blocks_of(work, unit), attend_block, (largest, total, weighted, step))
         largest, total, weighted, step = carry
+
+        if own is not None:
+
+            @pl.when(newest >= 0)
+            def _write_own():
+                _write(geometry, pages, work.row[unit], head, newest, *own)
+
         plgpu.barrier_arrive(scratch.queries_free.at[buffer])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         scratch.result.weighted[...] = weighted
@@ -238,6 +260,19 @@ def _consume(
 
     for_each_unit(work.units[0], geometry.kv_heads, attend_unit, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
+
+
+def _write(geometry: Geometry, pages: Pages, row, head, position, key: Ref, value: Ref) -> None:
+    """A row's own token to its page. Nobody else reads or writes it there in this call: the ring's copy of the block
+    came for this unit alone."""
+    page_size = jnp.int32(geometry.page_size)
+    page, offset = pages.table[row, lax.div(position, page_size)], lax.rem(position, page_size)
+
+    @pl.when(page > 0)
+    def _copy():
+        plgpu.copy_smem_to_gmem(key, pages.keys.at[page, head, offset])
+        plgpu.copy_smem_to_gmem(value, pages.values.at[page, head, offset])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _clean_values(geometry: Geometry, ring: Ring, converted: Ref | None, stage, block, begin, end) -> Ref:

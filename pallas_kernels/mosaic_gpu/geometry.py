@@ -35,6 +35,11 @@ class Geometry:
         return self.dtype in QUANTIZED
 
     @property
+    def q_rows(self) -> int:
+        """Query heads of a kv head, padded: the columns of a wgmma tile come in eights."""
+        return -(-self.group // 8) * 8
+
+    @property
     def pages_per_block(self) -> int:
         """Pages that a block of keys touches, or the part of one that it is."""
         return max(1, BLOCK // self.page_size)

@@ -78,6 +78,18 @@ class Ring(NamedTuple):
         plgpu.barrier_wait(self.full.at[stage])
         return stage
 
+    def insert(self, stage, index, key: Ref, value: Ref) -> None:
+        """The consumers' part: puts a token at an index of the stage's block, in place of what came from its page."""
+        layout = plgpu.Layout.WGMMA
+        for block, new in ((self.keys.at[stage], key), (self.values.at[stage], value)):
+            for first in range(0, block.shape[1], BLOCK):
+                columns = pl.ds(first, BLOCK)
+                part = block.at[:, columns]
+                here = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=layout) == index
+                spread = plgpu.load(new.at[columns], layout=layout.reduce(0), optimized=False)
+                part[...] = jnp.where(here, lax.broadcast_in_dim(spread, part.shape, [1]), part[...])
+        plgpu.commit_smem()
+
     def release(self, stage) -> None:
         """The consumers' part: nothing of the stage is read any more."""
         if self.key_scales is not None:

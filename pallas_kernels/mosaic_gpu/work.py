@@ -41,6 +41,9 @@ class DecodeWork(NamedTuple):
     """First position that the unit attends to."""
     end: Ref
     """One past the last."""
+    newest: Ref
+    """Position of the row's own token in the unit that has it, and -1 in others: its key and value are not in the pages
+    yet."""
 
 
 def decode_work(
@@ -61,7 +64,8 @@ def decode_work(
     bounds = jnp.asarray(starts)
     begin = jnp.maximum(bounds[split], oldest[row])
     end = jnp.minimum(bounds[split + 1], length[row])
-    return DecodeWork(ends[-1:], row, begin, end), jnp.concatenate([ends - splits, ends[-1:]])
+    newest = jnp.where(end == position[row] + 1, position[row], -1)
+    return DecodeWork(ends[-1:], row, begin, end, newest), jnp.concatenate([ends - splits, ends[-1:]])
 
 
 class ChunkWork(NamedTuple):

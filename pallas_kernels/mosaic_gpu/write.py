@@ -1,26 +1,27 @@
-"""Keys and values of new tokens into their pages, in place."""
+"""Keys and values of a chunk's tokens into their pages, in place. Decode rows write their own (`decode.py`)."""
 
 from collections.abc import Sequence
 
-import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
+from pallas_kernels.mosaic_gpu.products import Ref
+
 
 def write_tokens(
     tokens: Sequence[Array],
-    pages: Sequence[Array],
+    pages: Sequence[Ref],
     page: Int32[Array, " token"],
     offset: Int32[Array, " token"],
     interpret=None,
-) -> tuple[Array, ...]:
-    """The pages with the tokens written; in place where the pages are donated.
+) -> None:
+    """Writes the tokens.
 
     Args:
         tokens: keys, values and their scales, each [token, kv_head, head_dim] or [token, kv_head].
-        pages: of each, [page, kv_head, page_size, head_dim] or [page, kv_head, page_size].
+        pages: references, of each, to [page, kv_head, page_size, head_dim] or [page, kv_head, page_size].
         page: where a token goes; 0 for a token that is not written.
         offset: where in its page.
         interpret: parameters of the interpreter, None on a GPU.
@@ -52,12 +53,10 @@ def write_tokens(
         tuple(plgpu.SMEM(array.shape[1:], array.dtype) for array in tokens if array.ndim == 3),
         plgpu.Barrier(num_arrivals=sum(vectors)),
     )
-    updated = [jax.new_ref(array) for array in pages]
     plgpu.kernel(
         kernel,
         grid=page.shape,
         grid_names=("token",),
         scratch_types=scratch,
         interpret=interpret,
-    )(*tokens, *updated, page, offset)
-    return tuple(ref[...] for ref in updated)
+    )(*tokens, *pages, page, offset)

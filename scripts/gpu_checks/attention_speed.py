@@ -1,5 +1,6 @@
 """Attention alone: decode as a part of the copy bandwidth, a prompt chunk as a part of the matmul rate."""
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -78,7 +79,9 @@ def _time(attention: PagedAttention, rows: int, chunk: int, context: int, page_s
     else:
         row, position = jnp.arange(rows, dtype=jnp.int32), jnp.full(rows, context - 1, jnp.int32)
 
-    def attend(carry):
+    # Arguments, not constants of the program, which XLA would compute with ahead.
+    @functools.partial(jax.jit, donate_argnums=0)
+    def attend(carry, q, k, v, table, row, position):
         out, caches = carry
         written = []
         for cache in caches:
@@ -86,5 +89,7 @@ def _time(attention: PagedAttention, rows: int, chunk: int, context: int, page_s
             written.append(cache)
         return out, tuple(written)
 
-    step = jax.jit(attend, donate_argnums=0)
-    return seconds_per_call(step, (jnp.zeros(q.shape, q.dtype), caches), calls=20) / LAYERS
+    def call(carry):
+        return attend(carry, q, k, v, table, row, position)
+
+    return seconds_per_call(call, (jnp.zeros(q.shape, q.dtype), caches), calls=20) / LAYERS

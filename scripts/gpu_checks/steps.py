@@ -1,6 +1,8 @@
 """A whole step of the engine's own forward and choosing, on random weights: MBU of decode, operations of prompts."""
 
+import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.lowering import StepInputs
 from jaxserve.device.sharding import Placement
 from jaxserve.device.step import choose, make_forward
+from jaxserve.scheduling.sequence import EMITTED
 from pallas_kernels import AttentionNeeds, select
 
 PEAK_GB_PER_S = {"H100 80GB HBM3": 3350, "H200": 4800}
@@ -65,38 +68,53 @@ def run(rehearse: bool) -> Iterator[dict]:
 
 
 def _step(
-    weights, model, attention, rows: int, chunk: int, context: int
+    weights, model, attention, live: int, chunk: int, context: int
 ) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
-    """A step of `rows` decode rows at `context`, or of one prompt of `chunk` tokens, and what makes its first carry."""
+    """A step with `live` decode rows at `context`, or with one prompt of `chunk` tokens, and what makes its carry.
+
+    Its rows are those of the engine, which has none of fewer than `small_slots`. Raises RuntimeError where other rows
+    give a token than are to.
+    """
+    rows = max(live, EngineConfig().small_slots)
     config = EngineConfig(slots=rows, dtype="bfloat16")
     pages = -(-context // config.page_size)
     inputs = StepInputs.abstract(model, config, attention, 1 + rows * pages, Placement((jax.devices()[0],)))
     forward = make_forward(inputs.build_model, model, attention, rows, chunk)
     allowed = jnp.zeros((rows, -(-model.vocab_size // 32)), jnp.int32)
-    packed = jnp.asarray(_upload(rows, chunk, context, pages))
+    packed = jnp.asarray(_upload(rows, live, chunk, context, pages))
 
-    def step(weights, carry):
-        cache, state = carry
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(weights, carry, packed):
+        cache, state, _ = carry
         cache, logits, packed_rows, _ = forward(weights, cache, state, packed)
-        state, _ = choose(state, logits, packed_rows, allowed)
-        return cache, state
+        state, output = choose(state, logits, packed_rows, allowed)
+        return cache, state, output.tokens_and_flags
 
-    compiled = jax.jit(step, donate_argnums=1)
-    return (
-        lambda carry: compiled(weights, carry),
-        lambda: (KVCache.zeros(inputs.cache), DecodeState.zeros(rows, model.vocab_size)),
-    )
+    def first_carry():
+        state = replace(DecodeState.zeros(rows, model.vocab_size), ended=jnp.zeros(rows, bool))
+        return KVCache.zeros(inputs.cache), state, jnp.zeros((2, rows), jnp.int32)
+
+    def call(carry):
+        return step(weights, carry, packed)
+
+    *_, (_, flags) = call(first_carry())
+    emits = np.arange(rows) < live
+    if not ((np.asarray(flags) == EMITTED) == emits).all():
+        raise RuntimeError(f"the first {live} rows were to give a token and no other; flags are {flags}")
+    return call, first_carry
 
 
-def _upload(rows: int, chunk: int, context: int, pages: int) -> np.ndarray:
-    """What a step is told: greedy rows of `context` tokens, or a chunk that is one prompt."""
+def _upload(rows: int, live: int, chunk: int, context: int, pages: int) -> np.ndarray:
+    """What a step is told: `live` greedy rows of `context` tokens, or a chunk that is one prompt, and idle rows."""
     packed = np.zeros(Upload.size(rows, chunk, pages), np.int32)
     width = ROW_COLUMNS + pages
     table = packed[: rows * width].reshape(rows, width)
-    table[:, Column.SLOT] = np.arange(rows)
-    table[:, Column.DECODES] = 0 if chunk else 1
-    table[:, Column.SAMPLE_INDEX] = chunk - 1 if chunk else -1
-    table[:, Column.LENGTH] = context
+    table[:live, Column.SLOT] = np.arange(live)
+    table[live:, Column.SLOT] = rows
+    table[:live, Column.DECODES] = 0 if chunk else 1
+    table[:, Column.SAMPLE_INDEX] = -1
+    table[:live, Column.SAMPLE_INDEX] = chunk - 1 if chunk else -1
+    table[:live, Column.LENGTH] = context
     table[:, Column.MAX_LENGTH] = 2**30
     table[:, Column.STOP_IDS : ROW_COLUMNS] = -1
     table[:, ROW_COLUMNS:] = 1 + np.random.default_rng(0).permutation(rows * pages).reshape(rows, pages)

@@ -37,18 +37,19 @@ LENGTHS = {name: (100, 20, 1, 50) for name in SHAPES} | {"window-softcap-sinks":
 
 @pytest.mark.parametrize(("shape", "lengths"), [(SHAPES[name], LENGTHS[name]) for name in SHAPES], ids=SHAPES)
 def test_mixed_calls_agree_with_dense_attention(shape: Shape, lengths: tuple[int, ...]):
-    """In pages that hold another's garbage."""
+    """In pages that hold another's garbage; the last call reads what decode rows and a chunk wrote."""
     case = PagedSequences(INTERPRETED, shape, lengths)
     case.cache = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan if leaf.dtype != jnp.int8 else 99), case.cache)
     longest = lengths[0]
-    prompts = [TokenRange(0, 0, longest - 1, 0), TokenRange(1, 0, 19, 1), TokenRange(3, 0, 20, 2)]
+    prompts = [TokenRange(0, 0, longest - 2, 0), TokenRange(1, 0, 18, 1), TokenRange(3, 0, 20, 2)]
     mixed = [
-        TokenRange(1, 19, 20, 0),
-        TokenRange(0, longest - 1, longest, 2),
+        TokenRange(1, 18, 19, 0),
+        TokenRange(0, longest - 2, longest - 1, 2),
         TokenRange(2, 0, 1, 3),
-        TokenRange(3, 20, 50, 1),
+        TokenRange(3, 20, 49, 1),
     ]
-    for call in (prompts, mixed):
+    after = [TokenRange(1, 19, 20, 3), TokenRange(0, longest - 1, longest, 0), TokenRange(3, 49, 50, 1)]
+    for call in (prompts, mixed, after):
         for piece, got in zip(call, case.call(*call, rows=4), strict=True):
             assert relative_error(got, case.dense(piece)) < TOLERANCE, piece
 
@@ -102,6 +103,14 @@ def test_a_forgotten_barrier_of_the_ring_is_seen_by_the_race_detector(forgotten:
             case.call(TokenRange(0, 299, 300, 0))
     finally:
         reset_gpu_interpret_mode_state()
+
+
+def test_a_row_that_does_not_take_in_its_own_token_is_seen(monkeypatch):
+    monkeypatch.setattr(Ring, "insert", lambda *arguments: None)
+    case = PagedSequences(replace(INTERPRETED, name="no insert"), Shape(q_heads=2, kv_heads=1), lengths=[50])
+    case.call(TokenRange(0, 0, 49, 0))
+    piece = TokenRange(0, 49, 50, 0)
+    assert relative_error(case.call(piece)[0], case.dense(piece)) > 2 * TOLERANCE
 
 
 def test_a_mask_one_key_too_wide_is_seen(monkeypatch):
