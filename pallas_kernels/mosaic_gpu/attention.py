@@ -98,10 +98,9 @@ class MosaicGpuPagedAttention:
         kv_heads, dtype = k.shape[1], cache.k_pages.dtype
         check_cache(cache, self.cache_layout(num_pages, page_size, kv_heads, head_dim, dtype))
         geometry = Geometry(page_size, kv_heads, cache.k_pages.shape[3], q_heads // kv_heads, dtype.name)
-        arrays = [array for array in cache if array is not None]
-        refs = [jax.new_ref(array) for array in arrays]
+        refs = jax.tree.map(jax.new_ref, cache)
         call = _Call(
-            Pages(*refs, *(None,) * (4 - len(refs)), page_table),
+            Pages(refs.k_pages, refs.v_pages, refs.k_scales, refs.v_scales, page_table),
             geometry,
             Scores(scale, softcap),
             sliding_window,
@@ -120,7 +119,7 @@ class MosaicGpuPagedAttention:
             out = jnp.concatenate([out, self._attend_chunk(call, *chunk)])
         out = jnp.where((token_row >= 0)[:, None, None, None], out, 0.0)
         out = out.reshape(q.shape[0], q_heads, -1)[..., :head_dim].astype(q.dtype)
-        return Attended(out, LayerCache(*(ref[...] for ref in refs)))
+        return Attended(out, jax.tree.map(lambda ref: ref[...], refs))
 
     def _attend_rows(
         self,
@@ -143,7 +142,7 @@ class MosaicGpuPagedAttention:
             self._write(call, stored, token_row, position)
         else:
             # One array, which XLA makes in one operation; the kernel's copies want its heads in eights.
-            tokens = jnp.concatenate([tokens, stored.k_pages, stored.v_pages], axis=1)
+            tokens = jnp.concatenate([tokens, *(array for array in stored if array is not None)], axis=1)
             tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % 8), (0, 0)))
         partial = attend_splits(tokens, call.pages, work, geometry, call.scores, plan, self._product, self.interpret)
         if sinks is not None:

@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu.geometry import BLOCK, SHARED_BYTES, Geometry, tiled
 from pallas_kernels.mosaic_gpu.grid import GRID_AXIS, MULTIPROCESSORS, for_each_unit
-from pallas_kernels.mosaic_gpu.products import Product, Ref, to_bfloat16
-from pallas_kernels.mosaic_gpu.ring import Pages, Ring
+from pallas_kernels.mosaic_gpu.products import Product, Ref
+from pallas_kernels.mosaic_gpu.ring import Pages, Ring, transfer
 from pallas_kernels.mosaic_gpu.scores import LOWEST, Scores
 from pallas_kernels.mosaic_gpu.work import ChunkWork
 
@@ -231,7 +231,7 @@ class ChunkKernel:
         if scratch.keys is None:
             return self.scores.of(self.product(queries, keys.transpose((1, 0))))
         converted = scratch.keys.at[tile]
-        converted[...] = to_bfloat16(keys[...])
+        transfer(keys, converted)
         plgpu.commit_smem()
         scale = plgpu.load(scratch.ring.key_scales.at[stage], layout=plgpu.Layout.WGMMA.reduce(0))
         product = self.product(queries, converted.transpose((1, 0)))
@@ -259,15 +259,10 @@ class ChunkKernel:
     def _values(self, scratch: _Scratch, weight, stage, block, end, tile):
         """Weights, scaled where the cache is quantized, and values in bfloat16, zero from position `end`: beyond a
         sequence's end lies another's garbage, and 0 * NaN is NaN."""
-        values = scratch.ring.values.at[stage]
-
-        def clean(values):
-            position = block * BLOCK + plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
-            return jnp.where(position < end, values, jnp.zeros((), values.dtype))
-
+        values, live = scratch.ring.values.at[stage], end - block * BLOCK
         if scratch.values is not None:
             converted = scratch.values.at[tile]
-            converted[...] = clean(to_bfloat16(values[...]))
+            transfer(values, converted, 0, live)
             plgpu.commit_smem()
             scale = plgpu.load(scratch.ring.value_scales.at[stage], layout=plgpu.Layout.WGMMA.reduce(0))
             key = block * BLOCK + plgpu.broadcasted_iota(jnp.int32, weight.shape, 1, layout=plgpu.Layout.WGMMA)
@@ -278,7 +273,7 @@ class ChunkKernel:
         def _clean_once_for_all_consumers():
             @pl.when(tile == 0)
             def _clean():
-                values[...] = clean(values[...])
+                transfer(values, values, 0, live)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(scratch.cleaned)
 

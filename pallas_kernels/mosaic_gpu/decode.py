@@ -12,7 +12,7 @@ ascending order (Flash-Decoding): splits lie at fixed absolute positions, so a r
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from pallas_kernels.mosaic_gpu.combine import Partial
 from pallas_kernels.mosaic_gpu.geometry import BLOCK, SHARED_BYTES, Geometry, tiled
 from pallas_kernels.mosaic_gpu.grid import GRID_AXIS, MULTIPROCESSORS, for_each_unit
 from pallas_kernels.mosaic_gpu.products import Product, Ref, to_bfloat16
-from pallas_kernels.mosaic_gpu.ring import Pages, Ring, wait_for_last
+from pallas_kernels.mosaic_gpu.ring import Pages, Ring, column_tiles, transfer, wait_for_last
 from pallas_kernels.mosaic_gpu.scores import LOWEST, Scores
 from pallas_kernels.mosaic_gpu.work import DecodeWork
 
@@ -59,7 +59,7 @@ class _Scratch(NamedTuple):
 
     queries: Ref
     """Two buffers: the producer loads the next unit's while the consumer uses the last's."""
-    own: Ref
+    own: Ref | None
     """Key and value of the row's own token, so; none where the cache is quantized."""
     queries_full: Ref
     queries_free: Ref
@@ -198,12 +198,12 @@ def _consume(
         plgpu.barrier_wait(scratch.queries_full.at[buffer])
         queries = scratch.queries.at[buffer].transpose((1, 0))
         begin, end, newest = work.begin[unit], work.end[unit], work.newest[unit]
-        own = None if scratch.own is None else tuple(scratch.own.at[buffer, index] for index in range(2))
+        own = () if scratch.own is None else tuple(scratch.own.at[buffer, index] for index in range(2))
 
         def attend_block(block, carry):
             largest, total, weighted, step = carry
             stage = ring.wait(step)
-            if own is not None:
+            if own:
 
                 @pl.when((newest >= 0) & (block == lax.div(newest, jnp.int32(BLOCK))))
                 def _take_in():
@@ -212,8 +212,10 @@ def _consume(
             position = block * BLOCK + plgpu.broadcasted_iota(jnp.int32, (BLOCK, q_rows), 0, layout=plgpu.Layout.WGMMA)
             seen = (position >= begin) & (position < end)
             if geometry.quantized:
-                keys = to_bfloat16(ring.keys.at[stage][...])
-                score = product(keys, queries)
+                keys = ring.keys.at[stage]
+                score: Any = None
+                for tile in column_tiles(keys):
+                    score = product(to_bfloat16(keys.at[:, tile][...]), queries.at[tile], onto=score)
                 scale = plgpu.load(ring.key_scales.at[stage], layout=key_layout)
                 score = score * lax.broadcast_in_dim(scale, score.shape, [0])
             else:
@@ -228,7 +230,7 @@ def _consume(
                 # A scale beyond the sequence's end may be anything, and 0 * NaN is NaN.
                 weight = jnp.where(seen, weight * lax.broadcast_in_dim(scale, weight.shape, [0]), 0.0)
             scratch.weights.transpose((1, 0))[...] = weight.astype(jnp.bfloat16)
-            values = _clean_values(geometry, ring, scratch.values, stage, block, begin, end)
+            values = _clean_values(ring, scratch.values, stage, block, begin, end)
             plgpu.commit_smem()
             weighted = weighted * columns(rescale, weighted.shape)
             weighted = weighted + product(values.transpose((1, 0)), scratch.weights.transpose((1, 0)))
@@ -242,7 +244,7 @@ def _consume(
         carry = lax.fori_loop(*_blocks_of(work, unit), attend_block, (largest, total, weighted, step))
         largest, total, weighted, step = carry
 
-        if own is not None:
+        if own:
 
             @pl.when(newest >= 0)
             def _write_own():
@@ -275,22 +277,16 @@ def _write(geometry: Geometry, pages: Pages, row, head, position, key: Ref, valu
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _clean_values(geometry: Geometry, ring: Ring, converted: Ref | None, stage, block, begin, end) -> Ref:
+def _clean_values(ring: Ring, converted: Ref | None, stage, block, begin, end) -> Ref:
     """A block's values in bfloat16, zero outside [begin, end): beyond a sequence's end lies another's garbage, and
     0 * NaN is NaN."""
-    shape, first = (BLOCK, geometry.head_dim), block * BLOCK
-
-    def clean(values):
-        position = first + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        return jnp.where((position >= begin) & (position < end), values, jnp.zeros((), values.dtype))
-
+    first, values = block * BLOCK, ring.values.at[stage]
     if converted is not None:
-        converted[...] = clean(to_bfloat16(ring.values.at[stage][...]))
+        transfer(values, converted, begin - first, end - first)
         return converted
-    values = ring.values.at[stage]
 
     @pl.when((first < begin) | (first + BLOCK > end))
     def _clean_in_place():
-        values[...] = clean(values[...])
+        transfer(values, values, begin - first, end - first)
 
     return values

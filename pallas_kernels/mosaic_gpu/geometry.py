@@ -77,7 +77,13 @@ def check_cache(page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike) 
 def tiled(columns: int, dtype: DTypeLike) -> tuple[Any, Any]:
     """The arrangement in shared memory that wgmma reads: tiles of 8 rows, swizzled."""
     itemsize = jnp.dtype(dtype).itemsize
-    swizzle = next(size for size in (128, 64, 32) if columns * itemsize % size == 0)
+    width = tile_width(columns, dtype)
     # Concrete classes, whose base looks abstract to pyright.
     tiling, swizzling = plgpu.TilingTransform, plgpu.SwizzleTransform
-    return tiling((8, swizzle // itemsize)), swizzling(swizzle)  # pyright: ignore[reportAbstractUsage]
+    return tiling((8, width)), swizzling(width * itemsize)  # pyright: ignore[reportAbstractUsage]
+
+
+def tile_width(columns: int, dtype: DTypeLike) -> int:
+    """Columns of a tile of `tiled`."""
+    itemsize = jnp.dtype(dtype).itemsize
+    return next(size for size in (128, 64, 32) if columns * itemsize % size == 0) // itemsize

@@ -1,14 +1,14 @@
 """The ring of shared memory through which pages reach the consumers of a kernel."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.geometry import BLOCK, Geometry, tiled
-from pallas_kernels.mosaic_gpu.products import Ref
+from pallas_kernels.mosaic_gpu.geometry import BLOCK, Geometry, tile_width, tiled
+from pallas_kernels.mosaic_gpu.products import Ref, to_bfloat16
 
 
 class Pages(NamedTuple):
@@ -82,8 +82,7 @@ class Ring(NamedTuple):
         """The consumers' part: puts a token at an index of the stage's block, in place of what came from its page."""
         layout = plgpu.Layout.WGMMA
         for block, new in ((self.keys.at[stage], key), (self.values.at[stage], value)):
-            for first in range(0, block.shape[1], BLOCK):
-                columns = pl.ds(first, BLOCK)
+            for columns in column_tiles(block):
                 part = block.at[:, columns]
                 here = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=layout) == index
                 spread = plgpu.load(new.at[columns], layout=layout.reduce(0), optimized=False)
@@ -106,6 +105,22 @@ def _page_of(geometry: Geometry, table: Ref, row, block, index: int):
     page = table[row, jnp.minimum(entry, table.shape[1] - 1)]
     offset = lax.rem(first, jnp.int32(geometry.page_size)) if geometry.page_size > BLOCK else 0
     return page, offset
+
+
+def transfer(source: Ref, target: Ref, begin: Any = 0, end: Any = None) -> None:
+    """A block in shared memory as bfloat16 into another or the same, zero outside rows [begin, end) where given."""
+    for columns in column_tiles(source):
+        part = to_bfloat16(source.at[:, columns][...])
+        if end is not None:
+            row = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA)
+            part = jnp.where((row >= begin) & (row < end), part, jnp.zeros((), part.dtype))
+        target.at[:, columns][...] = part
+
+
+def column_tiles(block: Ref) -> list[Any]:
+    """Slices of a block's columns: tile by tile, what goes by way of registers takes fewer of them."""
+    width = tile_width(block.shape[1], block.dtype)
+    return [pl.ds(first, width) for first in range(0, block.shape[1], width)]
 
 
 def wait_for_last(free: Ref, uses) -> None:

@@ -1,5 +1,6 @@
 """The Hopper kernels compiled to machine code over the sizes that they promise, or refused before anything is traced."""
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -69,11 +70,20 @@ def compile_step(head_dim, page_size, kv_heads, dtype, *, rows=64, chunk=128, gr
     return compiled, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
-def test_each_case_compiles_with_the_cache_in_place(case: dict):
+def test_each_case_compiles_with_the_cache_in_place_and_its_numbers_in_registers(case: dict, capfd, monkeypatch):
+    """The chunk kernel of an 8-bit cache at a head dim of 256 alone has more numbers than registers."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     dtype, page_size = case["cache"]
     features = FEATURES[case["features"]]
     compiled, cache_bytes = compile_step(case["head_dim"], page_size, case["kv_heads"], dtype, **features)
-    assert compiled.as_text().count('custom_call_target="mosaic_gpu_v2"') == 4
+    kernels = re.findall(r"(\d+) bytes spill stores, .*?Used (\d+) registers", capfd.readouterr().out, re.DOTALL)
+    quantized = dtype != "bfloat16"
+    # Decode, combine, chunk, the chunk's write, and for an 8-bit cache that of the rows.
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu_v2"') == 4 + quantized
+    # Those that an earlier case compiled are not compiled again.
+    assert 0 < len(kernels) <= 4 + quantized
+    spilling = [spilled for spilled, _ in kernels if spilled != "0"]
+    assert len(spilling) <= (quantized and case["head_dim"] == 256)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == cache_bytes
     made = [line for line in compiled.as_text().splitlines() if f"[512,{case['kv_heads']}," in line.split("(")[0]]
