@@ -1,4 +1,5 @@
 // bfloat16 times bfloat16, summed in float.
+#include "linear_amx.h"
 #include "linear_tiles.h"
 
 namespace jaxserve {
@@ -42,8 +43,31 @@ struct Product {
 };
 #endif
 
+#if defined(__AMX_BF16__) && defined(__linux__)
+struct AmxProduct {
+  static constexpr int kHeaderBytes = 0;
+  template <int kSums>
+  SIMD_INLINE static void start(const char*) {
+    if constexpr (kSums == 0) _tile_zero(0);
+    if constexpr (kSums == 1) _tile_zero(1);
+    if constexpr (kSums == 2) _tile_zero(2);
+  }
+  template <int kSums>
+  SIMD_INLINE static void multiply() {
+    if constexpr (kSums == 0) _tile_dpbf16ps(0, 3, 4);
+    if constexpr (kSums == 1) _tile_dpbf16ps(1, 3, 5);
+    if constexpr (kSums == 2) _tile_dpbf16ps(2, 3, 6);
+  }
+};
+#endif
+
 }  // namespace
 
-Tiles bfloat16_tiles() { return tiles_of<Product>(); }
+Tiles bfloat16_tiles() {
+#if defined(__AMX_BF16__) && defined(__linux__)
+  if (amx::lent()) return amx::tiles_of<AmxProduct>();
+#endif
+  return tiles_of<Product>();
+}
 
 }  // namespace jaxserve

@@ -2,6 +2,7 @@
 //
 // A panel begins with a block of 16 int32: the sum of each output's weights. x86 multiplies unsigned by signed bytes, so x
 // comes shifted up by 128 (kOffset) and 128 times that sum is taken off at the start.
+#include "linear_amx.h"
 #include "linear_tiles.h"
 
 namespace jaxserve {
@@ -80,9 +81,37 @@ struct Product {
 constexpr int kOffset = 0;
 #endif
 
+#if defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__linux__)
+struct AmxProduct {
+  static constexpr int kHeaderBytes = kBlockBytes;
+  template <int kSums>
+  SIMD_INLINE static void start(const char* at) {
+    alignas(64) char line[kBlockBytes];
+    _mm512_store_si512(line, Product::start(at));
+    amx::settle_memory();
+    // The same line for each row.
+    if constexpr (kSums == 0) _tile_loadd(0, line, 0);
+    if constexpr (kSums == 1) _tile_loadd(1, line, 0);
+    if constexpr (kSums == 2) _tile_loadd(2, line, 0);
+    amx::settle_memory();
+  }
+  template <int kSums>
+  SIMD_INLINE static void multiply() {
+    if constexpr (kSums == 0) _tile_dpbusd(0, 3, 4);
+    if constexpr (kSums == 1) _tile_dpbusd(1, 3, 5);
+    if constexpr (kSums == 2) _tile_dpbusd(2, 3, 6);
+  }
+};
+#endif
+
 }  // namespace
 
-Tiles int8_tiles() { return tiles_of<Product>(); }
+Tiles int8_tiles() {
+#if defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__linux__)
+  if (amx::lent()) return amx::tiles_of<AmxProduct>();
+#endif
+  return tiles_of<Product>();
+}
 
 int int8_offset() { return kOffset; }
 

@@ -46,7 +46,7 @@ class ProductPieces {
     // Pieces enough to go round evenly, with rows enough in each to be worth the reading of the weights.
     const int64_t wanted = (4 * threads + groups_ - 1) / groups_;
     const int64_t rows = std::clamp<int64_t>((rows_ + wanted - 1) / wanted, kLeastChunk, kMostChunk);
-    chunk_ = (rows + kMaxRows - 1) / kMaxRows * kMaxRows;
+    chunk_ = (rows + tiles.max_rows - 1) / tiles.max_rows * tiles.max_rows;
     chunks_ = (rows_ + chunk_ - 1) / chunk_;
     if (identity_) return;
     preparations_ = std::min((rows_ + 1) / 2, 2 * threads);
@@ -85,7 +85,7 @@ class ProductPieces {
     const int64_t panel = group * kMaxPanels, panels = std::min<int64_t>(kMaxPanels, call_.panels - panel);
     const int64_t next = std::min(group + threads_, groups_ - 1) * kMaxPanels;
     // The group that this thread will probably take next is fetched meanwhile, a part in each pass over this one.
-    const int64_t passes = (chunk_end - begin + kMaxRows - 1) / kMaxRows;
+    const int64_t passes = (chunk_end - begin + tiles_.max_rows - 1) / tiles_.max_rows;
     TileArguments arguments;
     arguments.row_stride = call_.form.stride;
     arguments.panel_stride = call_.panel_stride;
@@ -94,7 +94,8 @@ class ProductPieces {
     int64_t fetched = 0;
     alignas(64) char sums[2][kTileBytes];
     for (int64_t row = begin, rows; row < chunk_end; row += rows) {
-      rows = std::min<int64_t>(kMaxRows, std::min(call_.live.neighbours_end(row), chunk_end) - row);
+      rows = std::min<int64_t>(tiles_.max_rows, std::min(call_.live.neighbours_end(row), chunk_end) - row);
+      arguments.rows = rows;
       arguments.x = identity_ ? call_.x + call_.live.token(row) * call_.form.stride : prepared_ + row * call_.form.stride;
       for (int64_t half = 0; half < call_.halves; ++half) {
         const char* weight = call_.weight + half * call_.panels * call_.panel_stride;
@@ -145,7 +146,7 @@ class ProductPieces {
       std::memset(call_.out + call_.live.dead_token(i) * row_bytes, 0, row_bytes);
   }
 
-  static constexpr int kTileBytes = kMaxRows * kMaxPanels * kPanel * 4;
+  static constexpr int kTileBytes = Tiles::kMostRows * kMaxPanels * kPanel * 4;
 
   const ProductCall& call_;
   const Tiles& tiles_;

@@ -37,6 +37,7 @@ struct TileArguments {
   const char* panels;
   int64_t panel_stride;
   int64_t blocks;
+  int64_t rows;
   void* out;
   // Weights needed soon, fetched meanwhile: kMaxPanels lines a block from here on, this far apart.
   const char* prefetch;
@@ -47,8 +48,10 @@ typedef void (*Tile)(const TileArguments&);
 
 // By rows - 1: all kMaxPanels panels, and one.
 struct Tiles {
-  Tile wide[kMaxRows];
-  Tile narrow[kMaxRows];
+  static constexpr int kMostRows = 16;
+  int64_t max_rows = kMaxRows;
+  Tile wide[kMostRows];
+  Tile narrow[kMostRows];
 };
 
 Tiles bfloat16_tiles();
