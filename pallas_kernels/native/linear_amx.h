@@ -1,7 +1,8 @@
 // The inner loop of a product by AMX, the matrix registers of Intel's server processors: up to 16 rows of x times a few
 // panels. 16 blocks of a panel are a register as it wants them, so panels are those of linear_tiles.h.
 //
-// Any number of rows is multiplied in the same way, each for itself, so its bits do not depend on the others.
+// A row is multiplied for itself, so its bits do not depend on the others. A row alone is quicker without the registers,
+// and is given the same bits.
 #pragma once
 
 #include "linear_tiles.h"
@@ -27,8 +28,10 @@ inline bool lent() {
 // The intrinsics are assembly that does not say what memory it reads.
 SIMD_INLINE void settle_memory() { asm volatile("" ::: "memory"); }
 
-// Registers 0 to 2 are sums and 3 is rows of x, of `rows` rows; 4 to 6 are panels.
-inline void configure(int64_t rows) {
+// Registers 0 to 2 are sums and 3 is rows of x, of `rows` rows; 4 to 6 are panels. 265 cycles, so not for each tile.
+inline void set_rows(int64_t rows) {
+  if (rows == 0) return _tile_release();
+  if (rows == 1) return;
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64};
@@ -43,7 +46,6 @@ inline void configure(int64_t rows) {
 template <typename Product, int kPanels>
 void tile(const TileArguments& arguments) {
   static_assert(kPanels == 1 || kPanels == kMaxPanels, "registers are named one by one");
-  configure(arguments.rows);
   const char *x = arguments.x, *first = arguments.panels;
   const int64_t stride = arguments.panel_stride;
   Product::template start<0>(first);
@@ -85,15 +87,18 @@ void tile(const TileArguments& arguments) {
   _tile_stored(0, out, kPanel * 4);
   if constexpr (kPanels > 1) _tile_stored(1, out + out_bytes, kPanel * 4);
   if constexpr (kPanels > 1) _tile_stored(2, out + 2 * out_bytes, kPanel * 4);
-  _tile_release();
 }
 
+// `wide_row` and `narrow_row` take a row alone.
 template <typename Product>
-Tiles tiles_of() {
+Tiles tiles_of(Tile wide_row, Tile narrow_row) {
   Tiles tiles;
   tiles.max_rows = 16;
+  tiles.set_rows = set_rows;
   std::fill(tiles.wide, tiles.wide + tiles.max_rows, tile<Product, kMaxPanels>);
   std::fill(tiles.narrow, tiles.narrow + tiles.max_rows, tile<Product, 1>);
+  tiles.wide[0] = wide_row;
+  tiles.narrow[0] = narrow_row;
   return tiles;
 }
 

@@ -108,7 +108,7 @@ struct AmxProduct {
 
 Tiles int8_tiles() {
 #if defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__linux__)
-  if (amx::lent()) return amx::tiles_of<AmxProduct>();
+  if (amx::lent()) return amx::tiles_of<AmxProduct>(tile<Product, 1, kMaxPanels>, tile<Product, 1, 1>);
 #endif
   return tiles_of<Product>();
 }

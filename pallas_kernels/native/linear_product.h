@@ -91,11 +91,12 @@ class ProductPieces {
     arguments.panel_stride = call_.panel_stride;
     arguments.blocks = call_.blocks;
     arguments.prefetch_step = kMaxPanels * kBlockBytes / passes;
-    int64_t fetched = 0;
+    int64_t fetched = 0, rows_set = 0;
     alignas(64) char sums[2][kTileBytes];
     for (int64_t row = begin, rows; row < chunk_end; row += rows) {
       rows = std::min<int64_t>(tiles_.max_rows, std::min(call_.live.neighbours_end(row), chunk_end) - row);
       arguments.rows = rows;
+      if (tiles_.set_rows && rows != rows_set) tiles_.set_rows(rows_set = rows);
       arguments.x = identity_ ? call_.x + call_.live.token(row) * call_.form.stride : prepared_ + row * call_.form.stride;
       for (int64_t half = 0; half < call_.halves; ++half) {
         const char* weight = call_.weight + half * call_.panels * call_.panel_stride;
@@ -106,6 +107,7 @@ class ProductPieces {
       fetched += arguments.prefetch_step * call_.blocks;
       finish(row, rows, panel, panels, sums[0], sums[1]);
     }
+    if (tiles_.set_rows) tiles_.set_rows(0);
   }
 
   void multiply_tile(TileArguments arguments, int64_t rows, int64_t panels, char* sums) const {

@@ -52,6 +52,8 @@ struct Tiles {
   int64_t max_rows = kMaxRows;
   Tile wide[kMostRows];
   Tile narrow[kMostRows];
+  // Where given, called before tiles of another number of rows than those before, and with 0 after the last.
+  void (*set_rows)(int64_t rows) = nullptr;
 };
 
 Tiles bfloat16_tiles();
