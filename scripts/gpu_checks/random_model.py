@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from jaxserve.models.config import ModelConfig, RopeConfig
@@ -27,10 +28,21 @@ def random_weights(config: ModelConfig) -> tuple[jax.Array, ...]:
     )
 
 
-def random_folder(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int) -> Path:
-    """A Hugging Face folder of a Llama with random float32 weights and the tokenizer of a fixture.
+def random_folder(
+    folder: Path,
+    *,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    dtype: DTypeLike = np.float32,
+    alike: bool = False,
+) -> Path:
+    """A Hugging Face folder of a Llama with random weights and the tokenizer of a fixture.
 
-    Weights are large enough that logits differ clearly: a greedy token then does not hang on the last bits.
+    Weights are large enough that logits differ clearly: a greedy token then does not hang on the last bits. `alike`
+    gives all layers the same, which makes a large model in seconds.
     """
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -46,24 +58,25 @@ def random_folder(folder: Path, *, layers: int, hidden: int, heads: int, kv_head
     rng = np.random.default_rng(0)
 
     def weight(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32) * np.float32(shape[-1] ** -0.5)
+        return (rng.standard_normal(shape, np.float32) * np.float32(shape[-1] ** -0.5)).astype(dtype)
 
     tensors = {
         "model.embed_tokens.weight": weight(config["vocab_size"], hidden),
         "lm_head.weight": weight(config["vocab_size"], hidden),
-        "model.norm.weight": np.ones(hidden, np.float32),
+        "model.norm.weight": np.ones(hidden, dtype),
     }
     kv_size = kv_heads * head_dim
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv_size, hidden),
+        "self_attn.v_proj": (kv_size, hidden), "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (intermediate, hidden), "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }  # fmt: skip
+    made: dict[str, np.ndarray] = {}
     for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        for name, shape in {
-            "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv_size, hidden),
-            "self_attn.v_proj": (kv_size, hidden), "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (intermediate, hidden), "mlp.up_proj": (intermediate, hidden),
-            "mlp.down_proj": (hidden, intermediate),
-        }.items():  # fmt: skip
-            tensors[f"{prefix}{name}.weight"] = weight(*shape)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{name}.weight"] = np.ones(hidden, np.float32)
+        if not (alike and made):
+            made = {name: weight(*shape) for name, shape in shapes.items()}
+            made |= {name: np.ones(hidden, dtype) for name in ("input_layernorm", "post_attention_layernorm")}
+        tensors |= {f"model.layers.{layer}.{name}.weight": tensor for name, tensor in made.items()}
     save_file(tensors, folder / "model.safetensors")
     return folder
