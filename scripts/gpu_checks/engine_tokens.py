@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.workers import module_environment
 
-from gpu_checks.random_model import FIXTURES, random_folder
+from gpu_checks.random_model import FIXTURES, Sizes, random_folder
 
 LENGTHS, OUTPUT = (1, 7, 40, 100), 24
 FAMILIES = ("llama3", "mistral", "qwen3")
@@ -24,10 +24,8 @@ def run(rehearse: bool) -> Iterator[dict]:
     results: dict = {"passed": True}
     with tempfile.TemporaryDirectory() as temporary:
         folders = [FIXTURES / name for name in (FAMILIES[:1] if rehearse else FAMILIES)]
-        sizes = {"layers": 2, "hidden": 128, "heads": 2, "kv_heads": 1, "intermediate": 256}
-        if not rehearse:
-            sizes = {"layers": 4, "hidden": 1024, "heads": 8, "kv_heads": 2, "intermediate": 2048}
-        folders.append(random_folder(Path(temporary) / "random", **sizes))
+        sizes = Sizes(2, 128, 2, 1, 256) if rehearse else Sizes(4, 1024, 8, 2, 2048)
+        folders.append(random_folder(Path(temporary) / "random", sizes))
         for dtype in ("float32", "bfloat16"):
             here, on_cpu = (_tokens(folders, dtype, environment) for environment in ({}, {"JAX_PLATFORMS": "cpu"}))
             for folder, got, expected in zip(folders, here["tokens"], on_cpu["tokens"], strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -28,29 +29,31 @@ def random_weights(config: ModelConfig) -> tuple[jax.Array, ...]:
     )
 
 
-def random_folder(
-    folder: Path,
-    *,
-    layers: int,
-    hidden: int,
-    heads: int,
-    kv_heads: int,
-    intermediate: int,
-    dtype: DTypeLike = np.float32,
-    alike: bool = False,
-) -> Path:
+@dataclass(frozen=True)
+class Sizes:
+    """Of a Llama."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+
+
+def random_folder(folder: Path, sizes: Sizes, dtype: DTypeLike = np.float32, *, alike: bool = False) -> Path:
     """A Hugging Face folder of a Llama with random weights and the tokenizer of a fixture.
 
     Weights are large enough that logits differ clearly: a greedy token then does not hang on the last bits. `alike`
     gives all layers the same, which makes a large model in seconds.
     """
+    hidden, heads, kv_heads, intermediate = sizes.hidden, sizes.heads, sizes.kv_heads, sizes.intermediate
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(FIXTURES / "llama3" / name, folder / name)
     config = json.loads((FIXTURES / "llama3" / "config.json").read_text())
     head_dim = hidden // heads
     config |= {
-        "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "head_dim": head_dim,
+        "num_hidden_layers": sizes.layers, "hidden_size": hidden, "num_attention_heads": heads, "head_dim": head_dim,
         "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "tie_word_embeddings": False,
         "max_position_embeddings": 8192,
     }  # fmt: skip
@@ -73,7 +76,7 @@ def random_folder(
         "mlp.down_proj": (hidden, intermediate),
     }  # fmt: skip
     made: dict[str, np.ndarray] = {}
-    for layer in range(layers):
+    for layer in range(sizes.layers):
         if not (alike and made):
             made = {name: weight(*shape) for name, shape in shapes.items()}
             made |= {name: np.ones(hidden, dtype) for name in ("input_layernorm", "post_attention_layernorm")}
