@@ -72,7 +72,7 @@ def run_section(section: str, rehearse: bool, seconds: float) -> dict:
         printed, said = expired.stdout or b"", expired.stderr or b""
         failure = {"failed": f"stopped after {seconds:.0f} s"}
     # A line that is cut off has no end.
-    whole = printed.decode()[: printed.decode().rfind("\n") + 1].splitlines()
+    whole = printed.rpartition(b"\n")[0].splitlines()
     result = {**(json.loads(whole[-1]) if whole else {}), "seconds": round(time.monotonic() - start, 1)}
     return result | failure | ({"said": said.decode(errors="replace")[-2000:]} if failure else {})
 
