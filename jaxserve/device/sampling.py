@@ -21,13 +21,15 @@ Logits = Float[Array, "row vocab"]
 
 
 def row_sums(values: Float[Array, "row ..."]) -> Float[Array, "row ..."]:
-    """Sums over the last axis in a fixed order: halves are added until one element is left. The order of XLA's own sums
-    follows the shape of the whole, so that a row's sum would depend on how many rows there are."""
-    size = values.shape[-1]
-    padding = [(0, 0)] * (values.ndim - 1) + [(0, (1 << (size - 1).bit_length()) - size)]
-    values = jnp.pad(values, padding)
-    while (half := values.shape[-1] // 2) > 0:
-        values = values[..., :half] + values[..., half:]
+    """Sums over the last axis in a fixed order: its eighths are added to each other until one element is left. The order
+    of XLA's own sums follows the shape of the whole, so that a row's sum would depend on how many rows there are."""
+    while (size := values.shape[-1]) > 1:
+        part = -(-size // 8)
+        values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 8 * part - size)])
+        parts = [values[..., start : start + part] for start in range(0, 8 * part, part)]
+        while len(parts) > 1:
+            parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
+        values = parts[0]
     return values[..., 0]
 
 
@@ -146,12 +148,20 @@ def _filter(weights: Logits, rows: Upload) -> Logits:
     filters = rows.features & FILTERS != 0
     top_k = jnp.where(filters & (rows.top_k > 0), jnp.minimum(rows.top_k, vocab), vocab)
     top_p = jnp.where(filters, rows.top_p, 1.0)
-    kept = weights * (weights >= _threshold(weights, jnp.ones_like(weights), top_k.astype(jnp.float32))[:, None])
-    target = top_p * row_sums(kept)
-    nucleus = kept * (kept >= _threshold(kept, kept, target)[:, None])
-    kept = jnp.where((top_p < 1.0)[:, None], nucleus, kept)
+    kept = lax.cond(jnp.any(top_k < vocab), _within_top_k, lambda w, _: w, weights, top_k)
+    kept = lax.cond(jnp.any(top_p < 1.0), _within_top_p, lambda w, _: w, kept, top_p)
     # The likeliest token has weight 1.
     return kept * (kept >= jnp.where(filters, rows.min_p, 0.0)[:, None])
+
+
+def _within_top_k(weights: Logits, top_k: Int32[Array, " row"]) -> Logits:
+    threshold = _threshold(weights, jnp.ones_like(weights), top_k.astype(jnp.float32))
+    return weights * (weights >= threshold[:, None])
+
+
+def _within_top_p(weights: Logits, top_p: Float[Array, " row"]) -> Logits:
+    threshold = _threshold(weights, weights, top_p * row_sums(weights))
+    return jnp.where((top_p < 1.0)[:, None], weights * (weights >= threshold[:, None]), weights)
 
 
 def _threshold(values: Logits, mass: Logits, target: Float[Array, " row"]) -> Float[Array, " row"]:
