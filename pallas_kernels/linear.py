@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Num
 
 from pallas_kernels.block_quantization import row_widths
-from pallas_kernels.native_build import NativeUnavailable, register
+from pallas_kernels.native_build import register
 
 PANEL = 16
 """Outputs of a panel."""
@@ -32,15 +32,6 @@ class LiveRows:
     counts: Int32[Array, " 2"]
     leading: int = field(metadata={"static": True})
     """Rows that the first count is of: a step's decode rows, before its chunk."""
-
-
-def available(arch: str = "native") -> bool:
-    """Whether the kernel can be built here; compiles it the first time."""
-    try:
-        register(_SYMBOL, arch)
-    except NativeUnavailable:
-        return False
-    return True
 
 
 def packed_shape(size_out: int, size_in: int, dtype: jnp.dtype, *, gated: bool = False) -> tuple[int, ...]:

@@ -56,6 +56,11 @@ def load(arch: str = "native") -> ctypes.CDLL:
     return library
 
 
+def available(arch: str = "native") -> bool:
+    """Whether the kernels can be built and loaded here; compiles them the first time."""
+    return not isinstance(_loaded(arch), NativeUnavailable)
+
+
 @cache
 def register(symbol: str, arch: str = "native") -> str:
     """Registers an exported FFI handler with XLA on CPU and returns its target name. Raises NativeUnavailable."""

@@ -27,7 +27,7 @@ from jaxserve.models.layers import Quantization
 from jaxserve.models.llama import Uncached
 from jaxserve.models.packing import pack_params
 from jaxserve.tokenizing.tokenizer import Tokenizer
-from pallas_kernels import linear
+from pallas_kernels import native_build
 
 FORMS: tuple[tuple[str, Quantization], ...] = (
     ("float32", "none"),
@@ -75,7 +75,7 @@ def main() -> int:
     for dtype, quantization in FORMS:
         model = load_model(arguments.model, dtype, quantization)
         graphdef, params = model.graphdef, model.params
-        if linear.available():
+        if native_build.available():
             graphdef, params = pack_params(model.config, params)
         compiled = window_logprobs(graphdef, model.config)
         loss = divergence = agree = 0.0

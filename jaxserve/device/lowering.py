@@ -19,7 +19,8 @@ from jaxserve.device.decode_state import DecodeState
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.prompt_scores import SCORED, make_score
 from jaxserve.device.sharding import Placement
-from jaxserve.device.step import Weights, choose, make_forward
+from jaxserve.device.step import Weights, make_choose, make_forward
+from jaxserve.device.thresholds import thresholds_for
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama, abstract_llama
 from jaxserve.models.parameters import named_parameters, with_values
@@ -99,13 +100,14 @@ def lower_forward(
 def lower_choose(
     state: DecodeState, model: ModelConfig, placement: Placement, rows: int, max_pages: int
 ) -> jax.stages.Lowered:
-    """The second half of a step of `rows` rows. Compiled, it takes what `choose` says and DONATES the state.
+    """The second half of a step of `rows` rows. Compiled, it takes what `make_choose` says and DONATES the state.
 
     Every device does the same with the same logits, and so agrees on the tokens.
     """
     logits = _whole((rows, model.vocab_size), jnp.float32, placement)
     upload = _whole((Upload.size(rows, 0, max_pages),), jnp.int32, placement)
     allowed = _whole((rows, -(-model.vocab_size // 32)), jnp.int32, placement)
+    choose = make_choose(thresholds_for(placement.platform))
     step = jax.jit(choose, donate_argnums=0, out_shardings=placement.sharding())
     return step.lower(state, logits, upload, allowed)
 

@@ -32,8 +32,7 @@ from jaxserve.models.layers import Matmul
 from jaxserve.models.packing import pack_params
 from jaxserve.request import MAX_LOGIT_BIAS
 from jaxserve.scheduling.sequence import Sequence, StepPlan, StepResults
-from pallas_kernels import select
-from pallas_kernels.linear import available as native_linear_available
+from pallas_kernels import native_build, select
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +293,7 @@ def _choose_matmul(platform: str, config: EngineConfig) -> Matmul:
     if config.matmul is not None:
         return config.matmul
     shared = config.tensor_parallel > 1
-    return "native" if platform == "cpu" and not shared and native_linear_available() else "xla"
+    return "native" if platform == "cpu" and not shared and native_build.available() else "xla"
 
 
 def enable_compilation_cache(folder: str | None) -> None:

@@ -5,6 +5,8 @@ folded from the request's seed and the token's position, inverts the distributio
 feature skips it.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from jaxserve.device.batch import BIASES, CONSTRAINED, FILTERS, PENALIZES, REPORTS_LOGPROBS, SAMPLES, Upload
 from jaxserve.device.decode_state import DecodeState
+from jaxserve.device.row_sums import row_sums
+from jaxserve.device.thresholds import FindThresholds
 from jaxserve.request import MAX_LOGPROBS
 
 BLOCK = 128
@@ -20,26 +24,17 @@ BLOCK = 128
 Logits = Float[Array, "row vocab"]
 
 
-def row_sums(values: Float[Array, "row ..."]) -> Float[Array, "row ..."]:
-    """Sums over the last axis in a fixed order: its eighths are added to each other until one element is left. The order
-    of XLA's own sums follows the shape of the whole, so that a row's sum would depend on how many rows there are."""
-    while (size := values.shape[-1]) > 1:
-        part = -(-size // 8)
-        values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 8 * part - size)])
-        parts = [values[..., start : start + part] for start in range(0, 8 * part, part)]
-        while len(parts) > 1:
-            parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
-        values = parts[0]
-    return values[..., 0]
-
-
 def any_row(rows: Upload, feature: int) -> Bool[Array, ""]:
     """Whether a row asks for a feature (a bit of `Upload.features`)."""
     return jnp.any(rows.features & feature != 0)
 
 
 def sample_tokens(
-    logits: Logits, rows: Upload, state: DecodeState, allowed: Int32[Array, "row mask_word"]
+    logits: Logits,
+    rows: Upload,
+    state: DecodeState,
+    allowed: Int32[Array, "row mask_word"],
+    find_thresholds: FindThresholds,
 ) -> Int32[Array, " row"]:
     """The next token of each row.
 
@@ -48,29 +43,24 @@ def sample_tokens(
         rows: the step's upload.
         state: penalty counts and logit biases, by slot.
         allowed: the tokens that a row with a constraint may take: bit b of word w is token 32 w + b.
+        find_thresholds: of top-k and top-p.
     """
+
+    def likeliest(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
+        return argmax(logits)
+
+    def likeliest_allowed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
+        return argmax(_mask(logits, rows, allowed))
+
+    def processed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
+        return _choose(_process(logits, rows, state), rows, find_thresholds)
+
+    def processed_allowed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
+        return _choose(_mask(_process(logits, rows, state), rows, allowed), rows, find_thresholds)
+
     processes = any_row(rows, BIASES | PENALIZES | SAMPLES) | jnp.any(rows.length < rows.min_length)
-    branches = (_most_likely, _most_likely_allowed, _process_and_choose, _process_and_choose_allowed)
-    branch = 2 * processes + any_row(rows, CONSTRAINED)
-    return lax.switch(branch, branches, logits, rows, state, allowed)
-
-
-def _most_likely(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
-    return argmax(logits)
-
-
-def _most_likely_allowed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
-    return argmax(_mask(logits, rows, allowed))
-
-
-def _process_and_choose(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
-    return _choose(_process(logits, rows, state), rows)
-
-
-def _process_and_choose_allowed(
-    logits: Logits, rows: Upload, state: DecodeState, allowed: Array
-) -> Int32[Array, " row"]:
-    return _choose(_mask(_process(logits, rows, state), rows, allowed), rows)
+    branches = (likeliest, likeliest_allowed, processed, processed_allowed)
+    return lax.switch(2 * processes + any_row(rows, CONSTRAINED), branches, logits, rows, state, allowed)
 
 
 def _process(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
@@ -80,8 +70,9 @@ def _process(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
     return lax.cond(any_row(rows, PENALIZES), _penalize, lambda x, *_: x, logits, rows, state)
 
 
-def _choose(logits: Logits, rows: Upload) -> Int32[Array, " row"]:
-    return lax.cond(any_row(rows, SAMPLES), _draw_or_argmax, lambda x, _: argmax(x), logits, rows)
+def _choose(logits: Logits, rows: Upload, find_thresholds: FindThresholds) -> Int32[Array, " row"]:
+    draw = partial(_draw_or_argmax, find_thresholds=find_thresholds)
+    return lax.cond(any_row(rows, SAMPLES), draw, lambda x, _: argmax(x), logits, rows)
 
 
 def _mask(logits: Logits, rows: Upload, allowed: Int32[Array, "row mask_word"]) -> Logits:
@@ -99,6 +90,16 @@ def argmax(logits: Logits) -> Int32[Array, " row"]:
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
     best = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
     return (block * BLOCK + best).astype(jnp.int32)
+
+
+def top_tokens(logits: Logits, count: int) -> tuple[Float[Array, "row count"], Int32[Array, "row count"]]:
+    """What `lax.top_k` gives of whole rows, from the blocks with the largest maxima: no other can have one of them."""
+    blocks = _blocks(logits, -jnp.inf)
+    _, chosen = lax.top_k(jnp.max(blocks, axis=-1), min(count, blocks.shape[1]))
+    chosen = jnp.sort(chosen, axis=-1)  # of equals, the first
+    candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1)
+    values, places = lax.top_k(candidates.reshape(logits.shape[0], -1), count)
+    return values, jnp.take_along_axis(chosen, places // BLOCK, axis=-1) * BLOCK + places % BLOCK
 
 
 def _blocks(values: Logits, filler: float) -> Float[Array, "row vocab_block block"]:
@@ -134,53 +135,24 @@ def _penalize(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
     return jnp.where((rows.features & PENALIZES != 0)[:, None], penalized, logits)
 
 
-def _draw_or_argmax(logits: Logits, rows: Upload) -> Int32[Array, " row"]:
+def _draw_or_argmax(logits: Logits, rows: Upload, find_thresholds: FindThresholds) -> Int32[Array, " row"]:
     samples = rows.features & SAMPLES != 0
     scaled = logits / jnp.where(samples, rows.temperature, 1.0)[:, None]
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
-    weights = lax.cond(any_row(rows, FILTERS), _filter, lambda w, _: w, weights, rows)
+    filtered = partial(_filter, find_thresholds=find_thresholds)
+    weights = lax.cond(any_row(rows, FILTERS), filtered, lambda w, _: w, weights, rows)
     return jnp.where(samples, _draw(weights, rows), argmax(logits))
 
 
-def _filter(weights: Logits, rows: Upload) -> Logits:
+def _filter(weights: Logits, rows: Upload, find_thresholds: FindThresholds) -> Logits:
     """Zeroes the weights outside top-k, top-p and min-p. Ties at a threshold are all kept."""
     vocab = weights.shape[-1]
     filters = rows.features & FILTERS != 0
     top_k = jnp.where(filters & (rows.top_k > 0), jnp.minimum(rows.top_k, vocab), vocab)
-    top_p = jnp.where(filters, rows.top_p, 1.0)
-    kept = lax.cond(jnp.any(top_k < vocab), _within_top_k, lambda w, _: w, weights, top_k)
-    kept = lax.cond(jnp.any(top_p < 1.0), _within_top_p, lambda w, _: w, kept, top_p)
+    thresholds = find_thresholds(weights, top_k, jnp.where(filters, rows.top_p, 1.0))
     # The likeliest token has weight 1.
-    return kept * (kept >= jnp.where(filters, rows.min_p, 0.0)[:, None])
-
-
-def _within_top_k(weights: Logits, top_k: Int32[Array, " row"]) -> Logits:
-    threshold = _threshold(weights, jnp.ones_like(weights), top_k.astype(jnp.float32))
-    return weights * (weights >= threshold[:, None])
-
-
-def _within_top_p(weights: Logits, top_p: Float[Array, " row"]) -> Logits:
-    threshold = _threshold(weights, weights, top_p * row_sums(weights))
-    return jnp.where((top_p < 1.0)[:, None], weights * (weights >= threshold[:, None]), weights)
-
-
-def _threshold(values: Logits, mass: Logits, target: Float[Array, " row"]) -> Float[Array, " row"]:
-    """The largest threshold for which the mass of the values at or above it reaches the target, bit for bit.
-
-    Values are in [0, 1], where the order of floats is that of their bits: 30 halvings of the bits find it.
-    """
-    low = jnp.zeros(values.shape[0], jnp.int32)
-    high = jnp.full(values.shape[0], lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1)
-
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low + high) // 2
-        threshold = lax.bitcast_convert_type(middle, jnp.float32)[:, None]
-        enough = row_sums(jnp.where(values >= threshold, mass, 0.0)) >= target
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    low, _ = lax.fori_loop(0, 30, halve, (low, high))
-    return lax.bitcast_convert_type(low, jnp.float32)
+    thresholds = jnp.maximum(thresholds, jnp.where(filters, rows.min_p, 0.0))
+    return weights * (weights >= thresholds[:, None])
 
 
 def _draw(weights: Logits, rows: Upload) -> Int32[Array, " row"]:
@@ -213,7 +185,7 @@ def token_logprobs(
     """Log-probabilities and ids of a token of each row and then of the likeliest, from raw logits."""
     best = jnp.max(logits, axis=-1)
     total = best + jnp.log(row_sums(jnp.exp(logits - best[:, None])))
-    top, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    top, ids = top_tokens(logits, min(MAX_LOGPROBS, logits.shape[-1]))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     values = jnp.concatenate([chosen, top], axis=-1) - total[:, None]
     return values, jnp.concatenate([tokens[:, None], ids], axis=-1)

@@ -18,6 +18,7 @@ from jaxserve.device.decode_state import DecodeState
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.pytree import pytree_dataclass
 from jaxserve.device.sampling import report_logprobs, sample_tokens
+from jaxserve.device.thresholds import FindThresholds
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama
 from jaxserve.scheduling.sequence import EMITTED, FAILED, STOPPED
@@ -90,35 +91,42 @@ def make_forward(
     return forward
 
 
-def choose(
-    state: DecodeState,
-    logits: Float[Array, "row vocab"],
-    packed: Int32[Array, " packed_rows"],
-    allowed: Int32[Array, "row mask_word"],
-) -> tuple[DecodeState, StepOutput]:
-    """The second half of a step: samples, decides which rows ended, and writes both back to the slots. DONATES state,
-    which must be the one that the first half saw.
+ChooseFunction = Callable[[DecodeState, Array, Array, Array], tuple[DecodeState, StepOutput]]
 
-    `allowed` is what a constraint leaves of the vocabulary, by row: bit b of word w is token 32 w + b. Rows without a
-    constraint do not look at it.
+
+def make_choose(find_thresholds: FindThresholds) -> ChooseFunction:
+    """The second half of a step: samples, decides which rows ended, and writes both back to the slots.
+
+    Its arguments are the state (DONATED), which must be the one that the first half saw; the logits and the rows' part
+    of the upload, as the first half gives them; and what a constraint leaves of the vocabulary, by row: bit b of word w
+    is token 32 w + b. Rows without a constraint do not look at it.
     """
-    upload = Upload.unpack(packed, logits.shape[0], 0)
-    decodes = upload.decodes & ~state.ended.at[upload.slot].get(mode="clip")
-    samples = decodes | (upload.sample_index >= 0)
-    tokens = sample_tokens(logits, upload, state, allowed)
-    values, ids = report_logprobs(logits, tokens, upload)
-    failed = ~jnp.isfinite(jnp.max(logits, axis=-1))
-    stopped = jnp.any(tokens[:, None] == upload.stop_ids, axis=-1)
-    flags = jnp.where(samples, EMITTED + STOPPED * stopped + FAILED * failed, 0)
-    ended = stopped | failed | (upload.length + 1 >= upload.max_length)
-    slot = jnp.where(samples, upload.slot, state.ended.shape[0])
-    counted = jnp.where(upload.features & PENALIZES != 0, slot, state.ended.shape[0])
-    state = DecodeState(
-        last_token=state.last_token.at[slot].set(tokens, mode="drop"),
-        ended=state.ended.at[slot].set(ended, mode="drop"),
-        output_counts=state.output_counts.at[counted, tokens].add(1, mode="drop"),
-        in_prompt=state.in_prompt,
-        bias_ids=state.bias_ids,
-        bias_values=state.bias_values,
-    )
-    return state, StepOutput(jnp.stack([tokens, flags.astype(jnp.int32)]), values, ids)
+
+    def choose(
+        state: DecodeState,
+        logits: Float[Array, "row vocab"],
+        packed: Int32[Array, " packed_rows"],
+        allowed: Int32[Array, "row mask_word"],
+    ) -> tuple[DecodeState, StepOutput]:
+        upload = Upload.unpack(packed, logits.shape[0], 0)
+        decodes = upload.decodes & ~state.ended.at[upload.slot].get(mode="clip")
+        samples = decodes | (upload.sample_index >= 0)
+        tokens = sample_tokens(logits, upload, state, allowed, find_thresholds)
+        values, ids = report_logprobs(logits, tokens, upload)
+        failed = ~jnp.isfinite(jnp.max(logits, axis=-1))
+        stopped = jnp.any(tokens[:, None] == upload.stop_ids, axis=-1)
+        flags = jnp.where(samples, EMITTED + STOPPED * stopped + FAILED * failed, 0)
+        ended = stopped | failed | (upload.length + 1 >= upload.max_length)
+        slot = jnp.where(samples, upload.slot, state.ended.shape[0])
+        counted = jnp.where(upload.features & PENALIZES != 0, slot, state.ended.shape[0])
+        state = DecodeState(
+            last_token=state.last_token.at[slot].set(tokens, mode="drop"),
+            ended=state.ended.at[slot].set(ended, mode="drop"),
+            output_counts=state.output_counts.at[counted, tokens].add(1, mode="drop"),
+            in_prompt=state.in_prompt,
+            bias_ids=state.bias_ids,
+            bias_values=state.bias_values,
+        )
+        return state, StepOutput(jnp.stack([tokens, flags.astype(jnp.int32)]), values, ids)
+
+    return choose

@@ -18,7 +18,8 @@ from jaxserve.device.decode_state import DecodeState
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.lowering import StepInputs
 from jaxserve.device.sharding import Placement
-from jaxserve.device.step import choose, make_forward
+from jaxserve.device.step import make_choose, make_forward
+from jaxserve.device.thresholds import thresholds_for
 from jaxserve.scheduling.sequence import EMITTED
 from pallas_kernels import AttentionNeeds, select
 
@@ -78,8 +79,10 @@ def _step(
     rows = max(live, EngineConfig().small_slots)
     config = EngineConfig(slots=rows, dtype="bfloat16")
     pages = -(-context // config.page_size)
-    inputs = StepInputs.abstract(model, config, attention, 1 + rows * pages, Placement((jax.devices()[0],)))
+    placement = Placement((jax.devices()[0],))
+    inputs = StepInputs.abstract(model, config, attention, 1 + rows * pages, placement)
     forward = make_forward(inputs.build_model, model, attention, rows, chunk)
+    choose = make_choose(thresholds_for(placement.platform))
     allowed = jnp.zeros((rows, -(-model.vocab_size // 32)), jnp.int32)
     packed = jnp.asarray(_upload(rows, live, chunk, context, pages))
 

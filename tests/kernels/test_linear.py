@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from jaxserve.models.layers import RMSNorm, project_int8, quantize_rows
-from pallas_kernels import linear as kernel
+from pallas_kernels import native_build
 from pallas_kernels.block_quantization import dequantize_blocks, quantize_blocks
 from pallas_kernels.linear import LiveRows, linear, pack, packed_shape, rows, unpack
 
-pytestmark = pytest.mark.skipif(not kernel.available(), reason="the native kernels cannot be built here")
+pytestmark = pytest.mark.skipif(not native_build.available(), reason="the native kernels cannot be built here")
 
 X86 = platform.machine() == "x86_64"
 ARCHES = [

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import linear as kernel
+from pallas_kernels import native_build
 from pallas_kernels.linear import linear, pack
 
-pytestmark = pytest.mark.skipif(not kernel.available(), reason="the native kernels cannot be built here")
+pytestmark = pytest.mark.skipif(not native_build.available(), reason="the native kernels cannot be built here")
 
 
 def test_calls_at_the_same_time_have_the_bits_of_calls_alone():

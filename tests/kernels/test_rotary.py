@@ -6,10 +6,10 @@ import pytest
 
 from jaxserve.models.config import RopeConfig
 from jaxserve.models.layers import RMSNorm, rotation, split_heads
-from pallas_kernels import linear
+from pallas_kernels import native_build
 from pallas_kernels.linear import LiveRows
 
-pytestmark = pytest.mark.skipif(not linear.available(), reason="the native kernels cannot be built here")
+pytestmark = pytest.mark.skipif(not native_build.available(), reason="the native kernels cannot be built here")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

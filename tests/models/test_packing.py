@@ -11,9 +11,9 @@ from test_llama import TINY
 
 from jaxserve.models.llama import Llama, abstract_llama
 from jaxserve.models.packing import pack_params
-from pallas_kernels import linear
+from pallas_kernels import linear, native_build
 
-pytestmark = pytest.mark.skipif(not linear.available(), reason="the native kernels cannot be built here")
+pytestmark = pytest.mark.skipif(not native_build.available(), reason="the native kernels cannot be built here")
 
 # Sizes that fill neither panels nor blocks.
 TINY = replace(TINY, vocab_size=99, hidden_size=36, intermediate_size=50)
