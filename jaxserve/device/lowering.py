@@ -20,7 +20,7 @@ from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.prompt_scores import SCORED, make_score
 from jaxserve.device.sharding import Placement
 from jaxserve.device.step import Weights, make_choose, make_forward
-from jaxserve.device.thresholds import thresholds_for
+from jaxserve.device.vocabulary import search_on
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama, abstract_llama
 from jaxserve.models.parameters import named_parameters, with_values
@@ -107,7 +107,7 @@ def lower_choose(
     logits = _whole((rows, model.vocab_size), jnp.float32, placement)
     upload = _whole((Upload.size(rows, 0, max_pages),), jnp.int32, placement)
     allowed = _whole((rows, -(-model.vocab_size // 32)), jnp.int32, placement)
-    choose = make_choose(thresholds_for(placement.platform))
+    choose = make_choose(search_on(placement.platform))
     step = jax.jit(choose, donate_argnums=0, out_shardings=placement.sharding())
     return step.lower(state, logits, upload, allowed)
 
@@ -121,7 +121,7 @@ def lower_score(
     chunk: int,
 ) -> jax.stages.Lowered:
     """What scores prompt tokens of a step of `chunk` chunk tokens, as `make_score` says."""
-    score = make_score(build_model)
+    score = make_score(build_model, search_on(placement.platform))
     if placement.tensor_parallel > 1:
         whole = PartitionSpec()
         specs = (jax.tree.map(_spec, weights), whole, whole)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 from jaxserve.core.messages import TokenLogprobs
 from jaxserve.device.sampling import token_logprobs
 from jaxserve.device.step import Weights
+from jaxserve.device.vocabulary import VocabularySearch
 from jaxserve.models.llama import Llama
 from jaxserve.scheduling.sequence import StepPlan
 from pallas_kernels.linear import LiveRows
@@ -24,7 +25,7 @@ SCORED = 64
 """Positions whose logits are made together."""
 
 
-def make_score(build_model: Callable[[Weights], Llama]):
+def make_score(build_model: Callable[[Weights], Llama], search: VocabularySearch):
     """The program (weights, residual stream of a chunk, request) -> log-probabilities and ids, as `token_logprobs`.
 
     The request is an int32 vector: the index in the chunk of the first position, then for each of SCORED positions the
@@ -38,7 +39,7 @@ def make_score(build_model: Callable[[Weights], Llama]):
         rows = hidden[jnp.minimum(first + jnp.arange(SCORED), hidden.shape[0] - 1)]
         count = jnp.sum(targets >= 0)
         live = LiveRows(jnp.stack([count, jnp.zeros_like(count)]).astype(jnp.int32), SCORED)
-        return token_logprobs(build_model(weights).logits(rows, live), jnp.maximum(targets, 0))
+        return token_logprobs(build_model(weights).logits(rows, live), jnp.maximum(targets, 0), search)
 
     return score
 

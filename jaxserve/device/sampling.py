@@ -15,13 +15,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from jaxserve.device.batch import BIASES, CONSTRAINED, FILTERS, PENALIZES, REPORTS_LOGPROBS, SAMPLES, Upload
 from jaxserve.device.decode_state import DecodeState
 from jaxserve.device.row_sums import row_sums
-from jaxserve.device.thresholds import FindThresholds
+from jaxserve.device.vocabulary import BLOCK, Logits, VocabularySearch, in_blocks
 from jaxserve.request import MAX_LOGPROBS
-
-BLOCK = 128
-"""Tokens of the vocabulary that are looked at together before the whole is."""
-
-Logits = Float[Array, "row vocab"]
 
 
 def any_row(rows: Upload, feature: int) -> Bool[Array, ""]:
@@ -34,7 +29,7 @@ def sample_tokens(
     rows: Upload,
     state: DecodeState,
     allowed: Int32[Array, "row mask_word"],
-    find_thresholds: FindThresholds,
+    search: VocabularySearch,
 ) -> Int32[Array, " row"]:
     """The next token of each row.
 
@@ -43,20 +38,20 @@ def sample_tokens(
         rows: the step's upload.
         state: penalty counts and logit biases, by slot.
         allowed: the tokens that a row with a constraint may take: bit b of word w is token 32 w + b.
-        find_thresholds: of top-k and top-p.
+        search: of the platform.
     """
 
     def likeliest(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
-        return argmax(logits)
+        return search.argmax(logits)
 
     def likeliest_allowed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
-        return argmax(_mask(logits, rows, allowed))
+        return search.argmax(_mask(logits, rows, allowed))
 
     def processed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
-        return _choose(_process(logits, rows, state), rows, find_thresholds)
+        return _choose(_process(logits, rows, state), rows, search)
 
     def processed_allowed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
-        return _choose(_mask(_process(logits, rows, state), rows, allowed), rows, find_thresholds)
+        return _choose(_mask(_process(logits, rows, state), rows, allowed), rows, search)
 
     processes = any_row(rows, BIASES | PENALIZES | SAMPLES) | jnp.any(rows.length < rows.min_length)
     branches = (likeliest, likeliest_allowed, processed, processed_allowed)
@@ -70,9 +65,9 @@ def _process(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
     return lax.cond(any_row(rows, PENALIZES), _penalize, lambda x, *_: x, logits, rows, state)
 
 
-def _choose(logits: Logits, rows: Upload, find_thresholds: FindThresholds) -> Int32[Array, " row"]:
-    draw = partial(_draw_or_argmax, find_thresholds=find_thresholds)
-    return lax.cond(any_row(rows, SAMPLES), draw, lambda x, _: argmax(x), logits, rows)
+def _choose(logits: Logits, rows: Upload, search: VocabularySearch) -> Int32[Array, " row"]:
+    draw = partial(_draw_or_argmax, search=search)
+    return lax.cond(any_row(rows, SAMPLES), draw, lambda x, _: search.argmax(x), logits, rows)
 
 
 def _mask(logits: Logits, rows: Upload, allowed: Int32[Array, "row mask_word"]) -> Logits:
@@ -81,31 +76,6 @@ def _mask(logits: Logits, rows: Upload, allowed: Int32[Array, "row mask_word"]) 
     is_allowed = bits.reshape(bits.shape[0], -1)[:, : logits.shape[1]] != 0
     constrained = (rows.features & CONSTRAINED != 0)[:, None]
     return jnp.where(constrained & ~is_allowed, -jnp.inf, logits)
-
-
-def argmax(logits: Logits) -> Int32[Array, " row"]:
-    """Lowest index of each row's maximum: the best block, then the best in it. One pass that vectorizes, on CPU, where
-    the argmax of a whole row takes ten times as long."""
-    blocks = _blocks(logits, -jnp.inf)
-    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
-    best = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
-    return (block * BLOCK + best).astype(jnp.int32)
-
-
-def top_tokens(logits: Logits, count: int) -> tuple[Float[Array, "row count"], Int32[Array, "row count"]]:
-    """What `lax.top_k` gives of whole rows, from the blocks with the largest maxima: no other can have one of them."""
-    blocks = _blocks(logits, -jnp.inf)
-    _, chosen = lax.top_k(jnp.max(blocks, axis=-1), min(count, blocks.shape[1]))
-    chosen = jnp.sort(chosen, axis=-1)  # of equals, the first
-    candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1)
-    values, places = lax.top_k(candidates.reshape(logits.shape[0], -1), count)
-    return values, jnp.take_along_axis(chosen, places // BLOCK, axis=-1) * BLOCK + places % BLOCK
-
-
-def _blocks(values: Logits, filler: float) -> Float[Array, "row vocab_block block"]:
-    """Each row cut into blocks, the last one filled up."""
-    padded = jnp.pad(values, ((0, 0), (0, -values.shape[-1] % BLOCK)), constant_values=filler)
-    return padded.reshape(values.shape[0], -1, BLOCK)
 
 
 def _mask_stop_ids(logits: Logits, rows: Upload) -> Logits:
@@ -135,21 +105,21 @@ def _penalize(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
     return jnp.where((rows.features & PENALIZES != 0)[:, None], penalized, logits)
 
 
-def _draw_or_argmax(logits: Logits, rows: Upload, find_thresholds: FindThresholds) -> Int32[Array, " row"]:
+def _draw_or_argmax(logits: Logits, rows: Upload, search: VocabularySearch) -> Int32[Array, " row"]:
     samples = rows.features & SAMPLES != 0
     scaled = logits / jnp.where(samples, rows.temperature, 1.0)[:, None]
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
-    filtered = partial(_filter, find_thresholds=find_thresholds)
+    filtered = partial(_filter, search=search)
     weights = lax.cond(any_row(rows, FILTERS), filtered, lambda w, _: w, weights, rows)
-    return jnp.where(samples, _draw(weights, rows), argmax(logits))
+    return jnp.where(samples, _draw(weights, rows), search.argmax(logits))
 
 
-def _filter(weights: Logits, rows: Upload, find_thresholds: FindThresholds) -> Logits:
+def _filter(weights: Logits, rows: Upload, search: VocabularySearch) -> Logits:
     """Zeroes the weights outside top-k, top-p and min-p. Ties at a threshold are all kept."""
     vocab = weights.shape[-1]
     filters = rows.features & FILTERS != 0
     top_k = jnp.where(filters & (rows.top_k > 0), jnp.minimum(rows.top_k, vocab), vocab)
-    thresholds = find_thresholds(weights, top_k, jnp.where(filters, rows.top_p, 1.0))
+    thresholds = search.thresholds(weights, top_k, jnp.where(filters, rows.top_p, 1.0))
     # The likeliest token has weight 1.
     thresholds = jnp.maximum(thresholds, jnp.where(filters, rows.min_p, 0.0))
     return weights * (weights >= thresholds[:, None])
@@ -157,7 +127,7 @@ def _filter(weights: Logits, rows: Upload, find_thresholds: FindThresholds) -> L
 
 def _draw(weights: Logits, rows: Upload) -> Int32[Array, " row"]:
     """Inverts each row's distribution at one uniform number, by blocks so that the running sums stay short."""
-    blocks = _blocks(weights, 0.0)
+    blocks = in_blocks(weights, 0.0)
     sums = jnp.cumsum(row_sums(blocks), axis=-1)
     # Just under 1, so that rounding cannot carry the target past the last token.
     target = _uniform(rows.seed, rows.length) * (1 - 2**-20) * sums[:, -1]
@@ -180,19 +150,19 @@ def _uniform(seed: Int32[Array, " row"], position: Int32[Array, " row"]) -> Floa
 
 
 def token_logprobs(
-    logits: Logits, tokens: Int32[Array, " row"]
+    logits: Logits, tokens: Int32[Array, " row"], search: VocabularySearch
 ) -> tuple[Float[Array, "row reported"], Int32[Array, "row reported"]]:
     """Log-probabilities and ids of a token of each row and then of the likeliest, from raw logits."""
     best = jnp.max(logits, axis=-1)
-    total = best + jnp.log(row_sums(jnp.exp(logits - best[:, None])))
-    top, ids = top_tokens(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    total = best + jnp.log(row_sums(logits, lambda part: jnp.exp(part - best[:, None])))
+    top, ids = search.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     values = jnp.concatenate([chosen, top], axis=-1) - total[:, None]
     return values, jnp.concatenate([tokens[:, None], ids], axis=-1)
 
 
 def report_logprobs(
-    logits: Logits, tokens: Int32[Array, " row"], rows: Upload
+    logits: Logits, tokens: Int32[Array, " row"], rows: Upload, search: VocabularySearch
 ) -> tuple[Float[Array, "row reported"], Int32[Array, "row reported"]]:
     """`token_logprobs` of the chosen tokens; zeros if no row asks."""
 
@@ -200,4 +170,5 @@ def report_logprobs(
         shape = (logits.shape[0], 1 + min(MAX_LOGPROBS, logits.shape[-1]))
         return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
 
-    return lax.cond(any_row(rows, REPORTS_LOGPROBS), token_logprobs, skip, logits, tokens)
+    report = partial(token_logprobs, search=search)
+    return lax.cond(any_row(rows, REPORTS_LOGPROBS), report, skip, logits, tokens)

@@ -18,7 +18,7 @@ from jaxserve.device.decode_state import DecodeState
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.pytree import pytree_dataclass
 from jaxserve.device.sampling import report_logprobs, sample_tokens
-from jaxserve.device.thresholds import FindThresholds
+from jaxserve.device.vocabulary import VocabularySearch
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama
 from jaxserve.scheduling.sequence import EMITTED, FAILED, STOPPED
@@ -94,7 +94,7 @@ def make_forward(
 ChooseFunction = Callable[[DecodeState, Array, Array, Array], tuple[DecodeState, StepOutput]]
 
 
-def make_choose(find_thresholds: FindThresholds) -> ChooseFunction:
+def make_choose(search: VocabularySearch) -> ChooseFunction:
     """The second half of a step: samples, decides which rows ended, and writes both back to the slots.
 
     Its arguments are the state (DONATED), which must be the one that the first half saw; the logits and the rows' part
@@ -111,8 +111,8 @@ def make_choose(find_thresholds: FindThresholds) -> ChooseFunction:
         upload = Upload.unpack(packed, logits.shape[0], 0)
         decodes = upload.decodes & ~state.ended.at[upload.slot].get(mode="clip")
         samples = decodes | (upload.sample_index >= 0)
-        tokens = sample_tokens(logits, upload, state, allowed, find_thresholds)
-        values, ids = report_logprobs(logits, tokens, upload)
+        tokens = sample_tokens(logits, upload, state, allowed, search)
+        values, ids = report_logprobs(logits, tokens, upload, search)
         failed = ~jnp.isfinite(jnp.max(logits, axis=-1))
         stopped = jnp.any(tokens[:, None] == upload.stop_ids, axis=-1)
         flags = jnp.where(samples, EMITTED + STOPPED * stopped + FAILED * failed, 0)

@@ -19,7 +19,7 @@ from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.lowering import StepInputs
 from jaxserve.device.sharding import Placement
 from jaxserve.device.step import make_choose, make_forward
-from jaxserve.device.thresholds import thresholds_for
+from jaxserve.device.vocabulary import search_on
 from jaxserve.scheduling.sequence import EMITTED
 from pallas_kernels import AttentionNeeds, select
 
@@ -82,7 +82,7 @@ def _step(
     placement = Placement((jax.devices()[0],))
     inputs = StepInputs.abstract(model, config, attention, 1 + rows * pages, placement)
     forward = make_forward(inputs.build_model, model, attention, rows, chunk)
-    choose = make_choose(thresholds_for(placement.platform))
+    choose = make_choose(search_on(placement.platform))
     allowed = jnp.zeros((rows, -(-model.vocab_size // 32)), jnp.int32)
     packed = jnp.asarray(_upload(rows, live, chunk, context, pages))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxserve.device.row_sums import row_sums
-from jaxserve.device.thresholds import thresholds_for, xla_thresholds
+from jaxserve.device.thresholds import xla_thresholds
 from pallas_kernels import native_build
 from pallas_kernels.sampling_thresholds import sampling_thresholds
 
@@ -77,10 +77,6 @@ def test_a_row_has_the_same_bits_in_any_company(find):
         apart = [np.asarray(jax.jit(find)(*(x[i : i + count] for x in (weights, top_k, top_p)))) for i in range(8)]
         np.testing.assert_array_equal(apart, [together[i : i + count] for i in range(8)])
     assert len(set(together.tolist())) > 16
-
-
-def test_steps_for_other_platforms_are_not_given_the_native_kernel():
-    assert thresholds_for("cuda") is xla_thresholds and thresholds_for("tpu") is xla_thresholds
 
 
 @pytest.mark.parametrize("size", [1, 8, 9, 49152])
