@@ -119,14 +119,18 @@ def test_overlap_hides_the_host_behind_a_simulated_device():
     assert result["delivery_lag_ms_p50"] > 0 and result["short_p99_ratio"] > 0
 
 
-def test_a_step_with_constrained_rows_is_compared_with_one_without():
+def test_a_step_whose_rows_have_a_feature_is_compared_with_one_without():
     result = run_script(
-        "bench_constraints.py", "--model", str(SCRIPTS.parent / "tests/fixtures/families/qwen3"), "--slots", "4",
-        "--rounds", "1", "--prompt-len", "8", "--output-len", "12", "--max-context", "64", "--shares", "0", "0.5",
+        "bench_features.py", "--model", str(SCRIPTS.parent / "tests/fixtures/families/qwen3"), "--slots", "4",
+        "--rounds", "1", "--prompt-len", "8", "--output-len", "12", "--max-context", "64", "--shares", "0.5", "1",
     )  # fmt: skip
-    plain, half = result["constrained"].values()
+    plain = result["features"].pop("plain")
     assert plain["mask_ms"] == 0 and plain["over_plain"] == 1
-    assert half["mask_ms"] > 0 and half["over_plain"] > 0
+    features = ("constraint", "temperature", "top_p", "top_k_top_p", "penalties", "logprobs")
+    assert list(result["features"]) == [f"{feature} {share}" for feature in features for share in ("50%", "100%")]
+    for kind, figures in result["features"].items():
+        assert figures["over_plain"] > 0 and figures["tokens_per_s"] > 0
+        assert (figures["mask_ms"] > 0) == kind.startswith("constraint")
     assert result["compiles_after_warmup"] == 0
 
 
