@@ -109,30 +109,39 @@ def _draw_or_argmax(logits: Logits, rows: Upload, search: VocabularySearch) -> I
     samples = rows.features & SAMPLES != 0
     scaled = logits / jnp.where(samples, rows.temperature, 1.0)[:, None]
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
-    filtered = partial(_filter, search=search)
-    weights = lax.cond(any_row(rows, FILTERS), filtered, lambda w, _: w, weights, rows)
-    return jnp.where(samples, _draw(weights, rows), search.argmax(logits))
+    thresholds = lax.cond(
+        any_row(rows, FILTERS),
+        partial(_thresholds, search=search),
+        lambda *_: jnp.zeros_like(rows.min_p),
+        weights,
+        rows,
+    )
+    return jnp.where(samples, _draw(weights, thresholds, rows), search.argmax(logits))
 
 
-def _filter(weights: Logits, rows: Upload, search: VocabularySearch) -> Logits:
-    """Zeroes the weights outside top-k, top-p and min-p. Ties at a threshold are all kept."""
+def _thresholds(weights: Logits, rows: Upload, search: VocabularySearch) -> Float[Array, " row"]:
+    """The smallest weight of each row within top-k, top-p and min-p. Ties at it are all within."""
     vocab = weights.shape[-1]
     filters = rows.features & FILTERS != 0
     top_k = jnp.where(filters & (rows.top_k > 0), jnp.minimum(rows.top_k, vocab), vocab)
     thresholds = search.thresholds(weights, top_k, jnp.where(filters, rows.top_p, 1.0))
     # The likeliest token has weight 1.
-    thresholds = jnp.maximum(thresholds, jnp.where(filters, rows.min_p, 0.0))
-    return weights * (weights >= thresholds[:, None])
+    return jnp.maximum(thresholds, jnp.where(filters, rows.min_p, 0.0))
 
 
-def _draw(weights: Logits, rows: Upload) -> Int32[Array, " row"]:
-    """Inverts each row's distribution at one uniform number, by blocks so that the running sums stay short."""
+def _draw(weights: Logits, thresholds: Float[Array, " row"], rows: Upload) -> Int32[Array, " row"]:
+    """Inverts each row's distribution, of what reaches its threshold, at one uniform number, by blocks so that the
+    running sums stay short."""
+
+    def within(weights: Float[Array, "row ..."]) -> Float[Array, "row ..."]:
+        return jnp.where(weights >= jnp.expand_dims(thresholds, range(1, weights.ndim)), weights, 0.0)
+
     blocks = in_blocks(weights, 0.0)
-    sums = jnp.cumsum(row_sums(blocks), axis=-1)
+    sums = jnp.cumsum(row_sums(blocks, within), axis=-1)
     # Just under 1, so that rounding cannot carry the target past the last token.
     target = _uniform(rows.seed, rows.length) * (1 - 2**-20) * sums[:, -1]
     block = jnp.minimum(jnp.sum(sums <= target[:, None], axis=-1), sums.shape[1] - 1)
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    inside = within(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0])
     before = jnp.where(block > 0, jnp.take_along_axis(sums, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
     offset = jnp.sum(jnp.cumsum(inside, axis=-1) <= (target - before)[:, None], axis=-1)
     last = jnp.max(jnp.where(inside > 0, jnp.arange(BLOCK), 0), axis=-1)
