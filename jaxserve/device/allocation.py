@@ -114,7 +114,7 @@ def estimated_temporaries(model: ModelConfig, config: EngineConfig) -> int:
     models and devices of `tests/aot`."""
     tokens = config.slots + max(config.prefill_chunks)
     layer = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * model.intermediate_size
-    forward, choose = 4 * tokens * layer, 14 * 4 * config.slots * model.vocab_size
+    forward, choose = 4 * tokens * layer, 8 * 4 * config.slots * model.vocab_size
     return max(forward, choose)  # the halves of a step run one after the other
 
 

@@ -10,23 +10,23 @@ PARTS = 8
 
 
 def row_sums(
-    values: Float[Array, "row ..."], addend: Callable[[Array], Array] = lambda part: part
+    values: Float[Array, "row summed ..."], addend: Callable[[Array], Array] = lambda part: part
 ) -> Float[Array, "row ..."]:
-    """Sums over the last axis in a fixed order: its eighths are added to each other until one element is left.
+    """Sums over the second axis in a fixed order: its eighths are added to each other until one element is left.
 
     The order of XLA's own sums follows the shape of the whole, and with it the number of rows.
 
     Args:
         values: float32.
-        addend: what is summed, element by element, of a part of the last axis. XLA stores what is made of the whole
-            before it cuts it.
+        addend: what is summed, element by element, of a part of the axis. XLA stores what is made of the whole before
+            it cuts it.
     """
-    width = -(-values.shape[-1] // PARTS)
-    parts = [_filled(addend(values[..., start : start + width]), width) for start in range(0, PARTS * width, width)]
+    width = -(-values.shape[1] // PARTS)
+    parts = [_filled(addend(values[:, start : start + width]), width) for start in range(0, PARTS * width, width)]
     while len(parts) > 1:
         parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0][..., 0] if width == 1 else row_sums(parts[0])
+    return parts[0][:, 0] if width == 1 else row_sums(parts[0])
 
 
 def _filled(part: Array, width: int) -> Array:
-    return jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, width - part.shape[-1])])
+    return jnp.pad(part, [(0, 0), (0, width - part.shape[1])] + [(0, 0)] * (part.ndim - 2))

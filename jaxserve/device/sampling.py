@@ -15,8 +15,11 @@ from jaxtyping import Array, Bool, Float, Int32
 from jaxserve.device.batch import BIASES, CONSTRAINED, FILTERS, PENALIZES, REPORTS_LOGPROBS, SAMPLES, Upload
 from jaxserve.device.decode_state import DecodeState
 from jaxserve.device.row_sums import row_sums
-from jaxserve.device.vocabulary import BLOCK, Logits, VocabularySearch, in_blocks
+from jaxserve.device.vocabulary import Logits, VocabularySearch
 from jaxserve.request import MAX_LOGPROBS
+
+COLUMN = 128
+"""Tokens that a draw takes together before it looks at each."""
 
 
 def any_row(rows: Upload, feature: int) -> Bool[Array, ""]:
@@ -45,13 +48,13 @@ def sample_tokens(
         return search.argmax(logits)
 
     def likeliest_allowed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
-        return search.argmax(_mask(logits, rows, allowed))
+        return search.argmax(_mask(logits, rows, allowed, search))
 
     def processed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
         return _choose(_process(logits, rows, state), rows, search)
 
     def processed_allowed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
-        return _choose(_mask(_process(logits, rows, state), rows, allowed), rows, search)
+        return _choose(_mask(_process(logits, rows, state), rows, allowed, search), rows, search)
 
     processes = any_row(rows, BIASES | PENALIZES | SAMPLES) | jnp.any(rows.length < rows.min_length)
     branches = (likeliest, likeliest_allowed, processed, processed_allowed)
@@ -59,7 +62,12 @@ def sample_tokens(
 
 
 def _process(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
-    # A feature that no row asks for still costs a copy of the logits here, but not where none is asked for at all.
+    # A feature that no row asks for costs a copy of the logits here; where none is asked for, all of them cost one.
+    processes = any_row(rows, BIASES | PENALIZES) | jnp.any(rows.length < rows.min_length)
+    return lax.cond(processes, _process_each, lambda logits, *_: logits, logits, rows, state)
+
+
+def _process_each(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
     logits = lax.cond(jnp.any(rows.length < rows.min_length), _mask_stop_ids, lambda x, *_: x, logits, rows)
     logits = lax.cond(any_row(rows, BIASES), _add_bias, lambda x, *_: x, logits, rows, state)
     return lax.cond(any_row(rows, PENALIZES), _penalize, lambda x, *_: x, logits, rows, state)
@@ -70,12 +78,10 @@ def _choose(logits: Logits, rows: Upload, search: VocabularySearch) -> Int32[Arr
     return lax.cond(any_row(rows, SAMPLES), draw, lambda x, _: search.argmax(x), logits, rows)
 
 
-def _mask(logits: Logits, rows: Upload, allowed: Int32[Array, "row mask_word"]) -> Logits:
+def _mask(logits: Logits, rows: Upload, allowed: Int32[Array, "row mask_word"], search: VocabularySearch) -> Logits:
     """Takes from rows with a constraint what it does not allow."""
-    bits = (allowed[:, :, None] >> jnp.arange(32)) & 1
-    is_allowed = bits.reshape(bits.shape[0], -1)[:, : logits.shape[1]] != 0
     constrained = (rows.features & CONSTRAINED != 0)[:, None]
-    return jnp.where(constrained & ~is_allowed, -jnp.inf, logits)
+    return jnp.where(constrained & ~search.bits(allowed, logits.shape[1]), -jnp.inf, logits)
 
 
 def _mask_stop_ids(logits: Logits, rows: Upload) -> Logits:
@@ -130,22 +136,25 @@ def _thresholds(weights: Logits, rows: Upload, search: VocabularySearch) -> Floa
 
 
 def _draw(weights: Logits, thresholds: Float[Array, " row"], rows: Upload) -> Int32[Array, " row"]:
-    """Inverts each row's distribution, of what reaches its threshold, at one uniform number, by blocks so that the
-    running sums stay short."""
+    """Inverts each row's distribution, of what reaches its threshold, at one uniform number.
+
+    In an order that keeps the running sums short: the vocabulary in COLUMN rows of a table, column after column. Tokens
+    of a column are no neighbours in memory, so that its sum takes whole registers on every platform.
+    """
 
     def within(weights: Float[Array, "row ..."]) -> Float[Array, "row ..."]:
         return jnp.where(weights >= jnp.expand_dims(thresholds, range(1, weights.ndim)), weights, 0.0)
 
-    blocks = in_blocks(weights, 0.0)
-    sums = jnp.cumsum(row_sums(blocks, within), axis=-1)
+    table = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % COLUMN))).reshape(weights.shape[0], COLUMN, -1)
+    sums = jnp.cumsum(row_sums(table, within), axis=-1)
     # Just under 1, so that rounding cannot carry the target past the last token.
     target = _uniform(rows.seed, rows.length) * (1 - 2**-20) * sums[:, -1]
-    block = jnp.minimum(jnp.sum(sums <= target[:, None], axis=-1), sums.shape[1] - 1)
-    inside = within(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0])
-    before = jnp.where(block > 0, jnp.take_along_axis(sums, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
-    offset = jnp.sum(jnp.cumsum(inside, axis=-1) <= (target - before)[:, None], axis=-1)
-    last = jnp.max(jnp.where(inside > 0, jnp.arange(BLOCK), 0), axis=-1)
-    return (block * BLOCK + jnp.minimum(offset, last)).astype(jnp.int32)
+    column = jnp.minimum(jnp.sum(sums <= target[:, None], axis=-1), sums.shape[1] - 1)
+    inside = within(jnp.take_along_axis(table, column[:, None, None], axis=2)[:, :, 0])
+    before = jnp.where(column > 0, jnp.take_along_axis(sums, jnp.maximum(column - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+    place = jnp.sum(jnp.cumsum(inside, axis=-1) <= (target - before)[:, None], axis=-1)
+    last = jnp.max(jnp.where(inside > 0, jnp.arange(COLUMN), 0), axis=-1)
+    return (jnp.minimum(place, last) * table.shape[2] + column).astype(jnp.int32)
 
 
 def _uniform(seed: Int32[Array, " row"], position: Int32[Array, " row"]) -> Float[Array, " row"]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from jaxserve.device.thresholds import FindThresholds, xla_thresholds
 from pallas_kernels import native_build
@@ -14,7 +14,11 @@ from pallas_kernels.sampling_thresholds import sampling_thresholds
 BLOCK = 128
 """Tokens that are looked at together before the whole is."""
 
+LANES = 128
+"""Of a TPU's register."""
+
 Logits = Float[Array, "row vocab"]
+MaskWords = Int32[Array, "row mask_word"]
 
 
 @dataclass(frozen=True)
@@ -27,29 +31,33 @@ class VocabularySearch:
     """As `lax.top_k`: values, falling, and their tokens, of equals the first."""
     thresholds: FindThresholds
     """Where top-k and top-p cut."""
+    bits: Callable[[MaskWords, int], Bool[Array, "row vocab"]]
+    """Of each token, from words of 32: bit b of word w is token 32 w + b. The vocabulary's size is given."""
 
 
 def search_on(platform: str) -> VocabularySearch:
     """That of a platform, which is given and not asked of JAX: steps are compiled for others too.
 
     XLA looks through whole rows slowly where it has no instruction for it: on a CPU for a maximum, on GPUs, where it
-    sorts them, for the largest few.
+    sorts them, for the largest few. On a TPU what spreads numbers over the lanes of a register is a product.
     """
     if platform == "cpu":
         native = native_build.available()
-        return VocabularySearch(block_argmax, block_top_k, sampling_thresholds if native else xla_thresholds)
-    return VocabularySearch(_argmax, block_top_k if platform == "cuda" else lax.top_k, xla_thresholds)
+        return VocabularySearch(block_argmax, block_top_k, sampling_thresholds if native else xla_thresholds, bits)
+    if platform == "cuda":
+        return VocabularySearch(_argmax, block_top_k, xla_thresholds, bits)
+    return VocabularySearch(_argmax, lax.top_k, xla_thresholds, bits_by_product)
 
 
-def in_blocks(values: Logits, filler: float) -> Float[Array, "row vocab_block block"]:
+def _in_blocks(values: Logits) -> Float[Array, "row vocab_block block"]:
     """Each row cut into blocks, the last one filled up."""
-    padded = jnp.pad(values, ((0, 0), (0, -values.shape[-1] % BLOCK)), constant_values=filler)
+    padded = jnp.pad(values, ((0, 0), (0, -values.shape[-1] % BLOCK)), constant_values=-jnp.inf)
     return padded.reshape(values.shape[0], -1, BLOCK)
 
 
 def block_argmax(logits: Logits) -> Int32[Array, " row"]:
     """The best block, then the best in it: one pass, which vectorizes."""
-    blocks = in_blocks(logits, -jnp.inf)
+    blocks = _in_blocks(logits)
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
     best = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
     return (block * BLOCK + best).astype(jnp.int32)
@@ -57,7 +65,7 @@ def block_argmax(logits: Logits) -> Int32[Array, " row"]:
 
 def block_top_k(logits: Logits, count: int) -> tuple[Float[Array, "row top"], Int32[Array, "row top"]]:
     """Of the blocks with the largest maxima: no other can have one of the largest."""
-    blocks = in_blocks(logits, -jnp.inf)
+    blocks = _in_blocks(logits)
     _, chosen = lax.top_k(jnp.max(blocks, axis=-1), min(count, blocks.shape[1]))
     chosen = jnp.sort(chosen, axis=-1)  # of equals, the first
     candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1)
@@ -67,3 +75,20 @@ def block_top_k(logits: Logits, count: int) -> tuple[Float[Array, "row top"], In
 
 def _argmax(logits: Logits) -> Int32[Array, " row"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def bits(words: MaskWords, vocab: int) -> Bool[Array, "row vocab"]:
+    """By shifting each word to each of its bits."""
+    shifted = words[:, :, None] >> jnp.arange(32)
+    return (shifted & 1).reshape(words.shape[0], -1)[:, :vocab] != 0
+
+
+def bits_by_product(words: MaskWords, vocab: int) -> Bool[Array, "row vocab"]:
+    """Each byte goes to its eight tokens by a product with ones and zeros, which is exact in bfloat16."""
+    byte_of = jnp.arange(LANES) // 8
+    padded = jnp.pad(words, ((0, 0), (0, -words.shape[1] % (LANES // 32))))
+    in_bytes = lax.bitcast_convert_type(padded, jnp.uint8).reshape(words.shape[0], -1, LANES // 8)
+    spread = (byte_of == jnp.arange(LANES // 8)[:, None]).astype(jnp.bfloat16)
+    of_token = jnp.matmul(in_bytes.astype(jnp.bfloat16), spread, preferred_element_type=jnp.float32)
+    of_bit = of_token.astype(jnp.int32) >> (jnp.arange(LANES) % 8)
+    return (of_bit & 1).reshape(words.shape[0], -1)[:, :vocab] != 0

@@ -40,5 +40,15 @@ def test_top_tokens_are_in_the_order_of_a_stable_sort(platform, size, count):
     np.testing.assert_array_equal(values, np.take_along_axis(np.asarray(logits), order, axis=-1))
 
 
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_mask_has_a_bit_for_each_token(platform, size):
+    allowed = np.random.default_rng(size).random((9, size)) < 0.5
+    allowed[0], allowed[1] = True, False
+    padded = np.pad(allowed, ((0, 0), (0, -size % 32)))
+    words = np.packbits(padded, axis=-1, bitorder="little").view("<i4")
+    np.testing.assert_array_equal(search_on(platform).bits(jnp.asarray(words), size), allowed)
+
+
 def test_steps_for_other_platforms_are_not_given_a_kernel_of_the_cpu():
     assert search_on("cuda").thresholds is search_on("tpu").thresholds is xla_thresholds
