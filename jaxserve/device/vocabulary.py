@@ -23,7 +23,7 @@ MaskWords = Int32[Array, "row mask_word"]
 
 @dataclass(frozen=True)
 class VocabularySearch:
-    """What is looked for in the rows of a step; the same tokens on every platform."""
+    """What is looked for in the rows of a step. Platforms differ in the order of a sum, and in nothing else."""
 
     argmax: Callable[[Logits], Int32[Array, " row"]]
     """The first of each row's largest."""
