@@ -1,0 +1,131 @@
+"""Tokens are drawn from the distribution that a request asks for, by what is found in its definition."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.device.batch import BIASES, CONSTRAINED, FILTERS, PENALIZES, SAMPLES, Upload
+from jaxserve.device.decode_state import DecodeState
+from jaxserve.device.sampling import sample_tokens
+from jaxserve.device.vocabulary import search_on
+
+VOCAB = 300
+DRAWS = 8_000
+LOGITS = np.random.default_rng(0).normal(size=VOCAB).astype(np.float32) * 2
+ALL_ALLOWED = np.full(-(-VOCAB // 32), -1, np.int32)
+
+
+def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
+    weights = np.exp((logits - logits.max()).astype(np.float64) / temperature)
+    return weights / weights.sum()
+
+
+def expected(
+    logits: np.ndarray = LOGITS, temperature: float = 1.0, top_k: int = VOCAB, top_p: float = 1.0, min_p: float = 0.0
+) -> np.ndarray:
+    """Probabilities by sorting, in float64."""
+    probabilities = softmax(logits, temperature)
+    order = np.argsort(-probabilities)
+    probabilities[order[top_k:]] = 0
+    sums = np.cumsum(probabilities[order])
+    probabilities[order[np.searchsorted(sums, top_p * sums[-1]) + 1 :]] = 0
+    probabilities[probabilities < min_p * probabilities.max()] = 0
+    return probabilities / probabilities.sum()
+
+
+def drawn(features: int, allowed: np.ndarray = ALL_ALLOWED, platform: str = "cpu", **fields: float) -> np.ndarray:
+    """Shares of the tokens that rows of the same logits and different seeds draw."""
+    rows = Upload.unpack(jnp.zeros(Upload.size(DRAWS, 0, 1), jnp.int32), DRAWS, 0)
+    fields = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0} | fields
+    rows = replace(
+        rows,
+        features=jnp.full(DRAWS, features, jnp.int32),
+        seed=jnp.arange(DRAWS, dtype=jnp.int32),
+        length=jnp.full(DRAWS, 9, jnp.int32),
+        stop_ids=jnp.full_like(rows.stop_ids, -1),
+        **{name: jnp.full_like(getattr(rows, name), value) for name, value in fields.items()},
+    )
+    state = DecodeState.zeros(1, VOCAB)
+    state = replace(
+        state,
+        output_counts=state.output_counts.at[0, :50].set(2),
+        bias_ids=state.bias_ids.at[0].set(jnp.arange(state.bias_ids.shape[1]) % VOCAB),
+        bias_values=state.bias_values.at[0, :5].set(3.0),
+    )
+    logits, masks = jnp.broadcast_to(LOGITS, (DRAWS, VOCAB)), jnp.broadcast_to(allowed, (DRAWS, len(allowed)))
+    search = search_on(platform)
+    tokens = jax.jit(lambda *args: sample_tokens(*args, search))(logits, rows, state, masks)
+    return np.bincount(tokens, minlength=VOCAB) / DRAWS
+
+
+def assert_drawn_from(shares: np.ndarray, probabilities: np.ndarray) -> None:
+    """Pearson's test: a right draw fails once in 10,000 times, and of fixed seeds never. Rare tokens count together."""
+    assert (shares[probabilities == 0] == 0).all()
+    rare = probabilities * DRAWS < 10
+    found = np.append(shares[~rare], shares[rare].sum())
+    wanted = np.append(probabilities[~rare], probabilities[rare].sum())
+    found, wanted = found[wanted > 0], wanted[wanted > 0]
+    assert len(found) > 3
+    statistic = DRAWS * (np.square(found - wanted) / wanted).sum()
+    freedom = len(found) - 1
+    # Wilson and Hilferty: the cube root of a chi-squared number over its degrees of freedom is nearly normal.
+    assert ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5 < 3.7
+
+
+EVERYTHING = {"temperature": 1.5, "top_k": 40, "top_p": 0.7, "min_p": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("platform", "fields"),
+    [
+        *(("cpu", fields) for fields in ({}, {"temperature": 0.4}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.05})),
+        *((platform, EVERYTHING) for platform in ("cpu", "cuda", "tpu")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
+)
+def test_tokens_are_drawn_as_often_as_they_are_likely(platform, fields):
+    features = SAMPLES | (FILTERS if fields.keys() - {"temperature"} else 0)
+    assert_drawn_from(drawn(features, platform=platform, **fields), expected(**fields))
+
+
+def test_a_penalty_changes_the_odds_of_what_was_said():
+    fields = {"frequency_penalty": 0.5, "presence_penalty": 0.25, "repetition_penalty": 1.3}
+    logits = LOGITS.copy()
+    said = logits[:50]
+    logits[:50] = np.where(said > 0, said / 1.3, said * 1.3) - 2 * 0.5 - 0.25
+    assert_drawn_from(drawn(SAMPLES | PENALIZES, **fields), expected(logits))
+
+
+def test_a_bias_changes_the_odds_of_its_tokens():
+    logits = LOGITS.copy()
+    logits[:5] += 3.0
+    assert_drawn_from(drawn(SAMPLES | BIASES), expected(logits))
+
+
+def test_what_a_constraint_leaves_is_drawn_as_often_as_it_is_likely_in_it():
+    allowed = np.random.default_rng(1).random(VOCAB) < 0.1
+    words = np.packbits(np.pad(allowed, (0, -VOCAB % 32)), bitorder="little").view("<i4")
+    shares = drawn(SAMPLES | CONSTRAINED | FILTERS, words, top_k=12)
+    assert_drawn_from(shares, expected(np.where(allowed, LOGITS, -np.inf), top_k=12))
+
+
+def test_features_of_other_rows_change_no_token():
+    rows = Upload.unpack(jnp.zeros(Upload.size(3, 0, 1), jnp.int32), 3, 0)
+    rows = replace(
+        rows,
+        features=jnp.asarray([0, SAMPLES, SAMPLES | FILTERS], jnp.int32),
+        temperature=jnp.asarray([0.0, 0.8, 0.8]),
+        top_p=jnp.asarray([1.0, 1.0, 0.5]),
+        seed=jnp.asarray([1, 2, 3], jnp.int32),
+    )
+    state, search = DecodeState.zeros(1, VOCAB), search_on("cpu")
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=(3, VOCAB)), jnp.float32)
+    masks = jnp.zeros((3, len(ALL_ALLOWED)), jnp.int32)
+    together = sample_tokens(logits, rows, state, masks, search)
+    for row in range(3):
+        alone = jax.tree.map(lambda leaf: leaf[row : row + 1], rows)  # noqa: B023
+        assert sample_tokens(logits[row : row + 1], alone, state, masks[:1], search)[0] == together[row]
+    assert together[0] == np.argmax(logits[0])
