@@ -1,5 +1,6 @@
 """Tokens are drawn from the distribution that a request asks for, by what is found in its definition."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -56,8 +57,8 @@ def drawn(features: int, allowed: np.ndarray = ALL_ALLOWED, platform: str = "cpu
         bias_values=state.bias_values.at[0, :5].set(3.0),
     )
     logits, masks = jnp.broadcast_to(LOGITS, (DRAWS, VOCAB)), jnp.broadcast_to(allowed, (DRAWS, len(allowed)))
-    search = search_on(platform)
-    tokens = jax.jit(lambda *args: sample_tokens(*args, search))(logits, rows, state, masks)
+    choose = jax.jit(functools.partial(sample_tokens, search=search_on(platform)))
+    tokens = choose(logits, rows, state, masks)
     return np.bincount(tokens, minlength=VOCAB) / DRAWS
 
 
@@ -121,11 +122,11 @@ def test_features_of_other_rows_change_no_token():
         top_p=jnp.asarray([1.0, 1.0, 0.5]),
         seed=jnp.asarray([1, 2, 3], jnp.int32),
     )
-    state, search = DecodeState.zeros(1, VOCAB), search_on("cpu")
+    state, choose = DecodeState.zeros(1, VOCAB), jax.jit(functools.partial(sample_tokens, search=search_on("cpu")))
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(3, VOCAB)), jnp.float32)
     masks = jnp.zeros((3, len(ALL_ALLOWED)), jnp.int32)
-    together = sample_tokens(logits, rows, state, masks, search)
+    together = choose(logits, rows, state, masks)
     for row in range(3):
         alone = jax.tree.map(lambda leaf: leaf[row : row + 1], rows)  # noqa: B023
-        assert sample_tokens(logits[row : row + 1], alone, state, masks[:1], search)[0] == together[row]
+        assert choose(logits[row : row + 1], alone, state, masks[:1])[0] == together[row]
     assert together[0] == np.argmax(logits[0])
