@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_a_clear_no_with_what_would(capsys: pytest.CaptureF
     common = ("--model", "llama-3.1-8b", "--slots", "64", "--attention", "xla")
     status, found = plan(capsys, *common, "--device", "v5e-1")
     assert status == 4 and not found["fits"]
-    assert "does not fit: of a device's 16.91 GB, weights take 16.06" in found["reason"]
+    assert "does not fit: 17 pages of 16 tokens have room, and one request at full context takes 512" in found["reason"]
     assert found["would_fit"][:2] == [
         "--device v5e-2 --tensor-parallel 2",
         "--device v5e-1 --tensor-parallel 1 --quantization int8",
