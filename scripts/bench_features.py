@@ -126,8 +126,9 @@ def main() -> int:
             )
     rounds: dict[str, list[Round]] = defaultdict(list)
     for number in range(-1, arguments.rounds):  # the first is for the caches
-        for kind, requests in kinds.items():
-            result = run_round(engine, requests(2 + number))
+        for place, (kind, requests) in enumerate(kinds.items()):
+            # Prompts of its own: those of another kind would be in the prefix cache.
+            result = run_round(engine, requests((1 + number) * len(kinds) + place))
             if number >= 0:
                 rounds[kind].append(result)
     figures = {kind: summarize(arguments.slots, rounds[kind]) for kind in kinds}

@@ -56,19 +56,27 @@ def sample_tokens(
     def processed_allowed(logits: Logits, rows: Upload, state: DecodeState, allowed: Array) -> Int32[Array, " row"]:
         return _choose(_mask(_process(logits, rows, state), rows, allowed, search), rows, search)
 
-    processes = any_row(rows, BIASES | PENALIZES | SAMPLES) | jnp.any(rows.length < rows.min_length)
+    processes = _changes_logits(rows) | any_row(rows, SAMPLES)
     branches = (likeliest, likeliest_allowed, processed, processed_allowed)
     return lax.switch(2 * processes + any_row(rows, CONSTRAINED), branches, logits, rows, state, allowed)
 
 
+def _is_early(rows: Upload) -> Bool[Array, " row"]:
+    """Whether a row's sequence may not stop yet."""
+    return rows.length < rows.min_length
+
+
+def _changes_logits(rows: Upload) -> Bool[Array, ""]:
+    return any_row(rows, BIASES | PENALIZES) | jnp.any(_is_early(rows))
+
+
 def _process(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
     # A feature that no row asks for costs a copy of the logits here; where none is asked for, all of them cost one.
-    processes = any_row(rows, BIASES | PENALIZES) | jnp.any(rows.length < rows.min_length)
-    return lax.cond(processes, _process_each, lambda logits, *_: logits, logits, rows, state)
+    return lax.cond(_changes_logits(rows), _process_each, lambda logits, *_: logits, logits, rows, state)
 
 
 def _process_each(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
-    logits = lax.cond(jnp.any(rows.length < rows.min_length), _mask_stop_ids, lambda x, *_: x, logits, rows)
+    logits = lax.cond(jnp.any(_is_early(rows)), _mask_stop_ids, lambda x, *_: x, logits, rows)
     logits = lax.cond(any_row(rows, BIASES), _add_bias, lambda x, *_: x, logits, rows, state)
     return lax.cond(any_row(rows, PENALIZES), _penalize, lambda x, *_: x, logits, rows, state)
 
@@ -86,7 +94,7 @@ def _mask(logits: Logits, rows: Upload, allowed: Int32[Array, "row mask_word"], 
 
 def _mask_stop_ids(logits: Logits, rows: Upload) -> Logits:
     vocab = logits.shape[-1]
-    early = (rows.length < rows.min_length)[:, None] & (rows.stop_ids >= 0)
+    early = _is_early(rows)[:, None] & (rows.stop_ids >= 0)
     ids = jnp.where(early, rows.stop_ids, vocab)
     return logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
 

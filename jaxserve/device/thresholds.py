@@ -17,22 +17,22 @@ FindThresholds = Callable[[Weights, Int32[Array, " row"], Float[Array, " row"]],
 def xla_thresholds(weights: Weights, top_k: Int32[Array, " row"], top_p: Float[Array, " row"]) -> Thresholds:
     """See `sampling_thresholds`. What no row asks for is not looked for."""
 
-    def kth(weights: Weights, top_k: Int32[Array, " row"], from_: Thresholds) -> Thresholds:
+    def kth(weights: Weights, top_k: Int32[Array, " row"], start: Thresholds) -> Thresholds:
         def count(part: Array, kept: Array) -> Array:
             return kept.astype(jnp.float32)  # exact: a vocabulary has fewer than 2**24 tokens
 
-        found = _largest_threshold(weights, count, top_k.astype(jnp.float32), from_)
-        return jnp.where(top_k < weights.shape[1], found, from_)
+        found = _largest_threshold(weights, count, top_k.astype(jnp.float32), start)
+        return jnp.where(top_k < weights.shape[1], found, start)
 
-    def nucleus(weights: Weights, top_p: Float[Array, " row"], from_: Thresholds) -> Thresholds:
+    def nucleus(weights: Weights, top_p: Float[Array, " row"], start: Thresholds) -> Thresholds:
         def mass(part: Array, kept: Array) -> Array:
             return jnp.where(kept, part, 0.0)
 
-        total = row_sums(weights, lambda part: mass(part, part >= from_[:, None]))
-        return jnp.where(top_p < 1.0, _largest_threshold(weights, mass, top_p * total, from_), from_)
+        total = row_sums(weights, lambda part: mass(part, part >= start[:, None]))
+        return jnp.where(top_p < 1.0, _largest_threshold(weights, mass, top_p * total, start), start)
 
-    def unchanged(weights: Weights, _: Array, from_: Thresholds) -> Thresholds:
-        return from_
+    def unchanged(weights: Weights, _: Array, start: Thresholds) -> Thresholds:
+        return start
 
     thresholds = jnp.zeros(weights.shape[0], weights.dtype)
     thresholds = lax.cond(jnp.any(top_k < weights.shape[1]), kth, unchanged, weights, top_k, thresholds)
@@ -43,13 +43,13 @@ def _largest_threshold(
     weights: Weights,
     mass: Callable[[Array, Bool[Array, "row part"]], Array],
     target: Float[Array, " row"],
-    from_: Thresholds,
+    start: Thresholds,
 ) -> Thresholds:
-    """The largest threshold of each row at which the mass of what it keeps reaches the target, as it does at `from_`.
+    """The largest threshold of each row at which the mass of what it keeps reaches the target, as it does at `start`.
 
     Between 0 and 1 the order of floats is that of their bits: 30 halvings of the bits find it.
     """
-    low = lax.bitcast_convert_type(from_, jnp.int32)
+    low = lax.bitcast_convert_type(start, jnp.int32)
     high = jnp.full(weights.shape[0], lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1)
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
