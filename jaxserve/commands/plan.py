@@ -175,7 +175,8 @@ def plan_text(plan: Plan) -> str:
 
 
 def _compiled_text(step: Plan) -> str:
-    name = f"{step['half']} of {step['rows']} rows" + (f" and {step['chunk']} prompt tokens" if step["chunk"] else "")
+    name = f"{step['program']} of {step['rows']} rows"
+    name += f" and {step['chunk']} prompt tokens" if step["chunk"] else ""
     talk = ", ".join(f"{count} {kind}" for kind, count in step["collectives"].items()) or "none"
     text = f"compiled {name}: temporaries {_size(step['temporaries'])}, collectives {talk}"
     if step["cache"]:
@@ -188,7 +189,7 @@ def compiled_steps(model: ModelConfig, config: EngineConfig, device: Device, num
     CommandError where there is no compiler for the device."""
     import jax
 
-    from jaxserve.device.ahead_of_time import CannotCompile, choose_figures, forward_figures, placement_on
+    from jaxserve.device.ahead_of_time import CannotCompile, choosing_figures, forward_figures, placement_on
 
     jax.config.update("jax_platforms", "cpu")  # or the compilers' plugins look for devices
     config = replace(config, max_context=full_context(model, config))
@@ -199,7 +200,7 @@ def compiled_steps(model: ModelConfig, config: EngineConfig, device: Device, num
         raise CommandError(str(error)) from error
     chunks = (0, max(config.prefill_chunks))
     figures = [forward_figures(model, config, attention, placement, num_pages, chunk) for chunk in chunks]
-    return [found.to_json() for found in (*figures, choose_figures(model, config, placement))]
+    return [found.to_json() for found in (*figures, *choosing_figures(model, config, placement))]
 
 
 def plan(config: EngineConfig, device: Device, count: int, *, compiles: bool = False) -> Plan:

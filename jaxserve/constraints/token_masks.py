@@ -97,7 +97,7 @@ class TokenMasks:
         return endings
 
     def fill(self, plan: StepPlan, rows: Rows[int]) -> tuple[np.ndarray, list[Ending]]:
-        """The masks of a step, int32 [row, mask_word] as `step.choose` takes them, and who can go no further.
+        """The masks of a step, int32 [row, mask_word], as `ChoosingPrograms` has them, and who can go no further.
 
         Every token before those of this step must have been taken in.
         """

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jaxserve.config import EngineConfig
 from jaxserve.device.devices import Device
 from jaxserve.device.kv_cache import KVCache
-from jaxserve.device.lowering import StepInputs, lower_choose, lower_forward
+from jaxserve.device.lowering import StepInputs, abstract_state, lower_choosing, lower_forward
 from jaxserve.device.sharding import Placement
 from jaxserve.models.config import ModelConfig
 from pallas_kernels import PagedAttention
@@ -74,10 +74,10 @@ class KernelFigures:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What the compiler says of one half of a step, on each of the devices that share it. Sizes in bytes."""
+    """What the compiler says of a program of a step, on each of the devices that share it. Sizes in bytes."""
 
-    half: str
-    """`forward` or `choose`."""
+    program: str
+    """`forward`, or one of the second half, as `ChoosingPrograms` names them."""
     rows: int
     chunk: int
     """Prompt tokens beside the rows; 0 for a decode step."""
@@ -88,7 +88,7 @@ class StepFigures:
     aliased: int
     """Of arguments that the outputs overwrite in place."""
     cache: int
-    """Of the arguments; 0 in `choose`, which has no cache."""
+    """Of the arguments; 0 in the second half, which has no cache."""
     cache_is_aliased: bool
     """Every array of the cache is overwritten in place."""
     cache_copies: int
@@ -98,6 +98,8 @@ class StepFigures:
     bytes_accessed: float
     collectives: dict[str, int]
     """Operations by which devices talk, by kind."""
+    branches: int
+    """Operations that run one of several computations: at each a GPU waits for the host, and the host for the GPU."""
     kernels: dict[str, KernelFigures]
     """Pallas kernels for TPUs, by name."""
 
@@ -146,19 +148,18 @@ def forward_figures(
     return _figures("forward", config.slots, chunk, lowered.compile(), inputs.cache, len(inputs.weights))
 
 
-def choose_figures(model: ModelConfig, config: EngineConfig, placement: Placement) -> StepFigures:
-    """The second half of a step of all slots, compiled from shapes alone."""
-    from jaxserve.device.lowering import abstract_state
-
+def choosing_figures(model: ModelConfig, config: EngineConfig, placement: Placement) -> list[StepFigures]:
+    """The programs of the second half of a step of all slots, compiled from shapes alone."""
     state = abstract_state(config.slots, model.vocab_size, placement)
     max_pages = -(-(config.max_context or model.max_context) // config.page_size)
     with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
-        lowered = lower_choose(state, model, placement, config.slots, max_pages)
-    return _figures("choose", config.slots, 0, lowered.compile(), KVCache(()), 0)
+        programs = lower_choosing(state, model, placement, config.slots, max_pages)
+    compiled = programs.map(lambda name, program: _figures(name, config.slots, 0, program.compile(), KVCache(()), 0))
+    return list(compiled)
 
 
 def _figures(
-    half: str, rows: int, chunk: int, compiled: jax.stages.Compiled, cache: KVCache, first: int
+    program: str, rows: int, chunk: int, compiled: jax.stages.Compiled, cache: KVCache, first: int
 ) -> StepFigures:
     """`first` is the number of the first argument that is an array of the cache; they are the first outputs."""
     memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text() or ""
@@ -167,7 +168,7 @@ def _figures(
     shapes = {leaf.sharding.shard_shape(leaf.shape) for leaf in leaves}
     aliases = _aliases(text)
     return StepFigures(
-        half=half,
+        program=program,
         rows=rows,
         chunk=chunk,
         arguments=int(memory.argument_size_in_bytes),
@@ -180,6 +181,7 @@ def _figures(
         flops=float(costs.get("flops", 0.0)),
         bytes_accessed=float(costs.get("bytes accessed", 0.0)),
         collectives={kind: count for kind in _COLLECTIVES if (count := _count_calls(text, kind))},
+        branches=_count_calls(text, "conditional"),
         kernels=tpu_kernels(text),
     )
 

@@ -41,21 +41,22 @@ class Column(IntEnum):
 
 
 ROW_COLUMNS = Column.STOP_IDS + MAX_STOP_TOKEN_IDS
-SAMPLES, PENALIZES, BIASES, REPORTS_LOGPROBS, FILTERS, CONSTRAINED = 1, 2, 4, 8, 16, 32
-"""Bits of FEATURES: what a row needs beyond the argmax. A feature that no row has costs nothing in a step."""
+SAMPLES, TOP_K, TOP_P, PENALIZES, BIASES, EARLY, REPORTS_LOGPROBS, CONSTRAINED = (1 << bit for bit in range(8))
+"""Bits of FEATURES: what a row needs beyond the argmax. A feature that no row has costs nothing in a step. EARLY is not
+the row's: it is so in steps in which its sequence may not stop yet."""
 
 
-def features(submit: Submit) -> int:
+def features_of(submit: Submit) -> int:
     """The bits of FEATURES for a request."""
     penalizes = submit.presence_penalty or submit.frequency_penalty or submit.repetition_penalty != 1.0
-    filters = submit.top_k > 0 or submit.top_p < 1.0 or submit.min_p > 0.0
     samples = submit.temperature > 0.0
     return (
         (SAMPLES if samples else 0)
+        | (TOP_K if samples and submit.top_k > 0 else 0)
+        | (TOP_P if samples and submit.top_p < 1.0 else 0)
         | (PENALIZES if penalizes else 0)
         | (BIASES if submit.logit_bias else 0)
         | (REPORTS_LOGPROBS if submit.logprobs >= 0 else 0)
-        | (FILTERS if samples and filters else 0)
         | (CONSTRAINED if submit.grammar is not None else 0)
     )
 
@@ -176,6 +177,13 @@ class Packer:
         positions[start:] = 0
         return packed
 
+    def features(self, packed: np.ndarray, rows: int) -> int:
+        """What those rows of an upload ask for together that choose a token in its step."""
+        table = packed[: rows * self._lines.shape[1]].reshape(rows, -1)
+        choosing = table[(table[:, Column.DECODES] != 0) | (table[:, Column.SAMPLE_INDEX] >= 0), :ROW_COLUMNS]
+        is_early = (choosing[:, Column.LENGTH] < choosing[:, Column.MIN_LENGTH]).any()
+        return int(np.bitwise_or.reduce(choosing[:, Column.FEATURES], initial=0)) | (EARLY if is_early else 0)
+
     def _write_new_pages(self, slot: int, sequence: Sequence) -> None:
         written, pages = self._pages_written[slot], sequence.pages
         self._lines[slot, ROW_COLUMNS + written : ROW_COLUMNS + len(pages)] = pages[written:]
@@ -189,7 +197,7 @@ class Packer:
         self._pages_written[slot] = 0
         line[Column.MAX_LENGTH] = submit.max_length
         line[Column.MIN_LENGTH] = submit.min_length
-        line[Column.FEATURES] = features(submit)
+        line[Column.FEATURES] = features_of(submit)
         line[Column.SEED] = np.uint32(submit.seed).view(np.int32)
         line[Column.TOP_K] = submit.top_k
         reals[Column.TEMPERATURE] = submit.temperature

@@ -1,4 +1,4 @@
-"""The halves of the engine's steps, lowered for a placement, whether its devices are there or only described.
+"""The programs of the engine's steps, lowered for a placement, whether its devices are there or only described.
 
 The engine compiles these with its weights and cache; a plan or a test with shapes alone, for devices it does not have.
 """
@@ -15,12 +15,13 @@ from jaxtyping import Array
 
 from jaxserve.config import EngineConfig
 from jaxserve.device.batch import Upload
+from jaxserve.device.choosing import ChoosingPrograms, make_choosing
 from jaxserve.device.decode_state import DecodeState
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.prompt_scores import SCORED, make_score
 from jaxserve.device.sharding import Placement
-from jaxserve.device.step import Weights, make_choose, make_forward
-from jaxserve.device.vocabulary import search_on
+from jaxserve.device.step import Prediction, Weights, make_forward
+from jaxserve.device.vocabulary import VocabularySearch, search_on
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama, abstract_llama
 from jaxserve.models.parameters import named_parameters, with_values
@@ -56,9 +57,13 @@ class StepInputs:
 
 def abstract_state(slots: int, vocab_size: int, placement: Placement) -> DecodeState:
     """Shapes, dtypes and shardings of the state, which is whole on every device."""
-    state = jax.eval_shape(lambda: DecodeState.zeros(slots, vocab_size))
+    return _abstract(lambda: DecodeState.zeros(slots, vocab_size), placement)
+
+
+def _abstract[Tree](make: Callable[[], Tree], placement: Placement) -> Tree:
     whole = placement.sharding()
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), state)
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
 
 
 def flatten_model(graphdef: nnx.GraphDef, params: nnx.State) -> tuple[Weights, Callable[[Weights], Llama]]:
@@ -81,7 +86,8 @@ def lower_forward(
     Compiled, it takes what `make_forward` says and DONATES the cache. Over several devices each runs it on its own
     share of weights and cache; all else is whole on each.
     """
-    forward = make_forward(inputs.build_model, model, attention, rows, chunk)
+    search = search_on(placement.platform)
+    forward = make_forward(inputs.build_model, model, attention, search, rows, chunk)
     if placement.tensor_parallel > 1:
         weights, cache = jax.tree.map(_spec, (inputs.weights, inputs.cache))
         whole = PartitionSpec()
@@ -97,19 +103,40 @@ def lower_forward(
     return jax.jit(forward, donate_argnums=1).lower(inputs.weights, inputs.cache, inputs.state, upload)
 
 
-def lower_choose(
-    state: DecodeState, model: ModelConfig, placement: Placement, rows: int, max_pages: int
-) -> jax.stages.Lowered:
-    """The second half of a step of `rows` rows. Compiled, it takes what `make_choose` says and DONATES the state.
+def lower_choosing(
+    state: DecodeState,
+    model: ModelConfig,
+    placement: Placement,
+    rows: int,
+    max_pages: int,
+    search: VocabularySearch | None = None,
+) -> ChoosingPrograms[jax.stages.Lowered]:
+    """The second half of a step of `rows` rows, with the search of the placement's platform if no other is given.
 
     Every device does the same with the same logits, and so agrees on the tokens.
     """
-    logits = _whole((rows, model.vocab_size), jnp.float32, placement)
-    upload = _whole((Upload.size(rows, 0, max_pages),), jnp.int32, placement)
+    prediction = _abstract(lambda: Prediction.zeros(rows, model.vocab_size), placement)
+    packed = _whole((Upload.size(rows, 0, max_pages),), jnp.int32, placement)
     allowed = _whole((rows, -(-model.vocab_size // 32)), jnp.int32, placement)
-    choose = make_choose(search_on(placement.platform))
-    step = jax.jit(choose, donate_argnums=0, out_shardings=placement.sharding())
-    return step.lower(state, logits, upload, allowed)
+    thresholds = _whole((rows,), jnp.float32, placement)
+    chosen = _whole((2, rows), jnp.int32, placement)
+    arguments = {
+        "process": (prediction, state, packed),
+        "constrain": (prediction, packed, allowed),
+        "weigh": (prediction, packed),
+        "cut": (prediction.logits, packed),
+        "draw": (state, prediction, packed, prediction.logits, thresholds),
+        "take": (state, prediction, packed),
+        "count": (state, chosen, packed),
+        "report": (prediction, chosen),
+    }
+
+    def lower(name: str, program: Callable[..., object]) -> jax.stages.Lowered:
+        donated = 0 if name in ("draw", "take", "count") else ()
+        step = jax.jit(program, donate_argnums=donated, out_shardings=placement.sharding())
+        return step.lower(*arguments[name])
+
+    return make_choosing(search or search_on(placement.platform)).map(lower)
 
 
 def lower_score(

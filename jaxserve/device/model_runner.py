@@ -1,14 +1,15 @@
 """The device side of an engine: parameters, live cache and state, and the compiled steps.
 
 A step is dispatched in two halves, `forward` and `choose`, which never wait for the device; `read` is the one place
-that does.
+that does. The second half is the programs that its rows ask for.
 """
 
+import itertools
 import logging
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -20,14 +21,16 @@ from jaxserve.checkpoints import LoadedModel
 from jaxserve.config import EngineConfig
 from jaxserve.device import lowering
 from jaxserve.device.allocation import Allocation, allocate, attention_needs, device_in_use, device_limit, full_context
-from jaxserve.device.batch import BIASES, PENALIZES, Packer, features
+from jaxserve.device.batch import BIASES, PENALIZES, REPORTS_LOGPROBS, SAMPLES, Packer, features_of
+from jaxserve.device.choosing import CUT, PROCESSED, make_choosing
 from jaxserve.device.decode_state import DecodeState, take_slot
 from jaxserve.device.huge_pages import use_huge_pages
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.lowering import StepInputs, abstract_state, flatten_model, temporary_bytes
 from jaxserve.device.page_copies import PageCopies
 from jaxserve.device.prompt_scores import PendingScores, PromptScorer, logprobs_of, read_scores
-from jaxserve.device.step import StepOutput
+from jaxserve.device.step import Prediction
+from jaxserve.device.vocabulary import search_on
 from jaxserve.models.layers import Matmul
 from jaxserve.models.packing import pack_params
 from jaxserve.request import MAX_LOGIT_BIAS
@@ -53,7 +56,9 @@ class Forward:
     """The first half of a step, dispatched."""
 
     plan: StepPlan
-    logits: jax.Array
+    features: int
+    """Of its rows together."""
+    prediction: Prediction
     packed_rows: jax.Array
     chunk_hidden: jax.Array
 
@@ -63,8 +68,10 @@ class PendingStep:
     """A dispatched step whose output is on its way to the host."""
 
     plan: StepPlan
-    output: StepOutput
-    reports_logprobs: bool
+    chosen: jax.Array
+    """Tokens and flags."""
+    logprobs: tuple[jax.Array, jax.Array] | None
+    """Values and tokens, if a row asks."""
     scores: list[PendingScores]
 
 
@@ -97,10 +104,9 @@ class ModelRunner:
             use_huge_pages(self._weights)
         self.row_counts = _row_counts(config, self.matmul)
         self.chunk_sizes = config.prefill_chunks
-        words = -(-model.config.vocab_size // 32)
-        self._no_masks = {rows: self._put(np.zeros((rows, words), np.int32)) for rows in self.row_counts}
+        self._no_thresholds = {rows: self._put(np.zeros(rows, np.float32)) for rows in self.row_counts}
         self._take_pages(self._allocate())
-        self._forwards, self._chooses = self._compile_steps(progress)
+        self._forwards, self._choosing = self._compile_steps(progress)
         self._packer = Packer(config.slots, self._max_pages)
         self.reset()
         self._scorer = self._compile_scorer()
@@ -148,10 +154,11 @@ class ModelRunner:
 
     def _compile_steps(self, progress):
         """Every step, for as many pages as memory has room for beside what the compiled steps themselves need."""
-        forwards, chooses = self._compile_for_pages(progress)
-        temporaries = max(temporary_bytes(step) for step in (*forwards.values(), *chooses.values()))
+        forwards, choosing = self._compile_for_pages(progress)
+        programs = itertools.chain(forwards.values(), *choosing.values())
+        temporaries = max(temporary_bytes(program) for program in programs)
         if self.allocation.limit is None or temporaries <= self.allocation.temporaries:
-            return forwards, chooses
+            return forwards, choosing
         log.warning("the steps need %d bytes beside the cache, more than was expected", temporaries)
         self._take_pages(self._allocate(temporaries))
         return self._compile_for_pages(progress)
@@ -166,24 +173,30 @@ class ModelRunner:
             step = (rows, chunk, self._max_pages)
             return lowering.lower_forward(inputs, self.model_config, self.attention, self._placement, *step)
 
-        def lower_choose(rows: int):
-            return lowering.lower_choose(state, self.model_config, self._placement, rows, self._max_pages)
+        def lower_choosing(rows: int):
+            return lowering.lower_choosing(state, self.model_config, self._placement, rows, self._max_pages)
 
-        def compile_step(lowered):
+        total = len(shapes) + len(self.row_counts) * len(make_choosing(search_on(self.platform)))
+
+        def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
             nonlocal done
             compiled = lowered.compile()
             done += 1
-            progress("compiling", done / (len(shapes) + len(self.row_counts)))
+            progress("compiling", done / total)
             return compiled
 
         progress("compiling", 0.0)
-        # XLA compiles outside the GIL: tracing one step overlaps with compiling another.
+        # XLA compiles outside the GIL: tracing one program overlaps with compiling another.
         with ThreadPoolExecutor(max_workers=2) as pool:
-            forwards = {shape: pool.submit(compile_step, lower_forward(*shape)) for shape in shapes}
-            chooses = {rows: pool.submit(compile_step, lower_choose(rows)) for rows in self.row_counts}
+
+            def submit(_: str, lowered: jax.stages.Lowered) -> Future[jax.stages.Compiled]:
+                return pool.submit(compile_program, lowered)
+
+            forwards = {shape: pool.submit(compile_program, lower_forward(*shape)) for shape in shapes}
+            choosing = {rows: lower_choosing(rows).map(submit) for rows in self.row_counts}
             return (
                 {shape: future.result() for shape, future in forwards.items()},
-                {rows: future.result() for rows, future in chooses.items()},
+                {rows: programs.map(lambda _, future: future.result()) for rows, programs in choosing.items()},
             )
 
     def _compile_scorer(self) -> PromptScorer:
@@ -203,14 +216,22 @@ class ModelRunner:
         for number, (rows, chunk) in enumerate(self._forwards):
             progress("warming up", number / len(self._forwards))
             forward = self._forward(StepPlan(0), rows, chunk)
-            self.read(self.choose(forward, None))
             if chunk:
                 self._scorer.warm_up(forward.chunk_hidden)
+            else:
+                self._warm_up_choosing(forward)
         self._own_slot(0, np.zeros(0, np.int32), np.zeros(0, np.int32), {})
         zero = self._copies.to_host(self._copies.save(self._cache, [0]))
         self._cache = self._copies.restore(self._cache, zero, 0, [0])
         jax.block_until_ready(self._state)
         progress("warming up", 1.0)
+
+    def _warm_up_choosing(self, forward: Forward) -> None:
+        programs = self._choosing[len(forward.prediction.likeliest)]
+        for features in (0, *programs.process, *(SAMPLES | cut for cut in programs.cut), REPORTS_LOGPROBS):
+            self.read(self.choose(replace(forward, features=features), None))
+        words = -(-self.model_config.vocab_size // 32)
+        self.read(self.choose(forward, np.zeros((0, words), np.int32)))
 
     def forward(self, plan: StepPlan) -> Forward:
         """Uploads a plan and starts the first half of its step, behind the steps already started."""
@@ -219,7 +240,7 @@ class ModelRunner:
         for saved, first, pages in plan.restores:
             self._cache = self._copies.restore(self._cache, saved.data, first, pages)
         for slot, sequence in plan.new_owners:
-            if features(sequence.submit) & (PENALIZES | BIASES):
+            if features_of(sequence.submit) & (PENALIZES | BIASES):
                 self._own_slot_for(slot, sequence)
         chunk = next(size for size in (0, *self.chunk_sizes) if size >= plan.chunk_tokens)
         enough = (count for count in self.row_counts if count >= len(plan.sequences))
@@ -229,34 +250,45 @@ class ModelRunner:
     def _forward(self, plan: StepPlan, rows: int, chunk: int) -> Forward:
         packed = self._packer.pack(plan, rows, chunk)
         step = self._forwards[rows, chunk]
-        self._cache, logits, packed_rows, hidden = step(self._weights, self._cache, self._state, packed)
-        return Forward(plan, logits, packed_rows, hidden)
+        self._cache, prediction, packed_rows, hidden = step(self._weights, self._cache, self._state, packed)
+        return Forward(plan, self._packer.features(packed, rows), prediction, packed_rows, hidden)
 
     def choose(self, forward: Forward, masks: np.ndarray | None) -> PendingStep:
         """Starts the second half of a step. `masks`, if a row has a constraint: int32, a line for each row of the plan,
-        as `step.choose` takes them; it must not be written again."""
-        plan, rows = forward.plan, forward.logits.shape[0]
-        allowed = self._no_masks[rows]
+        as `ChoosingPrograms.constrain` takes them; it must not be written again."""
+        prediction, packed, features = forward.prediction, forward.packed_rows, forward.features
+        rows = len(prediction.likeliest)
+        programs = self._choosing[rows]
+        if features & PROCESSED:
+            prediction = programs.processing(features)(prediction, self._state, packed)
         if masks is not None:
             allowed = self._put(np.pad(masks, ((0, rows - len(masks)), (0, 0))))
-        self._state, output = self._chooses[rows](self._state, forward.logits, forward.packed_rows, allowed)
-        output.tokens_and_flags.copy_to_host_async()
-        reports = any(sequence.submit.logprobs >= 0 for sequence in plan.sequences)
-        if reports:
-            output.logprobs.copy_to_host_async()
-            output.logprob_ids.copy_to_host_async()
-        return PendingStep(plan, output, reports, self._scorer.start(plan, forward.chunk_hidden))
+            prediction = programs.constrain(prediction, packed, allowed)
+        if features & SAMPLES:
+            weights = programs.weigh(prediction, packed)
+            thresholds = programs.cutting(features)(weights, packed) if features & CUT else self._no_thresholds[rows]
+            self._state, chosen = programs.draw(self._state, prediction, packed, weights, thresholds)
+        else:
+            self._state, chosen = programs.take(self._state, prediction, packed)
+        chosen.copy_to_host_async()
+        if features & PENALIZES:
+            self._state = programs.count(self._state, chosen, packed)
+        logprobs = None
+        if features & REPORTS_LOGPROBS:
+            logprobs = programs.report(forward.prediction, chosen)
+            for array in logprobs:
+                array.copy_to_host_async()
+        return PendingStep(forward.plan, chosen, logprobs, self._scorer.start(forward.plan, forward.chunk_hidden))
 
     def read(self, pending: PendingStep) -> StepResults:
         """Waits for a step and gives its tokens. The only place where the host waits for the device."""
-        tokens, flags = np.asarray(pending.output.tokens_and_flags).tolist()
+        tokens, flags = np.asarray(pending.chosen).tolist()
         for saved, _ in pending.plan.saves:
             saved.data = self._copies.to_host(saved.data)
         scores = read_scores(pending.plan, pending.scores)
-        if not pending.reports_logprobs:
+        if pending.logprobs is None:
             return StepResults(tokens, flags, None, scores)
-        values = jax.device_get(pending.output.logprobs).tolist()
-        ids = jax.device_get(pending.output.logprob_ids).tolist()
+        values, ids = (array.tolist() for array in jax.device_get(pending.logprobs))
         logprobs = []
         for row, sequence in enumerate(pending.plan.sequences):
             top = max(sequence.submit.logprobs, 0) + 1

@@ -39,7 +39,8 @@ def make_score(build_model: Callable[[Weights], Llama], search: VocabularySearch
         rows = hidden[jnp.minimum(first + jnp.arange(SCORED), hidden.shape[0] - 1)]
         count = jnp.sum(targets >= 0)
         live = LiveRows(jnp.stack([count, jnp.zeros_like(count)]).astype(jnp.int32), SCORED)
-        return token_logprobs(build_model(weights).logits(rows, live), jnp.maximum(targets, 0), search)
+        logits = build_model(weights).logits(rows, live)
+        return token_logprobs(logits, search.argmax(logits), jnp.maximum(targets, 0), search)
 
     return score
 

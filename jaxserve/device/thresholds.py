@@ -10,33 +10,36 @@ from jaxserve.device.row_sums import row_sums
 
 Weights = Float[Array, "row vocab"]
 Thresholds = Float[Array, " row"]
-FindThresholds = Callable[[Weights, Int32[Array, " row"], Float[Array, " row"]], Thresholds]
+FindThresholds = Callable[[Weights, Int32[Array, " row"] | None, Float[Array, " row"] | None], Thresholds]
 """From weights in [0, 1], top-k and top-p to thresholds, as `pallas_kernels.sampling_thresholds` says."""
 
 
-def xla_thresholds(weights: Weights, top_k: Int32[Array, " row"], top_p: Float[Array, " row"]) -> Thresholds:
-    """See `sampling_thresholds`. What no row asks for is not looked for."""
-
-    def kth(weights: Weights, top_k: Int32[Array, " row"], start: Thresholds) -> Thresholds:
-        def count(part: Array, kept: Array) -> Array:
-            return kept.astype(jnp.float32)  # exact: a vocabulary has fewer than 2**24 tokens
-
-        found = _largest_threshold(weights, count, top_k.astype(jnp.float32), start)
-        return jnp.where(top_k < weights.shape[1], found, start)
-
-    def nucleus(weights: Weights, top_p: Float[Array, " row"], start: Thresholds) -> Thresholds:
-        def mass(part: Array, kept: Array) -> Array:
-            return jnp.where(kept, part, 0.0)
-
-        total = row_sums(weights, lambda part: mass(part, part >= start[:, None]))
-        return jnp.where(top_p < 1.0, _largest_threshold(weights, mass, top_p * total, start), start)
-
-    def unchanged(weights: Weights, _: Array, start: Thresholds) -> Thresholds:
-        return start
-
+def xla_thresholds(
+    weights: Weights, top_k: Int32[Array, " row"] | None, top_p: Float[Array, " row"] | None
+) -> Thresholds:
+    """See `sampling_thresholds`. Every row is searched for what is given."""
     thresholds = jnp.zeros(weights.shape[0], weights.dtype)
-    thresholds = lax.cond(jnp.any(top_k < weights.shape[1]), kth, unchanged, weights, top_k, thresholds)
-    return lax.cond(jnp.any(top_p < 1.0), nucleus, unchanged, weights, top_p, thresholds)
+    if top_k is not None:
+        thresholds = _kth(weights, top_k, thresholds)
+    if top_p is not None:
+        thresholds = _nucleus(weights, top_p, thresholds)
+    return thresholds
+
+
+def _kth(weights: Weights, top_k: Int32[Array, " row"], start: Thresholds) -> Thresholds:
+    def count(part: Array, kept: Array) -> Array:
+        return kept.astype(jnp.float32)  # exact: a vocabulary has fewer than 2**24 tokens
+
+    found = _largest_threshold(weights, count, top_k.astype(jnp.float32), start)
+    return jnp.where(top_k < weights.shape[1], found, start)
+
+
+def _nucleus(weights: Weights, top_p: Float[Array, " row"], start: Thresholds) -> Thresholds:
+    def mass(part: Array, kept: Array) -> Array:
+        return jnp.where(kept, part, 0.0)
+
+    total = row_sums(weights, lambda part: mass(part, part >= start[:, None]))
+    return jnp.where(top_p < 1.0, _largest_threshold(weights, mass, top_p * total, start), start)
 
 
 def _largest_threshold(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from jaxserve.device.batch import TOP_K, TOP_P
 from jaxserve.device.thresholds import FindThresholds, xla_thresholds
 from pallas_kernels import native_build
 from pallas_kernels.sampling_thresholds import sampling_thresholds
@@ -29,24 +30,30 @@ class VocabularySearch:
     """The first of each row's largest."""
     top_k: Callable[[Logits, int], tuple[Float[Array, "row top"], Int32[Array, "row top"]]]
     """As `lax.top_k`: values, falling, and their tokens, of equals the first."""
-    thresholds: FindThresholds
-    """Where top-k and top-p cut."""
     bits: Callable[[MaskWords, int], Bool[Array, "row vocab"]]
     """Of each token, from words of 32: bit b of word w is token 32 w + b. The vocabulary's size is given."""
+    thresholds: FindThresholds
+    """Where top-k and top-p cut."""
+    cuts: tuple[int, ...]
+    """The sets of features, of TOP_K and TOP_P, that there is a program for. More of them, and a step looks for less
+    that its rows do not ask for; fewer, and an engine is compiled sooner."""
 
 
 def search_on(platform: str) -> VocabularySearch:
     """That of a platform, which is given and not asked of JAX: steps are compiled for others too.
 
     XLA looks through whole rows slowly where it has no instruction for it: on a CPU for a maximum, on GPUs, where it
-    sorts them, for the largest few. On a TPU what spreads numbers over the lanes of a register is a product.
+    sorts them, for the largest few. On a TPU what spreads numbers over the lanes of a register is a product. The native
+    kernel for thresholds passes over rows that do not ask for one.
     """
+    both = TOP_P | TOP_K
+    if platform == "cpu" and native_build.available():
+        return VocabularySearch(block_argmax, block_top_k, bits, sampling_thresholds, (both,))
     if platform == "cpu":
-        native = native_build.available()
-        return VocabularySearch(block_argmax, block_top_k, sampling_thresholds if native else xla_thresholds, bits)
+        return VocabularySearch(block_argmax, block_top_k, bits, xla_thresholds, (TOP_P, both))
     if platform == "cuda":
-        return VocabularySearch(_argmax, block_top_k, xla_thresholds, bits)
-    return VocabularySearch(_argmax, lax.top_k, xla_thresholds, bits_by_product)
+        return VocabularySearch(_argmax, block_top_k, bits, xla_thresholds, (TOP_P, both))
+    return VocabularySearch(_argmax, lax.top_k, bits_by_product, xla_thresholds, (TOP_P, both))
 
 
 def _in_blocks(values: Logits) -> Float[Array, "row vocab_block block"]:

@@ -14,11 +14,12 @@ from gpu_checks.random_model import LLAMA_8B, TINY, random_weights
 from gpu_checks.timing import profile, seconds_per_call
 from jaxserve.config import EngineConfig
 from jaxserve.device.batch import ROW_COLUMNS, Column, Upload
+from jaxserve.device.choosing import make_choosing
 from jaxserve.device.decode_state import DecodeState
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.lowering import StepInputs
 from jaxserve.device.sharding import Placement
-from jaxserve.device.step import make_choose, make_forward
+from jaxserve.device.step import make_forward
 from jaxserve.device.vocabulary import search_on
 from jaxserve.scheduling.sequence import EMITTED
 from pallas_kernels import AttentionNeeds, select
@@ -81,17 +82,16 @@ def _step(
     pages = -(-context // config.page_size)
     placement = Placement((jax.devices()[0],))
     inputs = StepInputs.abstract(model, config, attention, 1 + rows * pages, placement)
-    forward = make_forward(inputs.build_model, model, attention, rows, chunk)
-    choose = make_choose(search_on(placement.platform))
-    allowed = jnp.zeros((rows, -(-model.vocab_size // 32)), jnp.int32)
+    search = search_on(placement.platform)
+    forward = make_forward(inputs.build_model, model, attention, search, rows, chunk)
+    take = make_choosing(search).take
     packed = jnp.asarray(_upload(rows, live, chunk, context, pages))
 
     @functools.partial(jax.jit, donate_argnums=1)
     def step(weights, carry, packed):
         cache, state, _ = carry
-        cache, logits, packed_rows, _ = forward(weights, cache, state, packed)
-        state, output = choose(state, logits, packed_rows, allowed)
-        return cache, state, output.tokens_and_flags
+        cache, prediction, packed_rows, _ = forward(weights, cache, state, packed)
+        return cache, *take(state, prediction, packed_rows)
 
     def first_carry():
         state = replace(DecodeState.zeros(rows, model.vocab_size), ended=jnp.zeros(rows, bool))

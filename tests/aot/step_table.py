@@ -2,7 +2,7 @@
 
     python tests/aot/step_table.py [CELL ...]       writes step_table.json anew, or the named cells of it
 
-A cell takes half a minute to two, for two or three programs of a whole model.
+A cell takes half a minute to two, for two programs of a whole model.
 """
 
 import functools
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.config import EngineConfig
-from jaxserve.device.ahead_of_time import choose_figures, forward_figures, placement_on
+from jaxserve.device.ahead_of_time import choosing_figures, forward_figures, placement_on
 from jaxserve.device.allocation import allocate
 from jaxserve.device.devices import DEVICES
 from jaxserve.device.kv_cache import page_bytes
@@ -109,7 +109,7 @@ def stated_work(cell: Cell, chunk: int) -> dict[str, dict[str, int]]:
 
 
 def figures(cell: Cell) -> dict[str, object]:
-    """Of the cell's decode step, its mixed step and its choose, with as many pages as the device has room for."""
+    """Of the forwards of the cell's decode and mixed step, and of the second half of both, with as many pages as the device has room for."""
     jax.config.update("jax_platforms", "cpu")
     model, config, attention = PUBLISHED[cell.model], cell.config, cell.attention()
     placement = placement_on(DEVICES[cell.device], cell.tensor_parallel)
@@ -117,7 +117,7 @@ def figures(cell: Cell) -> dict[str, object]:
     return found | {
         "decode": forward_figures(model, config, attention, placement, found["pages"], 0).to_json(),
         "mixed": forward_figures(model, config, attention, placement, found["pages"], CHUNK).to_json(),
-        "choose": choose_figures(model, config, placement).to_json(),
+        "choosing": [program.to_json() for program in choosing_figures(model, config, placement)],
     }
 
 

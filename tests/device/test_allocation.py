@@ -1,5 +1,6 @@
 """How many pages the cache gets, and that an engine on a device with a memory of its own takes what is left of it."""
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,7 +120,8 @@ def test_an_engine_takes_the_memory_that_its_device_has_left(monkeypatch: pytest
 
 def test_steps_that_need_more_than_was_estimated_cost_pages(monkeypatch: pytest.MonkeyPatch):
     expected = runner(monkeypatch, 1 << 20, 1 << 19)
-    needed = max(temporary_bytes(step) for step in (*expected._forwards.values(), *expected._chooses.values()))
+    programs = itertools.chain(expected._forwards.values(), *expected._choosing.values())
+    needed = max(temporary_bytes(program) for program in programs)
     monkeypatch.setattr(allocation, "estimated_temporaries", lambda model, config: 0)
     found = runner(monkeypatch, 1 << 20, 1 << 19)
     assert found.allocation.temporaries == needed > 0

@@ -1,6 +1,6 @@
 """Tokens are drawn from the distribution that a request asks for, by what is found in its definition."""
 
-import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.device.batch import BIASES, CONSTRAINED, FILTERS, PENALIZES, SAMPLES, Upload
+from jaxserve.device.batch import BIASES, CONSTRAINED, PENALIZES, SAMPLES, TOP_K, TOP_P, Upload
 from jaxserve.device.decode_state import DecodeState
-from jaxserve.device.sampling import sample_tokens
+from jaxserve.device.sampling import constrain_logits, cut_weights, draw_tokens, process_logits, weigh_tokens
 from jaxserve.device.vocabulary import search_on
 
 VOCAB = 300
 DRAWS = 8_000
 LOGITS = np.random.default_rng(0).normal(size=VOCAB).astype(np.float32) * 2
-ALL_ALLOWED = np.full(-(-VOCAB // 32), -1, np.int32)
 
 
 def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
@@ -37,7 +36,26 @@ def expected(
     return probabilities / probabilities.sum()
 
 
-def drawn(features: int, allowed: np.ndarray = ALL_ALLOWED, platform: str = "cpu", **fields: float) -> np.ndarray:
+def chooser(platform: str, features: int) -> Callable[..., jax.Array]:
+    """From logits, rows, the state, and of a constraint the tokens that it allows, to tokens."""
+    search = search_on(platform)
+
+    @jax.jit
+    def choose(logits, rows, state, allowed):
+        if features & (BIASES | PENALIZES):
+            logits = process_logits(logits, rows, state, features)
+        if features & CONSTRAINED:
+            logits = constrain_logits(logits, rows, allowed, search)
+        likeliest = search.argmax(logits)
+        weights = weigh_tokens(logits, likeliest, rows)
+        cuts = features & (TOP_K | TOP_P)
+        thresholds = cut_weights(weights, rows, search, cuts) if cuts else jnp.zeros(len(logits))
+        return draw_tokens(weights, thresholds, likeliest, rows)
+
+    return choose
+
+
+def drawn(features: int, allowed: np.ndarray | None = None, platform: str = "cpu", **fields: float) -> np.ndarray:
     """Shares of the tokens that rows of the same logits and different seeds draw."""
     rows = Upload.unpack(jnp.zeros(Upload.size(DRAWS, 0, 1), jnp.int32), DRAWS, 0)
     fields = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0} | fields
@@ -56,9 +74,9 @@ def drawn(features: int, allowed: np.ndarray = ALL_ALLOWED, platform: str = "cpu
         bias_ids=state.bias_ids.at[0].set(jnp.arange(state.bias_ids.shape[1]) % VOCAB),
         bias_values=state.bias_values.at[0, :5].set(3.0),
     )
-    logits, masks = jnp.broadcast_to(LOGITS, (DRAWS, VOCAB)), jnp.broadcast_to(allowed, (DRAWS, len(allowed)))
-    choose = jax.jit(functools.partial(sample_tokens, search=search_on(platform)))
-    tokens = choose(logits, rows, state, masks)
+    logits = jnp.broadcast_to(LOGITS, (DRAWS, VOCAB))
+    masks = None if allowed is None else jnp.broadcast_to(allowed, (DRAWS, len(allowed)))
+    tokens = chooser(platform, features)(logits, rows, state, masks)
     return np.bincount(tokens, minlength=VOCAB) / DRAWS
 
 
@@ -88,7 +106,7 @@ EVERYTHING = {"temperature": 1.5, "top_k": 40, "top_p": 0.7, "min_p": 0.02}
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
 def test_tokens_are_drawn_as_often_as_they_are_likely(platform, fields):
-    features = SAMPLES | (FILTERS if fields.keys() - {"temperature"} else 0)
+    features = SAMPLES | (TOP_K if "top_k" in fields else 0) | (TOP_P if "top_p" in fields else 0)
     assert_drawn_from(drawn(features, platform=platform, **fields), expected(**fields))
 
 
@@ -109,24 +127,23 @@ def test_a_bias_changes_the_odds_of_its_tokens():
 def test_what_a_constraint_leaves_is_drawn_as_often_as_it_is_likely_in_it():
     allowed = np.random.default_rng(1).random(VOCAB) < 0.1
     words = np.packbits(np.pad(allowed, (0, -VOCAB % 32)), bitorder="little").view("<i4")
-    shares = drawn(SAMPLES | CONSTRAINED | FILTERS, words, top_k=12)
+    shares = drawn(SAMPLES | CONSTRAINED | TOP_K, words, top_k=12)
     assert_drawn_from(shares, expected(np.where(allowed, LOGITS, -np.inf), top_k=12))
 
 
 def test_features_of_other_rows_change_no_token():
     rows = Upload.unpack(jnp.zeros(Upload.size(3, 0, 1), jnp.int32), 3, 0)
+    asked = [0, SAMPLES, SAMPLES | TOP_P]
     rows = replace(
         rows,
-        features=jnp.asarray([0, SAMPLES, SAMPLES | FILTERS], jnp.int32),
+        features=jnp.asarray(asked, jnp.int32),
         temperature=jnp.asarray([0.0, 0.8, 0.8]),
         top_p=jnp.asarray([1.0, 1.0, 0.5]),
         seed=jnp.asarray([1, 2, 3], jnp.int32),
     )
-    state, choose = DecodeState.zeros(1, VOCAB), jax.jit(functools.partial(sample_tokens, search=search_on("cpu")))
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(3, VOCAB)), jnp.float32)
-    masks = jnp.zeros((3, len(ALL_ALLOWED)), jnp.int32)
-    together = choose(logits, rows, state, masks)
-    for row in range(3):
+    together = chooser("cpu", SAMPLES | TOP_P | TOP_K)(logits, rows, None, None)
+    for row, features in enumerate(asked):
         alone = jax.tree.map(lambda leaf: leaf[row : row + 1], rows)  # noqa: B023
-        assert choose(logits[row : row + 1], alone, state, masks[:1])[0] == together[row]
+        assert chooser("cpu", features)(logits[row : row + 1], alone, None, None)[0] == together[row]
     assert together[0] == np.argmax(logits[0])

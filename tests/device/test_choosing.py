@@ -1,0 +1,100 @@
+"""The programs of a step's second half: a step runs the least of them that has what its rows ask for, and none branches."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxserve.device.batch import (
+    BIASES,
+    EARLY,
+    PENALIZES,
+    REPORTS_LOGPROBS,
+    ROW_COLUMNS,
+    SAMPLES,
+    TOP_K,
+    TOP_P,
+    Column,
+    Packer,
+    Upload,
+)
+from jaxserve.device.choosing import CUT, PROCESSED, make_choosing
+from jaxserve.device.lowering import abstract_state, lower_choosing
+from jaxserve.device.sharding import Placement
+from jaxserve.device.vocabulary import search_on
+from jaxserve.models.published import PUBLISHED
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+ROWS = 5
+
+
+def any_of(*features: int) -> list[int]:
+    """Every set of features."""
+    taken = itertools.product((False, True), repeat=len(features))
+    return [sum(itertools.compress(features, each)) for each in taken]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("features", any_of(SAMPLES, TOP_K, TOP_P, PENALIZES, BIASES, EARLY, REPORTS_LOGPROBS))
+def test_a_step_runs_the_least_that_has_what_its_rows_ask_for(platform, features):
+    programs = make_choosing(search_on(platform))
+    for kind, chosen, of in (
+        (programs.process, programs.processing(features), PROCESSED),
+        (programs.cut, programs.cutting(features), CUT),
+    ):
+        taken = next(having for having, program in kind.items() if program is chosen)
+        assert taken & features == features & of
+        assert all(having & features != features & of for having in kind if having < taken)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_none_branches_and_every_loop_ends_after_a_number_of_turns_known_before(platform):
+    """Where it does, a GPU waits for the host, and the host for the GPU. Those of GPUs and TPUs compile on CPU too."""
+    model, placement = PUBLISHED["smollm2-135m"], Placement((jax.devices()[0],))
+    state = abstract_state(ROWS, model.vocab_size, placement)
+    lowered = lower_choosing(state, model, placement, ROWS, 4, search_on(platform))
+    assert len(lowered) == 8 + len(lowered.cut)
+    for program in lowered:
+        text = program.compile().as_text()
+        assert " conditional(" not in text
+        assert text.count(" while(") == text.count('"known_trip_count"')
+
+
+@pytest.fixture
+def upload():
+    """An upload of rows that decode, and what makes their features."""
+    packer = Packer(ROWS, 4)
+    packed = np.zeros(Upload.size(ROWS, 16, 4), np.int32)
+    table = packed[: Upload.size(ROWS, 0, 4)].reshape(ROWS, -1)
+    assert table.shape[1] == ROW_COLUMNS + 4
+    table[:, Column.DECODES] = 1
+    table[:, Column.SAMPLE_INDEX] = -1
+    return table, functools.partial(packer.features, packed, ROWS)
+
+
+def test_what_the_rows_of_a_step_ask_for_is_what_each_asks_for_together(upload):
+    table, features = upload
+    assert features() == 0
+    table[1, Column.FEATURES], table[3, Column.FEATURES] = SAMPLES | TOP_P, BIASES
+    assert features() == SAMPLES | TOP_P | BIASES
+
+
+def test_a_row_that_chooses_no_token_asks_for_nothing(upload):
+    table, features = upload
+    table[1, Column.FEATURES] = SAMPLES
+    table[1, Column.MIN_LENGTH] = 9
+    table[1, Column.DECODES] = 0
+    assert features() == 0
+    table[1, Column.SAMPLE_INDEX] = 0
+    assert features() == SAMPLES | EARLY
+
+
+def test_a_row_is_early_until_its_sequence_may_stop(upload):
+    table, features = upload
+    table[2, Column.MIN_LENGTH] = 9
+    table[2, Column.LENGTH] = 8
+    assert features() == EARLY
+    table[2, Column.LENGTH] = 9
+    assert features() == 0
