@@ -40,12 +40,13 @@ CUT = TOP_K | TOP_P
 
 @dataclass(frozen=True)
 class ChoosingPrograms[Program]:
-    """Those for a number of rows: functions, lowered or compiled. Of some there are several, by sets of features: a
-    step takes the first that has what its rows ask for. What one computes of a row does not depend on the features of
-    others, which decide only whether it runs: two programs of the same formula may round differently.
+    """Those for a number of rows: functions, lowered or compiled.
+
+    What one computes of a row does not depend on what others ask for, which decides only whether it runs: two programs
+    of one formula may round differently.
     """
 
-    process: dict[int, Program]
+    process: Program
     """(prediction, state, packed rows) -> prediction, with biases, penalties and stop ids that it is too early for."""
     constrain: Program
     """(prediction, packed rows, allowed) -> prediction. `allowed` is what constraints leave of the vocabulary, int32
@@ -53,7 +54,8 @@ class ChoosingPrograms[Program]:
     weigh: Program
     """(prediction, packed rows) -> weights [row, vocab] in proportion to the probabilities, the likeliest token's 1."""
     cut: dict[int, Program]
-    """(weights, packed rows) -> threshold of each row's weights by top-k and top-p; 0 keeps all."""
+    """(weights, packed rows) -> threshold of each row's weights by top-k and top-p; 0 keeps all. By sets of features: a
+    step takes the first that has what its rows ask for."""
     draw: Program
     """(state (DONATED), prediction, packed rows, weights, thresholds) -> (state, tokens and flags). Of a row that does
     not sample it takes the likeliest token. Decides which rows ended, and writes both back to the slots. The state must
@@ -66,7 +68,7 @@ class ChoosingPrograms[Program]:
     """(the forward's prediction, tokens and flags) -> log-probabilities and tokens: the chosen, then the likeliest."""
 
     def __iter__(self) -> Iterator[Program]:
-        yield from (*self.process.values(), self.constrain, self.weigh, *self.cut.values())
+        yield from (self.process, self.constrain, self.weigh, *self.cut.values())
         yield from (self.draw, self.take, self.count, self.report)
 
     def __len__(self) -> int:
@@ -75,7 +77,7 @@ class ChoosingPrograms[Program]:
     def map[Other](self, change: Callable[[str, Program], Other]) -> "ChoosingPrograms[Other]":
         """The same of what is made of each program, of which the name is told."""
         return ChoosingPrograms(
-            {features: change("process", program) for features, program in self.process.items()},
+            change("process", self.process),
             change("constrain", self.constrain),
             change("weigh", self.weigh),
             {features: change("cut", program) for features, program in self.cut.items()},
@@ -85,23 +87,16 @@ class ChoosingPrograms[Program]:
             change("report", self.report),
         )
 
-    def processing(self, features: int) -> Program:
-        """The `process` of a step whose rows together ask for these features."""
-        return _first_with(self.process, features & PROCESSED)
-
     def cutting(self, features: int) -> Program:
-        """Its `cut`."""
-        return _first_with(self.cut, features & CUT)
-
-
-def _first_with[Program](programs: dict[int, Program], wanted: int) -> Program:
-    return next(program for features, program in programs.items() if features & wanted == wanted)
+        """The `cut` of a step whose rows together ask for these features."""
+        wanted = features & CUT
+        return next(program for having, program in self.cut.items() if having & wanted == wanted)
 
 
 def make_choosing(search: VocabularySearch) -> ChoosingPrograms[Callable[..., Any]]:
     """The programs of a platform, to be compiled."""
     return ChoosingPrograms(
-        {features: partial(_process, search, features) for features in (EARLY | BIASES, PROCESSED)},
+        partial(_process, search),
         partial(_constrain, search),
         _weigh,
         {features: partial(_cut, search, features) for features in search.cuts},
@@ -112,10 +107,8 @@ def make_choosing(search: VocabularySearch) -> ChoosingPrograms[Callable[..., An
     )
 
 
-def _process(
-    search: VocabularySearch, features: int, prediction: Prediction, state: DecodeState, packed: PackedRows
-) -> Prediction:
-    logits = process_logits(prediction.logits, _rows(packed, prediction), state, features)
+def _process(search: VocabularySearch, prediction: Prediction, state: DecodeState, packed: PackedRows) -> Prediction:
+    logits = process_logits(prediction.logits, _rows(packed, prediction), state)
     return replace(prediction, logits=logits, likeliest=search.argmax(logits))
 
 

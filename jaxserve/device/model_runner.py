@@ -228,7 +228,7 @@ class ModelRunner:
 
     def _warm_up_choosing(self, forward: Forward) -> None:
         programs = self._choosing[len(forward.prediction.likeliest)]
-        for features in (0, *programs.process, *(SAMPLES | cut for cut in programs.cut), REPORTS_LOGPROBS):
+        for features in (0, PROCESSED, *(SAMPLES | cut for cut in programs.cut), REPORTS_LOGPROBS):
             self.read(self.choose(replace(forward, features=features), None))
         words = -(-self.model_config.vocab_size // 32)
         self.read(self.choose(forward, np.zeros((0, words), np.int32)))
@@ -260,7 +260,7 @@ class ModelRunner:
         rows = len(prediction.likeliest)
         programs = self._choosing[rows]
         if features & PROCESSED:
-            prediction = programs.processing(features)(prediction, self._state, packed)
+            prediction = programs.process(prediction, self._state, packed)
         if masks is not None:
             allowed = self._put(np.pad(masks, ((0, rows - len(masks)), (0, 0))))
             prediction = programs.constrain(prediction, packed, allowed)

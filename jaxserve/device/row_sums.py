@@ -29,4 +29,5 @@ def row_sums(
 
 
 def _filled(part: Array, width: int) -> Array:
-    return jnp.pad(part, [(0, 0), (0, width - part.shape[1])] + [(0, 0)] * (part.ndim - 2))
+    missing = width - part.shape[1]
+    return jnp.pad(part, [(0, 0), (0, missing)] + [(0, 0)] * (part.ndim - 2)) if missing else part

@@ -1,13 +1,13 @@
 """From logits to tokens: every parameter per row, everything on the device.
 
-Order: logit bias, penalties, constraint, temperature, top-k, top-p, min-p, then one uniform number a row, from a key
-folded from the request's seed and the token's position, inverts the distribution. What no row of a step asks for is not
+Order: logit bias, penalties, constraint, temperature, top-k, top-p, min-p, then one uniform number a row, from
+the request's seed and the token's position, inverts the distribution. What no row of a step asks for is not
 in the programs that it runs (`choosing`).
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Bool, Float, Int32
 
 from jaxserve.device.batch import BIASES, CONSTRAINED, PENALIZES, SAMPLES, TOP_K, TOP_P, Upload
@@ -23,11 +23,9 @@ COLUMN = 128
 Tokens = Int32[Array, " row"]
 
 
-def process_logits(logits: Logits, rows: Upload, state: DecodeState, features: int) -> Logits:
-    """With what each row asks for: no stop ids where it is too early for them, logit biases, and if PENALIZES is among
-    the features penalties."""
-    logits = _add_bias(_mask_stop_ids(logits, rows), rows, state)
-    return _penalize(logits, rows, state) if features & PENALIZES else logits
+def process_logits(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
+    """With what each row asks for: no stop ids where it is too early for them, logit biases, penalties."""
+    return _penalize(_add_bias(_mask_stop_ids(logits, rows), rows, state), rows, state)
 
 
 def constrain_logits(
@@ -123,13 +121,11 @@ def _draw(weights: Weights, thresholds: Thresholds, rows: Upload) -> Tokens:
 
 
 def _uniform(seed: Int32[Array, " row"], position: Int32[Array, " row"]) -> Float[Array, " row"]:
-    """One number in [0, 1) for each (seed, position)."""
-
-    def one(seed: Array, position: Array) -> Array:
-        key = jax.random.key(lax.bitcast_convert_type(seed, jnp.uint32), impl="threefry2x32")
-        return jax.random.uniform(jax.random.fold_in(key, position))
-
-    return jax.vmap(one)(seed, position)
+    """One number in [0, 1) for each (seed, position): of the generator with the seed as its key, that of the position
+    (Threefry-2x32, doi:10.1145/2063384.2063405)."""
+    seed, position = (lax.bitcast_convert_type(each, jnp.uint32) for each in (seed, position))
+    bits, _ = threefry2x32_p.bind(jnp.zeros_like(seed), seed, position, jnp.zeros_like(position))
+    return (bits >> 8).astype(jnp.float32) * 2**-24
 
 
 def token_logprobs(

@@ -43,7 +43,7 @@ def chooser(platform: str, features: int) -> Callable[..., jax.Array]:
     @jax.jit
     def choose(logits, rows, state, allowed):
         if features & (BIASES | PENALIZES):
-            logits = process_logits(logits, rows, state, features)
+            logits = process_logits(logits, rows, state)
         if features & CONSTRAINED:
             logits = constrain_logits(logits, rows, allowed, search)
         likeliest = search.argmax(logits)
