@@ -1,8 +1,8 @@
 """From logits to tokens: every parameter per row, everything on the device.
 
-Order: logit bias, penalties, constraint, temperature, top-k, top-p, min-p, then one uniform number a row, from
-the request's seed and the token's position, inverts the distribution. What no row of a step asks for is not
-in the programs that it runs (`choosing`).
+Order: logit bias, penalties, constraint, temperature, top-k, top-p, min-p, then one uniform number a row, from the
+request's seed and the token's position, inverts the distribution. What no row of a step asks for is not in the programs
+that it runs (`choosing`).
 """
 
 import jax.numpy as jnp
