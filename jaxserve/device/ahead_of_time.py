@@ -14,10 +14,12 @@ import jax
 from jax.experimental import topologies
 
 from jaxserve.config import EngineConfig
+from jaxserve.device.choosing import make_choosing
 from jaxserve.device.devices import Device
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.lowering import StepInputs, abstract_state, lower_choosing, lower_forward
 from jaxserve.device.sharding import Placement
+from jaxserve.device.vocabulary import search_on
 from jaxserve.models.config import ModelConfig
 from pallas_kernels import PagedAttention
 
@@ -153,8 +155,9 @@ def choosing_figures(model: ModelConfig, config: EngineConfig, placement: Placem
     state = abstract_state(config.slots, model.vocab_size, placement)
     max_pages = -(-(config.max_context or model.max_context) // config.page_size)
     with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
-        programs = lower_choosing(state, model, placement, config.slots, max_pages)
-    compiled = programs.map(lambda name, program: _figures(name, config.slots, 0, program.compile(), KVCache(()), 0))
+        programs = make_choosing(search_on(placement.platform))
+        lowered = lower_choosing(programs, state, model, placement, config.slots, max_pages)
+    compiled = lowered.map(lambda name, program: _figures(name, config.slots, 0, program.compile(), KVCache(()), 0))
     return list(compiled)
 
 

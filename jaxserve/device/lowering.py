@@ -5,6 +5,7 @@ The engine compiles these with its weights and cache; a plan or a test with shap
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,13 @@ from jaxtyping import Array
 
 from jaxserve.config import EngineConfig
 from jaxserve.device.batch import Upload
-from jaxserve.device.choosing import ChoosingPrograms, make_choosing
+from jaxserve.device.choosing import ChoosingPrograms
 from jaxserve.device.decode_state import DecodeState
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.prompt_scores import SCORED, make_score
 from jaxserve.device.sharding import Placement
 from jaxserve.device.step import Prediction, Weights, make_forward
-from jaxserve.device.vocabulary import VocabularySearch, search_on
+from jaxserve.device.vocabulary import search_on
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama, abstract_llama
 from jaxserve.models.parameters import named_parameters, with_values
@@ -104,14 +105,14 @@ def lower_forward(
 
 
 def lower_choosing(
+    programs: ChoosingPrograms[Callable[..., Any]],
     state: DecodeState,
     model: ModelConfig,
     placement: Placement,
     rows: int,
     max_pages: int,
-    search: VocabularySearch | None = None,
 ) -> ChoosingPrograms[jax.stages.Lowered]:
-    """The second half of a step of `rows` rows, with the search of the placement's platform if no other is given.
+    """The programs of the second half of a step, for `rows` rows.
 
     Every device does the same with the same logits, and so agrees on the tokens.
     """
@@ -131,12 +132,12 @@ def lower_choosing(
         "report": (prediction, chosen),
     }
 
-    def lower(name: str, program: Callable[..., object]) -> jax.stages.Lowered:
+    def lower(name: str, program: Callable[..., Any]) -> jax.stages.Lowered:
         donated = 0 if name in ("draw", "take", "count") else ()
         step = jax.jit(program, donate_argnums=donated, out_shardings=placement.sharding())
         return step.lower(*arguments[name])
 
-    return make_choosing(search or search_on(placement.platform)).map(lower)
+    return programs.map(lower)
 
 
 def lower_score(

@@ -174,9 +174,10 @@ class ModelRunner:
             return lowering.lower_forward(inputs, self.model_config, self.attention, self._placement, *step)
 
         def lower_choosing(rows: int):
-            return lowering.lower_choosing(state, self.model_config, self._placement, rows, self._max_pages)
+            return lowering.lower_choosing(programs, state, self.model_config, self._placement, rows, self._max_pages)
 
-        total = len(shapes) + len(self.row_counts) * len(make_choosing(search_on(self.platform)))
+        programs = make_choosing(search_on(self._placement.platform))
+        total = len(shapes) + len(self.row_counts) * len(programs)
 
         def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
             nonlocal done

@@ -14,7 +14,7 @@ from jaxserve.device.batch import BIASES, CONSTRAINED, PENALIZES, SAMPLES, TOP_K
 from jaxserve.device.decode_state import DecodeState
 from jaxserve.device.row_sums import row_sums
 from jaxserve.device.thresholds import Thresholds, Weights
-from jaxserve.device.vocabulary import Logits, VocabularySearch
+from jaxserve.device.vocabulary import Logits, VocabularySearch, at_tokens
 from jaxserve.request import MAX_LOGPROBS
 
 COLUMN = 128
@@ -71,15 +71,11 @@ def _penalize(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
 def weigh_tokens(logits: Logits, likeliest: Tokens, rows: Upload) -> Weights:
     """Weights in proportion to the probabilities at each row's temperature, the likeliest token's 1."""
     scaled = logits / jnp.where(_samples(rows), rows.temperature, 1.0)[:, None]
-    return jnp.exp(scaled - _at(scaled, likeliest)[:, None])
+    return jnp.exp(scaled - at_tokens(scaled, likeliest)[:, None])
 
 
 def _samples(rows: Upload) -> Bool[Array, " row"]:
     return rows.features & SAMPLES != 0
-
-
-def _at(values: Logits, tokens: Tokens) -> Float[Array, " row"]:
-    return jnp.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]
 
 
 def cut_weights(weights: Weights, rows: Upload, search: VocabularySearch, features: int) -> Thresholds:
@@ -132,8 +128,8 @@ def token_logprobs(
     logits: Logits, likeliest: Tokens, tokens: Tokens, search: VocabularySearch
 ) -> tuple[Float[Array, "row reported"], Int32[Array, "row reported"]]:
     """Log-probabilities and ids of a token of each row and then of the likeliest, from raw logits."""
-    best = _at(logits, likeliest)
+    best = at_tokens(logits, likeliest)
     total = best + jnp.log(row_sums(logits, lambda part: jnp.exp(part - best[:, None])))
     top, ids = search.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
-    values = jnp.concatenate([_at(logits, tokens)[:, None], top], axis=-1) - total[:, None]
+    values = jnp.concatenate([at_tokens(logits, tokens)[:, None], top], axis=-1) - total[:, None]
     return values, jnp.concatenate([tokens[:, None], ids], axis=-1)

@@ -17,7 +17,7 @@ from jaxserve.device.batch import Upload
 from jaxserve.device.decode_state import DecodeState
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.pytree import pytree_dataclass
-from jaxserve.device.vocabulary import VocabularySearch
+from jaxserve.device.vocabulary import VocabularySearch, at_tokens
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import Llama
 from pallas_kernels import Attended, LayerCache, PagedAttention
@@ -96,7 +96,7 @@ def make_forward(
             sampled = jnp.where(ends_prompt, hidden[rows + jnp.maximum(upload.sample_index, 0)], sampled)
         logits = model.logits(sampled, LiveRows(live.counts.at[1].set(0), rows))
         likeliest = search.argmax(logits)
-        failed = ~jnp.isfinite(jnp.take_along_axis(logits, likeliest[:, None], axis=-1)[:, 0])
+        failed = ~jnp.isfinite(at_tokens(logits, likeliest))
         packed_rows = packed[: Upload.size(rows, 0, upload.page_table.shape[1])]
         return cache, Prediction(logits, likeliest, failed), packed_rows, hidden[rows:]
 

@@ -56,6 +56,11 @@ def search_on(platform: str) -> VocabularySearch:
     return VocabularySearch(_argmax, lax.top_k, bits_by_product, xla_thresholds, (TOP_P, both))
 
 
+def at_tokens(values: Logits, tokens: Int32[Array, " row"]) -> Float[Array, " row"]:
+    """The value of a token of each row."""
+    return jnp.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]
+
+
 def _in_blocks(values: Logits) -> Float[Array, "row vocab_block block"]:
     """Each row cut into blocks, the last one filled up."""
     padded = jnp.pad(values, ((0, 0), (0, -values.shape[-1] % BLOCK)), constant_values=-jnp.inf)

@@ -109,7 +109,8 @@ def stated_work(cell: Cell, chunk: int) -> dict[str, dict[str, int]]:
 
 
 def figures(cell: Cell) -> dict[str, object]:
-    """Of the forwards of the cell's decode and mixed step, and of the second half of both, with as many pages as the device has room for."""
+    """Of the forwards of the cell's decode and mixed step, and of the second half of both, with as many pages as the
+    device has room for."""
     jax.config.update("jax_platforms", "cpu")
     model, config, attention = PUBLISHED[cell.model], cell.config, cell.attention()
     placement = placement_on(DEVICES[cell.device], cell.tensor_parallel)

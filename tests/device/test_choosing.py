@@ -3,8 +3,10 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from jaxserve.device.batch import (
     BIASES,
@@ -27,6 +29,12 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 ROWS = 5
 
 
+def waits(text: str | None) -> int:
+    """Operations of a compiled HLO module at which a GPU would wait for the host."""
+    assert text
+    return text.count(" conditional(") + text.count(" while(") - text.count('"known_trip_count"')
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("features", [TOP_K, TOP_P, TOP_K | TOP_P])
 def test_a_step_looks_for_the_least_that_has_what_its_rows_ask_for(platform, features):
@@ -42,12 +50,20 @@ def test_none_branches_and_every_loop_ends_after_a_number_of_turns_known_before(
     """Where it does, a GPU waits for the host, and the host for the GPU. Those of GPUs and TPUs compile on CPU too."""
     model, placement = PUBLISHED["smollm2-135m"], Placement((jax.devices()[0],))
     state = abstract_state(ROWS, model.vocab_size, placement)
-    lowered = lower_choosing(state, model, placement, ROWS, 4, search_on(platform))
+    lowered = lower_choosing(make_choosing(search_on(platform)), state, model, placement, ROWS, 4)
     assert len(lowered) == 7 + len(lowered.cut)
-    for program in lowered:
-        text = program.compile().as_text()
-        assert " conditional(" not in text
-        assert text.count(" while(") == text.count('"known_trip_count"')
+    assert [waits(program.compile().as_text()) for program in lowered] == [0] * len(lowered)
+
+
+def test_a_branch_and_a_loop_of_unknown_turns_are_seen():
+    def branch(count, x):
+        return lax.cond(count > 0, lambda x: (x @ x).sum(), lambda x: x.sum(), x)
+
+    def loop(count, x):
+        return lax.fori_loop(0, count, lambda _, x: x @ x, x)
+
+    for faulty in (branch, loop):
+        assert waits(jax.jit(faulty).lower(3, jnp.ones((64, 64))).compile().as_text()) == 1
 
 
 @pytest.fixture
