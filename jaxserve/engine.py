@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-from jaxserve.checkpoints import describe_model
+from jaxserve.checkpoints.description import describe_model
 from jaxserve.config import EngineConfig
 from jaxserve.constraints.check import ConstraintChecker, ConstraintLimits
 from jaxserve.core.client import start_core

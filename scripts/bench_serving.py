@@ -40,7 +40,7 @@ from benchmarks.summary import Figure, median_of, report
 from benchmarks.workers import Worker, python_module
 from benchmarks.workload import random_prompts, random_texts
 
-from jaxserve.checkpoints import describe_model
+from jaxserve.checkpoints.description import describe_model
 from jaxserve.tokenizing.tokenizer import Tokenizer
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.engine_arguments import add_engine_arguments, engine_config
 from benchmarks.server import ServerProcess
 
-from jaxserve.checkpoints import describe_model
+from jaxserve.checkpoints.description import describe_model
 from jaxserve.tokenizing.tokenizer import Tokenizer
 
 

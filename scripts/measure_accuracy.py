@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from jaxserve.checkpoints import describe_model, load_model
+from jaxserve.checkpoints.description import describe_model
+from jaxserve.checkpoints.loading import load_model
+from jaxserve.config import Quantization
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import Quantization
 from jaxserve.models.llama import Uncached
 from jaxserve.models.packing import pack_params
 from jaxserve.tokenizing.tokenizer import Tokenizer

@@ -6,9 +6,6 @@ from typing import Any
 
 from jaxserve.checkpoints.tensors import CheckpointError
 
-NATIVE_DESCRIPTION = "jaxserve.json"
-"""The file that marks a folder as of the native format."""
-
 _MAX_TEXT = 256 << 20
 """Bytes of the longest text file that is read; tokenizers of large vocabularies have tens of millions."""
 

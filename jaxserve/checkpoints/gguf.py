@@ -18,7 +18,6 @@ from jaxserve.models.config import (
     UnsupportedModel,
 )
 from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer, TokenizerSource
-from pallas_kernels.block_quantization import with_minimums
 
 TYPES = tuple(
     kind
@@ -199,6 +198,9 @@ def _read(file: Path, name: str, info: TensorInfo, interleaved_heads: int | None
 
 def _read_blocks(file: Path, name: str, info: TensorInfo, interleaved_heads: int | None) -> np.ndarray:
     """The blocks of a tensor whose type is in `_BLOCK_BITS`; see `StoredBlocks`."""
+    # Imported here: who asks only what a file says of itself needs no JAX.
+    from pallas_kernels.block_quantization import with_minimums
+
     raw = _read_raw(file, name, info, interleaved_heads)
     if info.type == GGMLQuantizationType.Q4_1:
         return raw

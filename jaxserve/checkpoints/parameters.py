@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError
+from jaxserve.config import Quantization
 from jaxserve.device.sharding import Placement, in_shard_order
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import Quantization
 from jaxserve.models.llama import abstract_llama
 from jaxserve.models.parameters import named_parameters, with_values
 from jaxserve.models.quantize import quantize_matrix, quantize_weight, scale_name

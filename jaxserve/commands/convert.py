@@ -2,22 +2,19 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jaxserve.commands.progress import ProgressDisplay
 from jaxserve.commands.start import model_errors
-
-if TYPE_CHECKING:
-    from jaxserve.models.layers import Quantization
+from jaxserve.config import Quantization
 
 
-def convert_checkpoint(source: str, folder: str, dtype: str, quantization: "Quantization") -> str:
+def convert_checkpoint(source: str, folder: str, dtype: str, quantization: Quantization) -> str:
     """Writes the folder, showing progress; returns a line that says what was written. Raises CommandError."""
     began = time.monotonic()
     with ProgressDisplay() as progress:
         progress("starting", None)
         with model_errors():
-            from jaxserve.checkpoints import convert
+            from jaxserve.checkpoints.loading import convert
 
             convert(source, folder, dtype, quantization, progress)
     size = sum(file.stat().st_size for file in Path(folder).expanduser().rglob("*") if file.is_file())

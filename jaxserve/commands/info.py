@@ -10,7 +10,7 @@ from jaxserve.config import EngineConfig
 def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
     """The model's configuration, its tokenizer, and sizes under `config`. No weights are read. Raises CommandError."""
     with model_errors():
-        from jaxserve.checkpoints import describe_model
+        from jaxserve.checkpoints.description import describe_model
         from jaxserve.device.allocation import allocate, attention_needs, device_limit
         from jaxserve.device.kv_cache import page_bytes
         from jaxserve.device.roofline import model_cost

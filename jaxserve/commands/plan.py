@@ -5,10 +5,12 @@ from typing import Any
 
 from jaxserve.commands.start import CommandError, model_errors
 from jaxserve.config import EngineConfig
-from jaxserve.device.allocation import AllocationError, allocate, attention_needs, full_context
+from jaxserve.device.allocation import allocate, attention_needs, full_context
 from jaxserve.device.devices import DEVICES, Device
+from jaxserve.device.errors import AllocationError, PlacementError
 from jaxserve.device.kv_cache import page_bytes
 from jaxserve.device.roofline import ModelCost, model_cost
+from jaxserve.device.sharding import check_shares
 from jaxserve.models.config import ModelConfig
 from pallas_kernels import PagedAttention, select
 
@@ -75,8 +77,6 @@ def _fits(model: ModelConfig, config: EngineConfig, device: Device) -> bool:
 
 
 def _check_shares(model: ModelConfig, tensor_parallel: int) -> None:
-    from jaxserve.device.sharding import PlacementError, check_shares
-
     try:
         check_shares(model, tensor_parallel)
     except PlacementError as error:
@@ -207,7 +207,7 @@ def plan(config: EngineConfig, device: Device, count: int, *, compiles: bool = F
     """`make_plan` of the model that `config.model` names, with what its compiled steps need if `compiles`. No weights
     are read. Raises CommandError."""
     with model_errors():
-        from jaxserve.checkpoints import describe_config
+        from jaxserve.checkpoints.description import describe_config
 
         model = describe_config(config.model)
     found = make_plan(model, config, device, count)

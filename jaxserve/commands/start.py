@@ -35,9 +35,8 @@ class CommandError(Exception):
 @contextmanager
 def model_errors() -> Iterator[None]:
     """Turns what is wrong with a model or its configuration into a CommandError."""
-    from jaxserve.checkpoints import CheckpointError
-    from jaxserve.device.allocation import AllocationError
-    from jaxserve.device.sharding import PlacementError
+    from jaxserve.checkpoints.tensors import CheckpointError
+    from jaxserve.device.errors import AllocationError, PlacementError
     from jaxserve.engine import EngineStartError
     from jaxserve.models.config import UnsupportedModel
     from jaxserve.tokenizing.token_bytes import TokenizerError

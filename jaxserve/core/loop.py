@@ -327,7 +327,8 @@ def build_step_loop(config: EngineConfig, publish: Publish, replica: int = 0) ->
 
     Imports JAX only here, in the thread or process that runs the core. Raises what loading raises.
     """
-    from jaxserve.checkpoints import describe_model, load_model
+    from jaxserve.checkpoints.description import describe_model
+    from jaxserve.checkpoints.loading import load_model
     from jaxserve.device.model_runner import ModelRunner, enable_compilation_cache
     from jaxserve.device.sharding import Placement
     from jaxserve.device.simulated_runner import SimulatedRunner

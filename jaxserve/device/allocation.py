@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from jaxserve.config import EngineConfig
+from jaxserve.device.errors import AllocationError
 from jaxserve.device.kv_cache import cache_dtype, page_bytes
 from jaxserve.device.sharding import JaxDevice, Placement
 from jaxserve.models.config import ModelConfig
@@ -16,10 +17,6 @@ HOST_CACHE_BYTES = 2 << 30
 """Bound of the cache where neither the configuration nor the device gives one: a CPU shares its memory with others."""
 HEADROOM = 0.03
 """Share of a device's memory that is left free: compiled programs, uploads and outputs on their way, fragmentation."""
-
-
-class AllocationError(ValueError):
-    """The model does not fit the device; says what takes how much."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.config import EngineConfig
+from jaxserve.device.errors import PlacementError
 from jaxserve.device.pytree import pytree_dataclass
-from jaxserve.device.sharding import Placement, PlacementError
+from jaxserve.device.sharding import Placement
 from jaxserve.models.config import ModelConfig
 from pallas_kernels import LayerCache, PagedAttention
 

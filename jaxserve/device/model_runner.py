@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import monitoring
 
-from jaxserve.checkpoints import LoadedModel
-from jaxserve.config import EngineConfig
+from jaxserve.checkpoints.loading import LoadedModel
+from jaxserve.config import EngineConfig, Matmul
 from jaxserve.device import lowering
 from jaxserve.device.allocation import Allocation, allocate, attention_needs, device_in_use, device_limit, full_context
 from jaxserve.device.batch import BIASES, PENALIZES, REPORTS_LOGPROBS, SAMPLES, Packer, features_of
@@ -31,7 +31,6 @@ from jaxserve.device.page_copies import PageCopies
 from jaxserve.device.prompt_scores import PendingScores, PromptScorer, logprobs_of, read_scores
 from jaxserve.device.step import Prediction
 from jaxserve.device.vocabulary import search_on
-from jaxserve.models.layers import Matmul
 from jaxserve.models.packing import pack_params
 from jaxserve.request import MAX_LOGIT_BIAS
 from jaxserve.scheduling.sequence import Sequence, StepPlan, StepResults

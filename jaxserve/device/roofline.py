@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxserve.config import Quantization
 from jaxserve.device.devices import Device
 from jaxserve.device.sharding import RULES, parameter_axes
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import Quantization
 from jaxserve.models.llama import abstract_llama
 from jaxserve.models.parameters import named_parameters
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxserve.device.errors import PlacementError
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.shards import TENSOR, Shards
 
@@ -52,10 +53,6 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "down.weight": ("hidden_out", "intermediate"),
 }
 """Axes of a parameter by the last parts of its name. A bias or scale has the first axis of its weight."""
-
-
-class PlacementError(ValueError):
-    """A model or configuration that the devices cannot hold in the way asked for; names the field and the limit."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ int32) and are cast to the type of the activations once, after scale and bias.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
+from jaxserve.config import Matmul, Quantization
 from jaxserve.models.config import FrequencyFactors, LinearScaling, Llama3Scaling, RopeConfig
 from jaxserve.models.shards import UNSHARDED, Shards
 from pallas_kernels import linear as packed
@@ -22,8 +22,6 @@ from pallas_kernels import rotary
 from pallas_kernels.block_quantization import dequantize_blocks, quantize_blocks
 from pallas_kernels.linear import LiveRows
 
-Quantization = Literal["none", "int8", "int4"]
-Matmul = Literal["xla", "native"]
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 _INIT_STDDEV = 0.02
 

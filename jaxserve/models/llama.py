@@ -13,12 +13,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
+from jaxserve.config import Matmul, Quantization
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import (
     Linear,
     LinearForm,
-    Matmul,
-    Quantization,
     RMSNorm,
     Rotation,
     initial,

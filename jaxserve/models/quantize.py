@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxserve.config import Quantization
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import Quantization, quantize_rows
+from jaxserve.models.layers import quantize_rows
 from jaxserve.models.llama import abstract_llama
 from jaxserve.models.parameters import named_parameters, with_values
 from pallas_kernels.block_quantization import block_bits, quantize_blocks

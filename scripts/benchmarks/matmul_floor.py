@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from jaxserve.checkpoints import describe_model
+from jaxserve.checkpoints.description import describe_model
 from jaxserve.models.layers import project
 from jaxserve.models.llama import abstract_llama
 from pallas_kernels import linear as packed

@@ -10,9 +10,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from gguf_writing import gguf_name, interleaved, write_gguf
 from safetensors.numpy import load_file
 
-from jaxserve.checkpoints import CheckpointError, LoadedModel, load_model
 from jaxserve.checkpoints.gguf import TYPES, open_gguf
 from jaxserve.checkpoints.huggingface import open_huggingface
+from jaxserve.checkpoints.loading import LoadedModel, load_model
+from jaxserve.checkpoints.tensors import CheckpointError
 from jaxserve.models.config import FrequencyFactors, ModelConfig, RopeConfig
 from jaxserve.models.layers import inverse_frequencies
 from jaxserve.models.parameters import named_parameters

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxserve.checkpoints import CheckpointError, load_model
+from jaxserve.checkpoints.loading import load_model
+from jaxserve.checkpoints.tensors import CheckpointError
 from jaxserve.models.parameters import named_parameters
 from jaxserve.tokenizing.tokenizer_source import HuggingFaceTokenizer
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.checkpoints import CheckpointError, convert, load_model
+from jaxserve.checkpoints.loading import convert, load_model
+from jaxserve.checkpoints.tensors import CheckpointError
 from jaxserve.models.parameters import named_parameters
 
 # After an error Orbax closes its event loop under the threads and coroutines that still use it.

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from jaxserve.checkpoints import CheckpointError, registry
+from jaxserve.checkpoints import registry
 from jaxserve.checkpoints.registry import PackagedModel
+from jaxserve.checkpoints.tensors import CheckpointError
 
 
 def test_a_model_in_a_package_is_found_without_importing_it():

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.checkpoints import CheckpointError, describe_config, describe_model
+from jaxserve.checkpoints.description import describe_config, describe_model
+from jaxserve.checkpoints.tensors import CheckpointError
 from jaxserve.cli import main
 from jaxserve.device.devices import DEVICES, parse_device
 from jaxserve.models.published import PUBLISHED

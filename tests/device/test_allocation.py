@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.checkpoints import describe_model, load_model
+from jaxserve.checkpoints.description import describe_model
+from jaxserve.checkpoints.loading import load_model
 from jaxserve.config import EngineConfig
 from jaxserve.device import allocation, model_runner
-from jaxserve.device.allocation import AllocationError, allocate, device_in_use, device_limit, estimated_temporaries
+from jaxserve.device.allocation import allocate, device_in_use, device_limit, estimated_temporaries
+from jaxserve.device.errors import AllocationError
 from jaxserve.device.kv_cache import page_bytes
 from jaxserve.device.lowering import temporary_bytes
 from jaxserve.device.sharding import Placement

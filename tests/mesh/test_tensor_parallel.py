@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from random_checkpoint import write_checkpoint
 
-from jaxserve.checkpoints import convert
+from jaxserve.checkpoints.loading import convert
 from jaxserve.config import EngineConfig
 
 DEVICES = 8

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from dense_attention import dense_logits
 
-from jaxserve.checkpoints import load_model
-from jaxserve.models.layers import Quantization
+from jaxserve.checkpoints.loading import load_model
+from jaxserve.config import Quantization
 
 FAMILIES = Path(__file__).parent.parent / "fixtures" / "families"
 NAMES = sorted(folder.name for folder in FAMILIES.iterdir())

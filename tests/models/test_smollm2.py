@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from dense_attention import dense_logits
 
-from jaxserve.checkpoints import LoadedModel, load_model
+from jaxserve.checkpoints.loading import LoadedModel, load_model
 
 FIXTURE = json.loads((Path(__file__).parent.parent / "fixtures" / "smollm2_greedy.json").read_text())
 PADDED = 128
