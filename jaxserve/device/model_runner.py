@@ -105,9 +105,15 @@ class ModelRunner:
         self.chunk_sizes = config.prefill_chunks
         self._no_thresholds = {rows: self._put(np.zeros(rows, np.float32)) for rows in self.row_counts}
         self._take_pages(self._allocate())
-        self._forwards, self._choosing = self._compile_steps(progress)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            # A CPU, which alone has no limit, takes a second for the cache. Elsewhere the steps say first what is left.
+            zeroing = pool.submit(self.reset) if self.allocation.limit is None else None
+            self._forwards, self._choosing = self._compile_steps(progress)
+        if zeroing is None:
+            self.reset()
+        else:
+            zeroing.result()
         self._packer = Packer(config.slots, self._max_pages)
-        self.reset()
         self._scorer = self._compile_scorer()
         self._take_slot = self._compile_take_slot()
         self._copies = PageCopies(self._cache, self._placement.sharding())
