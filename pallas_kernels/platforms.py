@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from pallas_kernels.cpu_native import NativePagedAttention
 from pallas_kernels.interface import AttentionNeeds, PagedAttention
-from pallas_kernels.mosaic_tpu import MosaicTpuPagedAttention
 from pallas_kernels.native_build import NativeUnavailable
 from pallas_kernels.reference import ReferencePagedAttention
 from pallas_kernels.xla import XlaPagedAttention
@@ -16,11 +15,19 @@ from pallas_kernels.xla import XlaPagedAttention
 log = logging.getLogger(__name__)
 
 
+# Pallas takes a while to import, each half of it where it is used.
+
+
 def _mosaic_gpu() -> PagedAttention:
-    # Imported where it is used: Mosaic GPU takes a while to import, and most processes have no GPU.
     from pallas_kernels.mosaic_gpu import MosaicGpuPagedAttention
 
     return MosaicGpuPagedAttention()
+
+
+def _mosaic_tpu() -> PagedAttention:
+    from pallas_kernels.mosaic_tpu import MosaicTpuPagedAttention
+
+    return MosaicTpuPagedAttention()
 
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable[[], PagedAttention]]] = {
@@ -29,7 +36,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[], PagedAttention]]] = {
         "cpu_xla": lambda: XlaPagedAttention("cpu_xla"),
         "reference": ReferencePagedAttention,
     },
-    "tpu": {"mosaic_tpu": MosaicTpuPagedAttention, "xla": XlaPagedAttention, "reference": ReferencePagedAttention},
+    "tpu": {"mosaic_tpu": _mosaic_tpu, "xla": XlaPagedAttention, "reference": ReferencePagedAttention},
     "cuda": {"mosaic_gpu": _mosaic_gpu, "xla": XlaPagedAttention, "reference": ReferencePagedAttention},
 }
 """Of each platform, its implementations by name, the preferred first."""
