@@ -79,6 +79,7 @@ def test_after_a_failed_step_streams_go_on_without_a_lost_or_repeated_token(tiny
     assert calls > 9
     assert disturbed == undisturbed
     assert tiny.is_healthy
+    assert tiny.loads().compiles_after_warmup == 0
     assert tiny.loads().available_pages == tiny.loads().total_pages
 
 
