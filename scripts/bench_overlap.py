@@ -8,6 +8,9 @@ there are slots, of random lengths; every other one ends at a stop id, which the
 the steps between the first and the last that had every slot, and medians over the rounds:
 
     device_idle_ratio   part of the time that the device had nothing to do
+    device_idle_in_long_gaps  the same of a trace, without the gaps that are too short to be a wait for the host
+    device_idle_ratio_untraced  part of a step without a profiler that is beyond the device's time in the trace: a traced
+                        GPU runs the kernels of a program one by one, and not as a graph
     gap_ms_*            from a step's end to the next one's start on the device
     overlap_efficiency  (sync - async) / (sync - device), in ms a step: 1 if all of the host's time is hidden; None if
                         there is next to none
@@ -46,6 +49,8 @@ from jaxserve.core.messages import StepRecord
 
 LEAST_HIDEABLE = 0.01
 """Part of a synchronous step below which the host's time is noise, and how much of it is hidden cannot be said."""
+LONG_GAP_SECONDS = 20e-6
+"""From the end of an operation to the start of the next one: more than lies between two kernels of a program."""
 SHOWN_STEPS = 8
 """Steps in a drawing."""
 
@@ -111,6 +116,21 @@ def round_figures(one: Round, slots: int, arguments: argparse.Namespace) -> dict
     }
 
 
+def trace_figures(traced: Sequence[Round], untraced: Sequence[Round]) -> dict[str, Figure]:
+    """What a trace says of the device's idle time, and what it hides by slowing the device down."""
+    in_long_gaps = [
+        sum(gap for gap in steps.gaps(merged) if gap > LONG_GAP_SECONDS) / (merged[-1][1] - merged[0][0])
+        for merged in (steps.union(one.trace) for one in traced)
+    ]
+    device = statistics.median(steps.busy_seconds(one.trace) / len(one.records) for one in traced)
+    step = statistics.median(steps.window_seconds(one.records) / len(one.records) for one in untraced)
+    return {
+        "device_idle_in_long_gaps": rounded(statistics.median(in_long_gaps)),
+        "untraced_step_ms": rounded(1e3 * step),
+        "device_idle_ratio_untraced": rounded(max(0.0, 1 - device / step)),
+    }
+
+
 def run_neighbours(engine: Engine, arguments: argparse.Namespace) -> dict[str, Figure]:
     """p99 of short requests among long and among short neighbours, in turn, and the ratio."""
     p99: dict[str, list[float]] = {"long": [], "short": []}
@@ -167,9 +187,12 @@ def run_slots(slots: int, arguments: argparse.Namespace) -> Run:
         work = Work.make(count, output_len, pipelined.model_config.vocab_size)
         work.stop_every_other(run_round(pipelined, work.requests("learn", arguments.text)).streams)
         load = OtherLoad(process_tree(os.getpid()))
+        untraced: list[Round] = []
         for number in range(arguments.rounds):
             for engine, done in rounds.items():
                 done.append(run_round(engine, work.requests(str(number), arguments.text), arguments.trace))
+            if arguments.trace:
+                untraced.append(run_round(pipelined, work.requests(f"{number} untraced", arguments.text)))
         neighbours = run_neighbours(pipelined, arguments) if arguments.probes else {}
         other_load = load.share()
         device = pipelined.device.device_kind
@@ -179,6 +202,7 @@ def run_slots(slots: int, arguments: argparse.Namespace) -> Run:
         "device": device,
         **{name: value for name, value in overlapped.items() if name != "step_ms"},
         **overlap_figures(sync, overlapped, arguments),
+        **(trace_figures(rounds[pipelined], untraced) if arguments.trace else {}),
         **neighbours,
         "other_load": other_load and rounded(other_load),
     }

@@ -31,7 +31,9 @@ def test_every_section_runs_and_gives_its_figures(tmp_path: Path):
     assert results["attention"]["decode"][0]["gb_per_s"] > 0 and results["steps"]["decode"][0]["mbu"] > 0
     profile = results["steps"]["profile"]
     assert {line["step"] for line in profile} == {"2 rows", "prompt of 64"} and profile[1]["us"] > 0
-    assert 0 <= results["overlap"]["device_idle_ratio"] <= 1
+    overlap = results["overlap"]
+    assert 0 <= overlap["device_idle_in_long_gaps"] <= overlap["device_idle_ratio"] <= 1
+    assert 0 <= overlap["device_idle_ratio_untraced"] <= 1 and overlap["untraced_step_ms"] > 0
 
 
 def test_a_section_without_time_is_ended_and_fails():
