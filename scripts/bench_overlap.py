@@ -9,8 +9,8 @@ the steps between the first and the last that had every slot, and medians over t
 
     device_idle_ratio   part of the time that the device had nothing to do
     device_idle_in_long_gaps  the same of a trace, without the gaps that are too short to be a wait for the host
-    device_idle_ratio_untraced  part of a step without a profiler that is beyond the device's time in the trace: a traced
-                        GPU runs the kernels of a program one by one, and not as a graph
+    device_idle_ratio_untraced  part of a step without a profiler that is beyond the device's time in the trace: where a
+                        GPU is traced, the kernels of a program are launched one by one, and not as a graph
     gap_ms_*            from a step's end to the next one's start on the device
     overlap_efficiency  (sync - async) / (sync - device), in ms a step: 1 if all of the host's time is hidden; None if
                         there is next to none

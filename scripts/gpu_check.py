@@ -5,7 +5,7 @@
     attention  decode and chunk attention alone, as parts of those rates
     steps      whole steps of a Llama-3.1-8B of random weights: MBU, and prompts as a part of the matmul rate
     engine     greedy tokens against the CPU
-    overlap    device idle time under load: in a profiler's trace, which has XLA launch kernels one by one, and without
+    overlap    device idle time under load, in a profiler's trace and without it
 
 The engine's sections need the packages of pyproject.toml; what the machine lacks can lie in a folder on PYTHONPATH.
 Each section is a process of its own, ended when its time is up, so that one that hangs costs no other. Prints a table,
