@@ -4,10 +4,10 @@
 
 PYTHON is an interpreter that has the peers: llama-cpp-python (its low-level API, one batch for all sequences) and
 transformers with torch, gguf and accelerate (continuous batching). A peer that it lacks is reported as absent. Every
-engine is a process of its own that waits while another is timed; a round times each of them once, on the same token ids;
-figures are medians over the rounds. A measurement during which other processes took more of the machine than --quiet allows is repeated; a
-case whose `quiet` is false was measured on a busy machine all the same, and its ratios say nothing: llama.cpp's threads
-spin at barriers and lose far more to a neighbour than ours.
+engine is a process of its own that waits while another is timed; a round times each of them once, on the same token
+ids; figures are medians over the rounds. A measurement during which other processes took more of the machine than
+--quiet allows is repeated; a case whose `quiet` is false was measured on a busy machine all the same, and its ratios
+say nothing: llama.cpp's threads spin at barriers and lose far more to a neighbour than ours.
 
 Ratios, ours over theirs: `bf16` against llama.cpp with bf16 weights, `best` our int8 and `int4` our int4 against
 llama.cpp's Q4_0 (its fastest form; the shipped Q4_1 is a slow one), `continuous_batching` our bfloat16 against
