@@ -15,9 +15,7 @@ from pallas_kernels.xla import XlaPagedAttention
 log = logging.getLogger(__name__)
 
 
-# Pallas takes a while to import, each half of it where it is used.
-
-
+# Pallas for GPUs and Pallas for TPUs are imported where they are used: each takes a while.
 def _mosaic_gpu() -> PagedAttention:
     from pallas_kernels.mosaic_gpu import MosaicGpuPagedAttention
 

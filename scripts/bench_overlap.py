@@ -116,18 +116,17 @@ def round_figures(one: Round, slots: int, arguments: argparse.Namespace) -> dict
     }
 
 
-def trace_figures(traced: Sequence[Round], untraced: Sequence[Round]) -> dict[str, Figure]:
+def trace_figures(traced: Sequence[Round], untraced: Sequence[Round], pipelined: dict) -> dict[str, Figure]:
     """What a trace says of the device's idle time, and what it hides by slowing the device down."""
     in_long_gaps = [
         sum(gap for gap in steps.gaps(merged) if gap > LONG_GAP_SECONDS) / (merged[-1][1] - merged[0][0])
         for merged in (steps.union(one.trace) for one in traced)
     ]
-    device = statistics.median(steps.busy_seconds(one.trace) / len(one.records) for one in traced)
-    step = statistics.median(steps.window_seconds(one.records) / len(one.records) for one in untraced)
+    step_ms = statistics.median(1e3 * steps.window_seconds(one.records) / len(one.records) for one in untraced)
     return {
         "device_idle_in_long_gaps": rounded(statistics.median(in_long_gaps)),
-        "untraced_step_ms": rounded(1e3 * step),
-        "device_idle_ratio_untraced": rounded(max(0.0, 1 - device / step)),
+        "untraced_step_ms": rounded(step_ms),
+        "device_idle_ratio_untraced": rounded(max(0.0, 1 - pipelined["device_step_ms"] / step_ms)),
     }
 
 
@@ -202,7 +201,7 @@ def run_slots(slots: int, arguments: argparse.Namespace) -> Run:
         "device": device,
         **{name: value for name, value in overlapped.items() if name != "step_ms"},
         **overlap_figures(sync, overlapped, arguments),
-        **(trace_figures(rounds[pipelined], untraced) if arguments.trace else {}),
+        **(trace_figures(rounds[pipelined], untraced, overlapped) if arguments.trace else {}),
         **neighbours,
         "other_load": other_load and rounded(other_load),
     }

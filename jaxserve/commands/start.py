@@ -62,7 +62,7 @@ def start_engine(config: EngineConfig) -> "Engine":
     """
     try:
         with ProgressDisplay() as progress:
-            progress("starting", None)  # importing JAX takes a second
+            progress("starting", None)  # the core, which imports JAX, tells of nothing for a second
             with model_errors():
                 from jaxserve.engine import Engine
 
