@@ -117,7 +117,6 @@ class MosaicGpuPagedAttention:
         out = self._attend_rows(call, *decoded)
         if q.shape[0] > rows:
             out = jnp.concatenate([out, self._attend_chunk(call, *chunk)])
-        out = jnp.where((token_row >= 0)[:, None, None, None], out, 0.0)
         out = out.reshape(q.shape[0], q_heads, -1)[..., :head_dim].astype(q.dtype)
         return Attended(out, jax.tree.map(lambda ref: ref[...], refs))
 
@@ -128,7 +127,7 @@ class MosaicGpuPagedAttention:
         stored: LayerCache,
         token_row: Int32[Array, " row"],
         position: Int32[Array, " row"],
-    ) -> Float32[Array, "row kv_head group head_dim"]:
+    ) -> BFloat16[Array, "row kv_head group head_dim"]:
         """The decode rows, written and attended."""
         geometry, sinks = call.geometry, call.sinks
         max_context = call.pages.table.shape[1] * geometry.page_size
@@ -147,8 +146,7 @@ class MosaicGpuPagedAttention:
         partial = attend_splits(tokens, call.pages, work, geometry, call.scores, plan, self._product, self.interpret)
         if sinks is not None:
             sinks = jnp.pad(sinks, ((0, 0), (0, padding)))
-        out = combine(partial, row_start, sinks, self.interpret)
-        return jnp.swapaxes(out, 2, 3)[:, :, : geometry.group]
+        return combine(partial, row_start, sinks, geometry.group, self.interpret)
 
     def _attend_chunk(
         self,
@@ -157,7 +155,7 @@ class MosaicGpuPagedAttention:
         stored: LayerCache,
         token_row: Int32[Array, " token"],
         position: Int32[Array, " token"],
-    ) -> Float32[Array, "token kv_head group head_dim"]:
+    ) -> BFloat16[Array, "token kv_head group head_dim"]:
         """The prompt chunk, written and attended: its queries are laid out in tiles for the kernel, and back."""
         geometry, rows = call.geometry, call.pages.table.shape[0]
         self._write(call, stored, token_row, position)
@@ -179,7 +177,7 @@ class MosaicGpuPagedAttention:
         out = out.reshape(*out.shape[:3], kernel.tokens_per_tile, geometry.group, geometry.head_dim)
         tile, within_tile = places.before // kernel.tokens_per_tile, places.before % kernel.tokens_per_tile
         by_token = jnp.moveaxis(out, 3, 2)[places.unit, tile, within_tile]
-        return by_token.astype(jnp.float32)
+        return jnp.where((token_row >= 0)[:, None, None, None], by_token, 0)
 
     def _write(
         self, call: "_Call", stored: LayerCache, token_row: Int32[Array, " token"], position: Int32[Array, " token"]

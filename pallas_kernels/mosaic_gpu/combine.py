@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels.mosaic_gpu.products import Ref
 from pallas_kernels.mosaic_gpu.scores import LOWEST
@@ -27,14 +28,16 @@ def combine(
     partial: Partial,
     row_start: Int32[Array, " row_and_end"],
     sinks: Float32[Array, "kv_head q_row"] | None,
+    group: int,
     interpret=None,
-) -> Float32[Array, "row kv_head head_dim q_row"]:
+) -> BFloat16[Array, "row kv_head group head_dim"]:
     """The attention of each row; zeros for a row without units.
 
     Args:
         partial: of the units.
         row_start: first unit of each row, then one past the last.
         sinks: a score that takes part in each total and has no value, in units of log 2.
+        group: query heads a kv head, of the q_rows that they are padded to.
         interpret: parameters of the interpreter, None on a GPU.
     """
     _, kv_heads, head_dim, q_rows = partial.weighted.shape
@@ -75,17 +78,26 @@ def combine(
             total = total * kept + jnp.exp2(score - new_largest)
             weighted = weighted * columns(kept, weighted.shape)
         # A row without units has no weights, and is zero.
-        staged[...] = weighted / columns(jnp.maximum(total, jnp.finfo(jnp.float32).tiny), weighted.shape)
+        result = weighted / columns(jnp.maximum(total, jnp.finfo(jnp.float32).tiny), weighted.shape)
+        _store_plainly(staged.transpose((1, 0)), result.astype(jnp.bfloat16))
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, out.at[row, head])
+        plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, group)], out.at[row, head])
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((rows, kv_heads, head_dim, q_rows), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((rows, kv_heads, group, head_dim), jnp.bfloat16),
         grid=(rows, kv_heads),
         grid_names=("row", "head"),
-        scratch_types=(plgpu.SMEM((head_dim, q_rows), jnp.float32),),
+        scratch_types=(plgpu.SMEM((q_rows, head_dim), jnp.bfloat16),),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(*operands)
+
+
+def _store_plainly(target: Ref, value: jax.Array) -> None:
+    """Stores to shared memory without swizzles, bank conflicts or not: JAX 0.12 wants to be told that they may be."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(target, value, optimized=False)
+    else:
+        target[...] = value
