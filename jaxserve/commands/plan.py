@@ -181,7 +181,7 @@ def _compiled_text(step: Plan) -> str:
     text = f"compiled {name}: temporaries {_size(step['temporaries'])}, collectives {talk}"
     if step["cache"]:
         text += ", cache in place" if step["cache_is_aliased"] and not step["cache_copies"] else ", CACHE COPIED"
-    return text
+    return text + (f", {step['recomputed']} OPERATIONS COMPUTED TWICE" if step["recomputed"] else "")
 
 
 def compiled_steps(model: ModelConfig, config: EngineConfig, device: Device, num_pages: int) -> list[dict[str, object]]:

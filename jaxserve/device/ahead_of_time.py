@@ -15,7 +15,7 @@ from jax.experimental import topologies
 
 from jaxserve.config import EngineConfig
 from jaxserve.device.choosing import make_choosing
-from jaxserve.device.devices import Device
+from jaxserve.device.devices import DEVICES, Device
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.device.lowering import StepInputs, abstract_state, lower_choosing, lower_forward
 from jaxserve.device.sharding import Placement
@@ -23,20 +23,22 @@ from jaxserve.device.vocabulary import search_on
 from jaxserve.models.config import ModelConfig
 from pallas_kernels import PagedAttention
 
-_H100 = """
-gpu_device_info {
+_H100 = f"""
+gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
+  device_memory_size: {round(DEVICES["h100"].memory / 0.8)} shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 patch: 0 }
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+"""Without a device's allocator to say its limit, XLA takes 80 % of the memory for it, and computes things twice rather
+than exceed it: this memory is what makes that the engine's own limit."""
 _LIBTPU_ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -47,6 +49,8 @@ _LIBTPU_ALONE = {
 """What libtpu reads from the environment, so that it asks nobody which machine it is on."""
 _OPERATION = re.compile(r"^\s*(?:ROOT )?\S+ = (.*?) ([a-z][a-z-]*)\(", re.MULTILINE)
 """Result and kind of an operation in the text of an HLO module."""
+_RECOMPUTED = re.compile(r"^\s*(?:ROOT )?\S+\.remat\S* = ", re.MULTILINE)
+"""An operation that rematerialization added, by the name that it gives."""
 _KERNEL = re.compile(
     r'custom_call_target="tpu_custom_call".*op_name="[^"]*?(?P<name>\w+)/pallas_call'
     r'.*"scoped_memory_configs":\[\{"memory_space":"1","offset":"(?P<begin>\d+)"'
@@ -100,6 +104,8 @@ class StepFigures:
     bytes_accessed: float
     collectives: dict[str, int]
     """Operations by which devices talk, by kind."""
+    recomputed: int
+    """Operations that stand there again, because the compiler saw no room to keep what they gave: rematerialization."""
     branches: int
     """Operations that run one of several computations: at each a GPU waits for the host, and the host for the GPU."""
     kernels: dict[str, KernelFigures]
@@ -184,6 +190,7 @@ def _figures(
         flops=float(costs.get("flops", 0.0)),
         bytes_accessed=float(costs.get("bytes accessed", 0.0)),
         collectives={kind: count for kind in _COLLECTIVES if (count := _count_calls(text, kind))},
+        recomputed=len(_RECOMPUTED.findall(text)),
         branches=_count_calls(text, "conditional"),
         kernels=tpu_kernels(text),
     )

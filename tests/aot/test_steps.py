@@ -2,11 +2,15 @@
 small, no work is missing, and devices talk as often as the layout asks. `step_table.py` makes the table."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from step_table import CELLS, CHUNK, COVERING, TABLE, Cell, derived, figures, floors, stated_work
 
+from jaxserve.device.ahead_of_time import forward_figures, placement_on
 from jaxserve.device.allocation import estimated_temporaries
+from jaxserve.device.devices import DEVICES
+from jaxserve.device.kv_cache import page_bytes
 from jaxserve.models.published import PUBLISHED
 
 TABLED = json.loads(TABLE.read_text())
@@ -98,6 +102,22 @@ def test_devices_talk_four_times_a_layer_and_twice_a_step(step: tuple[Cell, dict
 def test_no_program_branches(step: tuple[Cell, dict]):
     """A GPU waits at each branch until the host has read which way to go, and the host with it."""
     assert [program["branches"] for program in programs(step[1])] == [0] * (2 + len(step[1]["choosing"]))
+
+
+def test_nothing_is_computed_twice(step: tuple[Cell, dict]):
+    """XLA would do so, a layer's products too, rather than exceed what it takes for the device's memory."""
+    assert [program["recomputed"] for program in programs(step[1])] == [0] * (2 + len(step[1]["choosing"]))
+
+
+@pytest.mark.aot
+def test_a_cache_without_room_beside_it_has_things_computed_twice():
+    """The fault that the test above would find."""
+    cell = CELLS["smollm2-135m h100-1"]
+    model, config = replace(PUBLISHED[cell.model], num_layers=2), cell.config
+    placement = placement_on(DEVICES[cell.device], 1)
+    pages = DEVICES[cell.device].memory // page_bytes(model, cell.attention(), config)
+    found = forward_figures(model, config, cell.attention(), placement, pages, CHUNK)
+    assert found.recomputed > 0
 
 
 def test_no_less_work_is_counted_than_arithmetic_says(step: tuple[Cell, dict]):
