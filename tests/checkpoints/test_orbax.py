@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,6 @@ import pytest
 from jaxserve.checkpoints.loading import convert, load_model
 from jaxserve.checkpoints.tensors import CheckpointError
 from jaxserve.models.parameters import named_parameters
-
-# After an error Orbax closes its event loop under the threads and coroutines that still use it.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 
 FAMILIES = Path(__file__).parent.parent / "fixtures" / "families"
 
@@ -130,12 +126,24 @@ def test_a_truncated_and_a_missing_file_are_named(folder):
     load_model(str(folder), "bfloat16")
 
 
-def test_overwritten_weights_are_refused(folder):
-    files = [file for file in (folder / "params").rglob("*") if file.parent.name == "d"]
-    for file in files:
-        file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(CheckpointError, match="copy/params: "):
-        load_model(str(folder), "bfloat16")
+@pytest.mark.parametrize(("damaged", "problem"), [("index", "is missing, damaged or not of"), ("arrays", "cannot be")])
+def test_damaged_weights_are_refused_and_nothing_reads_on(folder, damaged, problem, monkeypatch):
+    """A read that ends after Orbax's event loop was closed can tell it to nobody but `unraisablehook`."""
+    untold: list[sys.UnraisableHookArgs] = []
+    monkeypatch.setattr(sys, "unraisablehook", untold.append)
+    if damaged == "index":
+        for file in (folder / "params" / "d").iterdir():
+            file.write_bytes(bytes(file.stat().st_size))
+    else:
+        file = max((folder / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        files = json.loads((folder / "jaxserve.json").read_text())["files"]
+        describe(folder, files={**files, str(file.relative_to(folder)): file.stat().st_size})
+    for _ in range(3):
+        with pytest.raises(CheckpointError, match=f"copy/params: {problem}"):
+            load_model(str(folder), "bfloat16")
+    time.sleep(0.3)  # what would still be read, would be by now
+    assert not untold
 
 
 def test_a_link_is_refused(folder, tmp_path):
