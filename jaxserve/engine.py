@@ -170,8 +170,14 @@ class Engine:
             ]
             with self._sending:
                 self._requests.add(added)
-                for submit in submits:
-                    self._core.send(submit)
+                try:
+                    for submit in submits:
+                        self._core.send(submit)
+                except Exception:
+                    for active, _ in added:
+                        self._abort(active.submit.handle, active.request.sampling.n)
+                    self._requests.take_back([active for active, _ in added])
+                    raise
         except Exception:
             for stream, _ in streams:
                 if isinstance(stream, ResumableStream):

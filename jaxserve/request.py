@@ -4,7 +4,6 @@ Everything here is plain data, checked before anything is allocated. This module
 """
 
 import hashlib
-import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -31,16 +30,16 @@ MAX_REQUEST_ID_LENGTH = 128
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequest(name, f"must be a number, got {value!r}")
-    if not math.isfinite(value) or value < low or value > high or (open_low and value <= low):
+    if not low <= value <= high or (open_low and value == low):
         left = "(" if open_low else "["
-        raise InvalidRequest(name, f"must be in {left}{low:g}, {high:g}], got {value!r}")
+        raise InvalidRequest(name, f"must be in {left}{low:g}, {high:g}], got {value!r:.100}")
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(name, f"must be an integer, got {value!r}")
     if not low <= value <= high:
-        raise InvalidRequest(name, f"must be in [{low}, {high}], got {value}")
+        raise InvalidRequest(name, f"must be in [{low}, {high}], got {value!r:.100}")
 
 
 def _boolean(name: str, value: Any) -> None:
@@ -51,6 +50,10 @@ def _boolean(name: str, value: Any) -> None:
 def _text(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
         raise InvalidRequest(name, f"must be text that is not empty, got {value!r:.100}")
+    _unicode(name, value)
+
+
+def _unicode(name: str, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -137,8 +140,9 @@ class StoppingParams:
         for text in self.stop:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_STRING_LENGTH:
                 raise InvalidRequest(
-                    "stop", f"must be strings of 1 to {MAX_STOP_STRING_LENGTH} characters, got {text!r}"
+                    "stop", f"must be strings of 1 to {MAX_STOP_STRING_LENGTH} characters, got {text!r:.100}"
                 )
+            _unicode("stop", text)
         room = MAX_STOP_TOKEN_IDS - (0 if self.ignore_eos else len(eos_ids))
         if len(self.stop_token_ids) > room:
             raise InvalidRequest("stop_token_ids", f"has {len(self.stop_token_ids)} ids (limit {room})")
@@ -291,7 +295,8 @@ class Request:
             raise InvalidRequest("request_id", f"must be a string of 1 to {MAX_REQUEST_ID_LENGTH} characters")
         _integer("priority", self.priority, -(2**31), 2**31 - 1)
         if not isinstance(self.cache_salt, str):
-            raise InvalidRequest("cache_salt", f"must be a string, got {self.cache_salt!r}")
+            raise InvalidRequest("cache_salt", f"must be a string, got {self.cache_salt!r:.100}")
+        _unicode("cache_salt", self.cache_salt)
         if self.constraint is not None:
             self.constraint.validate()
 

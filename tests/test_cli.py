@@ -104,6 +104,8 @@ def test_generate_gives_every_sequence_of_a_request(engine: Engine):
 
 BAD = [
     (line(id="x", prompt="a", temperature=-1), "temperature", "[0, 100], got -1"),
+    (line(id="x", prompt="a", temperature=10**400), "temperature", "[0, 100], got 1000"),
+    (b'{"id": "x", "prompt": "a", "cache_salt": "\xed\xa0\x80"}\n', "request", "is not JSON"),
     (line(id="x", prompt="a", max_tokens=10**6), "max_tokens", "in a context of 2048"),
     (line(id="x", prompt="a", n=97), "n", "[1, 96], got 97"),
     (line(id="x", prompt="a", token_ids=[1]), "prompt", "prompt and token_ids are set"),

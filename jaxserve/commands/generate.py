@@ -55,7 +55,7 @@ class Line:
     def parse(self) -> Request:
         """The request. Raises InvalidRequest for what is wrong with any model."""
         try:
-            self.data = json.loads(self.text)
+            self.data = json.loads(self.text.decode("utf-8-sig"))  # bytes, it would take in UTF-16 too
         except json.JSONDecodeError as error:
             raise InvalidRequest("request", f"is not JSON: {error.msg} at column {error.colno}") from None
         except (ValueError, RecursionError) as error:

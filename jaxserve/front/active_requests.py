@@ -111,6 +111,12 @@ class ActiveRequests:
                 for index, text in enumerate(texts):
                     self._by_handle[active.submit.handle + index] = ActiveSequence(active, index, text)
 
+    def take_back(self, requests: Sequence[ActiveRequest]) -> None:
+        """Lets go of requests that were added and could not be given to the core."""
+        for active in requests:
+            for index in range(active.request.sampling.n):
+                self.remove(self._by_handle[active.submit.handle + index])
+
     def get(self, handle: int) -> ActiveSequence | None:
         """The sequence with this handle, if it is active."""
         return self._by_handle.get(handle)

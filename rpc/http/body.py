@@ -9,8 +9,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from rpc.http.errors import HttpError
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-"""An escape that may be half of a character; only such can make a string that is no Unicode text."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape that may be half of a character; in UTF-8, only such can make a string that is no Unicode text."""
 
 
 async def read_object(request: Request, limit: int, timeout: float) -> dict[str, object]:
@@ -28,14 +28,16 @@ async def read_object(request: Request, limit: int, timeout: float) -> dict[str,
         raise HttpError(415, "content-encoding: compressed requests are not taken", param="content-encoding")
     data = await _read(request, limit, timeout)
     try:
-        value = json.loads(data, parse_constant=_refuse_constant)
+        # Bytes, `json.loads` would take in UTF-16 too, and halves of characters in either.
+        text = data.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
         raise HttpError(400, "the request body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # JSON, UTF-8, or a number of more digits than Python reads
         raise HttpError(400, f"the request body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise HttpError(400, f"the request body must be a JSON object, not {type(value).__name__}", code="invalid_json")
-    if _SURROGATE.search(data):
+    if _SURROGATE.search(text):
         _check_unicode(value)
     return value
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from engine_at_rest import all_pages_are_back
 
+from jaxserve.core.messages import Abort, Message, Submit
 from jaxserve.engine import Engine
 from jaxserve.events import Delta, Finished, Started
 from jaxserve.front.completion import collect
@@ -224,6 +225,10 @@ BAD = [
     ({"max_tokens": 2**31}, "max_tokens"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
     ({"stop": [""]}, "stop"),
+    ({"stop": ["\ud800"]}, "stop"),
+    ({"cache_salt": "\ud800"}, "cache_salt"),
+    ({"temperature": 10**400}, "temperature"),
+    ({"logit_bias": {"1": -(10**400)}}, "logit_bias"),
     ({"stop_token_ids": [49152]}, "stop_token_ids"),
     ({"logprobs": 21}, "logprobs"),
     ({"nonsense": 1}, "nonsense"),
@@ -246,6 +251,30 @@ def test_bad_input_names_its_field_and_allocates_nothing(engine: Engine, fields:
         engine.submit(Request.from_json({"prompt": "x", **fields}))
     assert caught.value.field == field
     assert engine.loads() == before
+
+
+def test_what_cannot_be_given_to_the_core_leaves_nothing_behind(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    before = engine.loads()
+    sent = list[Message]()
+    send = engine._core.send
+
+    def fail_at_the_second(command: Message) -> None:
+        sent.append(command)
+        if len(sent) == 2:
+            raise RuntimeError("can't start new thread")
+        send(command)
+
+    requests = [Request(prompt="x", request_id=name, **without_eos(30)) for name in ("first", "second")]
+    monkeypatch.setattr(engine._core, "send", fail_at_the_second)
+    with pytest.raises(RuntimeError, match="new thread"):
+        engine.submit_all(requests)
+    monkeypatch.undo()
+    assert len(engine._requests) == 0
+    assert [type(command) for command in sent] == [Submit, Submit, Abort, Abort]
+    (after,) = engine.generate([replace(requests[0], stopping=StoppingParams(max_tokens=1))])
+    assert after.request_id == "first"
+    assert all_pages_are_back(engine)
+    assert engine.loads().running == before.running
 
 
 def test_a_prompt_at_the_limit_succeeds(engine: Engine):

@@ -56,7 +56,7 @@ async def test_100_requests_past_the_queues_limit_get_429_at_once_and_health_ans
 
 OUT_OF_RANGE = [
     *[("max_tokens", value) for value in (-1, 0, 2**31, 1.5, "4", True)],
-    *[("temperature", value) for value in (-0.1, 101, "hot", [1])],
+    *[("temperature", value) for value in (-0.1, 101, "hot", [1], 10**400)],
     *[("top_p", value) for value in (0, -1, 1.5, {})],
     *[("top_k", value) for value in (-2, 2**31)],
     *[("n", value) for value in (0, -1, 10**9)],
@@ -64,7 +64,7 @@ OUT_OF_RANGE = [
     *[("seed", value) for value in (-1, 2**32, 10**400)],
     *[
         ("logit_bias", value)
-        for value in ({"256": 1}, {"x": 1}, {"1": 101}, [1], dict.fromkeys(map(str, range(300)), 0))
+        for value in ({"256": 1}, {"x": 1}, {"1": 101}, {"1": 10**400}, [1], dict.fromkeys(map(str, range(300)), 0))
     ],
     *[("stop", value) for value in ([""], ["x" * 257], ["x"] * 17, 5, [None])],
     *[("stop_token_ids", value) for value in ([-1], [256], ["a"], 3)],
@@ -122,7 +122,9 @@ async def test_not_a_number_and_infinities_are_no_json() -> None:
 @pytest.mark.asyncio
 async def test_text_that_is_not_unicode_is_refused_and_nul_and_any_script_are_taken() -> None:
     async with http_serving(ScriptedEngine()) as (_, address):
-        assert (await exchange(address, request_bytes(COMPLETIONS, b'{"prompt": "\xff\xfe"}'))).status == 400
+        for body in (b'{"prompt": "\xff\xfe"}', b'{"prompt": "\xed\xa0\x80"}', '{"prompt": "a"}'.encode("utf-16")):
+            answer = await exchange(address, request_bytes(COMPLETIONS, body))
+            assert (answer.status, answer.error()["code"]) == (400, "invalid_json")
         for field in ("prompt", "stop", "cache_salt", "user"):
             body = b'{"prompt": "a", "max_tokens": 1, "%s": "\\ud83d"}' % field.encode()
             answer = await exchange(address, request_bytes(COMPLETIONS, body))
