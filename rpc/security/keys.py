@@ -90,12 +90,13 @@ class KeyFile:
         self._seen = self._version()
         self._principals = read_keys(path)
 
-    def _version(self) -> tuple[int, int, int] | None:
+    def _version(self) -> tuple[int, ...] | None:
         try:
             found = self._path.stat()
         except OSError:
             return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        # The time of change is of the mode as well, for which a file may have been refused.
+        return found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size
 
     def refresh(self) -> None:
         """Takes in a file that has changed. One that cannot be used is logged, and the keys stay as they were.

@@ -81,3 +81,11 @@ def test_a_change_is_taken_in_and_one_that_cannot_be_used_is_not(tmp_path: Path,
     os.replace(replacement, file)
     keys.refresh()
     assert keys.principal_of(third) == Principal("acme") and keys.principal_of(old) is None
+    fourth = add_key(replacement, "acme")
+    replacement.chmod(0o664)
+    os.replace(replacement, file)
+    keys.refresh()
+    assert keys.principal_of(fourth) is None
+    file.chmod(0o600)
+    keys.refresh()
+    assert keys.principal_of(fourth) == Principal("acme") and keys.principal_of(third) is None
