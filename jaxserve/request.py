@@ -319,7 +319,8 @@ class Request:
             part = _FIELD_PART.get(name)
             if part is None:
                 raise InvalidRequest(str(name), "is not a field of a request")
-            if value is not None:
+            # `json_object: false` asks for nothing.
+            if value is not None and (name != "json_object" or value is not False):
                 parts[part][name] = _from_json_value(name, value)
         request = parts["request"]
         if "id" in request:

@@ -11,7 +11,6 @@ from jaxserve.request_errors import InvalidRequest
 from rpc.http.answers import LEAST_LOGPROB, Answer, Choice
 from rpc.http.schema import (
     CHAT_WITHOUT_EFFECT,
-    CONSTRAINTS,
     WITHOUT_EFFECT,
     Asked,
     Fields,
@@ -41,21 +40,22 @@ def parse_chat(body: Mapping[str, object], engine: ServedEngine) -> Asked:
     return_token_ids = fields.take_bool("return_token_ids")
     timeout = fields.take_timeout()
     fields.take_without_effect(WITHOUT_EFFECT, CHAT_WITHOUT_EFFECT)
-    constraint = take_response_format(fields)
-    flat = fields.take_engine_fields()
+    constraint, source = take_response_format(fields), "response_format"
     if offered.forced is not None:
-        if constraint or any(name in flat for name in CONSTRAINTS):
-            raise InvalidRequest("tool_choice", "a forced call and another constraint on the output exclude each other")
-        constraint = {"json_schema": offered.forced}
+        if constraint:
+            raise InvalidRequest("tool_choice", "a forced call and response_format exclude each other")
+        constraint, source = {"json_schema": offered.forced}, "tools"
+    flat = fields.take_engine_fields(constraint, "tool_choice" if source == "tools" else source)
     _take_max_tokens(fields, flat)
     fields.refuse_rest("/v1/chat/completions")
     wanted = (0 if top_logprobs is None else top_logprobs) if logprobs else None
     request = replace(
-        Request.from_json({**flat, **constraint, "messages": messages}),
+        Request.from_json({**flat, "messages": messages}),
         tools=offered.tools,
         output=output_params(wanted),
     )
-    return Asked((request,), stream, include_usage, return_token_ids, timeout, offered.syntax)
+    names = dict.fromkeys(constraint, source)
+    return Asked((request,), stream, include_usage, return_token_ids, timeout, offered.syntax, names)
 
 
 def _take_max_tokens(fields: Fields, flat: dict[str, object]) -> None:

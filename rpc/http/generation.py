@@ -8,6 +8,7 @@ from dataclasses import replace
 from starlette.types import Receive, Send
 
 from jaxserve.events import Delta, Finished, FinishReason
+from jaxserve.request_errors import InvalidRequest
 from rpc.call_runner import CallRunner, worse
 from rpc.http.answers import Answer
 from rpc.http.errors import error_of
@@ -51,7 +52,10 @@ class Generation:
             for request, name in zip(asked.requests, names, strict=True)
         ]
         self._calls = [self._open_calls.open(name, self._disconnect) for name in names]
-        self._streams = await self._runner.admit(requests, self._calls)
+        try:
+            self._streams = await self._runner.admit(requests, self._calls)
+        except InvalidRequest as error:
+            raise InvalidRequest(asked.names.get(error.field, error.field), error.reason) from None
         # Only now, when there is something to cancel: it runs at once where the client has gone already.
         self._watching.add_done_callback(lambda _: self._cancel())
 

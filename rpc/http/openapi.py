@@ -149,7 +149,7 @@ CHAT: Mapping[str, Schema] = {
         "description": "Functions that the model may call, where its chat template has tools.",
     },
     "tool_choice": _of("ToolChoice"),
-    "parallel_tool_calls": _only([True], "A model may make several calls at once."),
+    "parallel_tool_calls": _boolean("A model may make several calls at once; false needs a forced one."),
     "modalities": _only([["text"]], "Text alone."),
 }
 """Parameters of `/v1/chat/completions` alone."""

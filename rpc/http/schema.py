@@ -6,7 +6,7 @@ effect that is not had here, is refused by name; null is the same as leaving a p
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from jaxserve.request import Constraint, OutputParams, Request
@@ -62,6 +62,7 @@ class Asked:
         return_token_ids: choices have `token_ids`.
         timeout: seconds from its arrival until it ends at the latest; None for no end.
         tool_syntax: how the model calls the tools that it is offered; None where it is offered none.
+        names: of the engine's fields that were made of parameters of other names, these names.
     """
 
     requests: tuple[Request, ...]
@@ -70,6 +71,7 @@ class Asked:
     return_token_ids: bool
     timeout: float | None = None
     tool_syntax: "ToolSyntax | None" = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -115,9 +117,14 @@ class Fields:
             if value is not None and not holds(value):
                 raise InvalidRequest(name, f"must be {what}; got {value!r:.100}")
 
-    def take_engine_fields(self) -> dict[str, object]:
-        """The parameters that the engine checks."""
-        return {name: self._fields.pop(name) for name in PASSED if name in self._fields}
+    def take_engine_fields(self, constraint: Mapping[str, object], source: str) -> dict[str, object]:
+        """The parameters that the engine checks, and the constraint that the parameter `source` has made, beside which
+        there may be no other."""
+        flat = {name: self._fields.pop(name) for name in PASSED if name in self._fields}
+        for name in CONSTRAINTS:
+            if constraint and name in flat:
+                raise InvalidRequest(source, f"excludes another constraint on the output, but {name} is set as well")
+        return {**flat, **constraint}
 
     def refuse_rest(self, endpoint: str) -> None:
         """Refuses what nobody took, by name."""
@@ -136,14 +143,15 @@ def parse_completion(body: Mapping[str, object], engine: ServedEngine) -> Asked:
     fields.take_without_effect(WITHOUT_EFFECT, COMPLETIONS_WITHOUT_EFFECT)
     best_of = fields.take("best_of")
     constraint = take_response_format(fields)
-    flat = fields.take_engine_fields()
+    flat = fields.take_engine_fields(constraint, "response_format")
     if best_of is not None and best_of != flat.get("n", 1):
         raise InvalidRequest("best_of", f"must equal n, for all sequences are returned; got {best_of!r:.100}")
     fields.refuse_rest("/v1/completions")
-    common = Request.from_json({**flat, **constraint, "prompt": ""})
+    common = Request.from_json({**flat, "prompt": ""})
     common = replace(common, prompt=None, output=output_params(logprobs))
     requests = tuple(replace(common, **prompt) for prompt in prompts)  # pyright: ignore[reportArgumentType]
-    return Asked(requests, stream, include_usage, return_token_ids, timeout)
+    names = {"token_ids": "prompt", **dict.fromkeys(constraint, "response_format")}
+    return Asked(requests, stream, include_usage, return_token_ids, timeout, names=names)
 
 
 def output_params(logprobs: object) -> OutputParams:

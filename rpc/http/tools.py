@@ -70,9 +70,9 @@ class Offered:
 
 def parse_tools(fields: Fields, chat_template: str | None) -> Offered:
     """Takes `tools`, `tool_choice` and `parallel_tool_calls`. Raises InvalidRequest."""
-    tools, choice = fields.take("tools"), fields.take("tool_choice")
-    if fields.take("parallel_tool_calls") not in (None, True):
-        raise InvalidRequest("parallel_tool_calls", "must be true: a model may make several calls at once")
+    tools, choice, parallel = (fields.take(name) for name in ("tools", "tool_choice", "parallel_tool_calls"))
+    if parallel not in (None, True, False):
+        raise InvalidRequest("parallel_tool_calls", f"must be true or false, got {parallel!r:.100}")
     if not tools:
         if tools not in (None, []):
             raise InvalidRequest("tools", f"must be a list of tools, got {tools!r:.100}")
@@ -86,8 +86,12 @@ def parse_tools(fields: Fields, chat_template: str | None) -> Offered:
     if syntax is None:
         raise InvalidRequest("tools", "the chat template of this model has no tools, or calls of a form not known here")
     if choice in (None, "auto"):
+        if parallel is False:
+            raise InvalidRequest(
+                "parallel_tool_calls", "must be true where no call is forced: a model may make several"
+            )
         return Offered(checked, syntax)
-    calls = [_call_schema(function) for function in _chosen(checked, choice)]
+    calls = [_call_schema(function, number) for number, function in enumerate(_chosen(checked, choice))]
     return Offered(checked, ToolSyntax.FORCED, calls[0] if len(calls) == 1 else {"anyOf": calls})
 
 
@@ -106,8 +110,11 @@ def _chosen(tools: tuple[Mapping[str, object], ...], choice: object) -> list[Map
     return found[:1]
 
 
-def _call_schema(function: Mapping[str, object]) -> Mapping[str, object]:
-    arguments = function.get("parameters", {"type": "object"})
+def _call_schema(function: Mapping[str, object], number: int) -> Mapping[str, object]:
+    parameters = function.get("parameters")
+    assert parameters is None or isinstance(parameters, Mapping)
+    # A schema of its own, in which references as `#/$defs/X` are to its own definitions.
+    arguments = {"$id": f"urn:jaxserve:tool:{number}", **(parameters or {}), "type": "object"}
     return {
         "type": "object",
         "properties": {"name": {"const": function["name"]}, "arguments": arguments},
@@ -130,11 +137,17 @@ def _checked(tools: object) -> tuple[Mapping[str, object], ...]:
             raise InvalidRequest(
                 "tools", f"tool {index} must have a function with a name of 1 to 64 letters, digits, _.-"
             )
-        if not isinstance(function.get("parameters", {}), Mapping):
-            raise InvalidRequest("tools", f"tool {index}: parameters must be a JSON schema")
-        if not isinstance(function.get("description", ""), str):
+        parameters, description = function.get("parameters"), function.get("description")
+        if parameters is not None and not (isinstance(parameters, Mapping) and _may_be_object(parameters)):
+            raise InvalidRequest("tools", f"tool {index}: parameters must be the JSON schema of an object")
+        if description is not None and not isinstance(description, str):
             raise InvalidRequest("tools", f"tool {index}: description must be a string")
     return tuple(tools)
+
+
+def _may_be_object(schema: Mapping[str, object]) -> bool:
+    kinds = schema.get("type", "object")
+    return "object" in (kinds if isinstance(kinds, list) else [kinds])
 
 
 class ToolCallReader:

@@ -100,7 +100,7 @@ async def test_what_cannot_be_had_is_refused_by_name_and_what_changes_nothing_is
         "tools": (TOOLS, {"name": "f"}, [{"type": "retrieval"}], [{"type": "function", "function": {"name": "a b"}}]),
         "tool_choice": ("required", {"type": "function", "function": {"name": "weather"}}),
         "response_format": ({"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}}),
-        "parallel_tool_calls": (False,),
+        "parallel_tool_calls": ("no",),
         "top_logprobs": (3,),
         "max_completion_tokens": (5,),
         "store": (True,),
@@ -115,7 +115,19 @@ async def test_what_cannot_be_had_is_refused_by_name_and_what_changes_nothing_is
                 with pytest.raises(openai.BadRequestError) as caught:
                     await client.chat.completions.create(model="scripted", messages=USER, extra_body=body)
                 assert caught.value.param == name
-        neutral = {"user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "tools": []}
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}
+        with pytest.raises(openai.BadRequestError, match="json_schema is set as well") as caught:
+            body = {"response_format": form, "json_schema": {"type": "string"}}
+            await client.chat.completions.create(model="scripted", messages=USER, extra_body=body)
+        assert caught.value.param == "response_format"
+        neutral = {
+            "user": "me",
+            "json_object": False,
+            "store": False,
+            "metadata": {"a": "b"},
+            "service_tier": "auto",
+            "tools": [],
+        }
         body = {**neutral, "max_tokens": 2, "parallel_tool_calls": True, "stop": None, "logit_bias": {"97": 1}}
         answer = await client.chat.completions.create(model="scripted", messages=USER, extra_body=body)
         assert answer.choices[0].message.content == "ab"
@@ -132,6 +144,23 @@ async def test_a_forced_call_must_be_of_a_tool_that_is_offered() -> None:
                     model="scripted", messages=USER, tools=TOOLS, tool_choice=choice, max_tokens=3
                 )
             assert caught.value.param == "tool_choice"
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.chat.completions.create(
+                model="scripted", messages=USER, tools=TOOLS, parallel_tool_calls=False, max_tokens=3
+            )
+        assert caught.value.param == "parallel_tool_calls"
+        for parameters in ({"type": "string"}, {"type": ["array", "null"]}, [], False):
+            tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+            with pytest.raises(
+                openai.BadRequestError, match="parameters must be the JSON schema of an object"
+            ) as caught:
+                await client.chat.completions.create(
+                    model="scripted",
+                    messages=USER,
+                    tools=[tool],  # pyright: ignore[reportArgumentType]
+                    max_tokens=3,
+                )
+            assert caught.value.param == "tools"
 
 
 @pytest.mark.asyncio

@@ -136,7 +136,7 @@ async def test_of_several_prompts_all_are_accepted_or_none() -> None:
     async with openai_serving(engine) as (server, client):
         with pytest.raises(openai.BadRequestError) as bad:
             await client.completions.create(model="scripted", prompt=[[1], [2], [300]])
-        assert bad.value.param == "token_ids"
+        assert bad.value.param == "prompt"
         stream = await client.completions.create(model="scripted", prompt="x", stream=True)
         with pytest.raises(openai.RateLimitError):
             await client.completions.create(model="scripted", prompt=["a", "b", "c"])

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import jsonschema
@@ -120,7 +121,7 @@ async def test_a_response_format_holds_the_text_to_it_in_a_stream_too(engine: "E
     jsonschema.validate(json.loads(whole.choices[0].message.content), SCHEMA)
     assert text == whole.choices[0].message.content
     assert chosen.choices[0].text in ("yes", "no")
-    assert refused.value.param == "json_schema"
+    assert refused.value.param == "response_format"
 
 
 async def test_a_forced_call_is_one_of_the_tools_with_arguments_of_its_schema(engine: "Engine") -> None:
@@ -151,6 +152,47 @@ async def test_a_forced_call_is_one_of_the_tools_with_arguments_of_its_schema(en
     assert (chunks[-1].finish_reason, streamed.index) == ("tool_calls", 0)
 
 
+ENDS_VALUES = {"109": 12, "6150": 12, "23597": 12, "17859": 12}
+"""A bias on what has a closing brace: a small model may find no end."""
+
+
+@pytest.mark.parametrize(
+    ("parameters", "valid"),
+    [
+        (None, {"type": "object"}),
+        ({}, {"type": "object"}),
+        ({"properties": {"a": {"type": "boolean"}}, "additionalProperties": False}, {"type": "object"}),
+        ({"$ref": "#/$defs/Tree", "$defs": {"Tree": {"properties": {"t": {"$ref": "#/$defs/Leaf"}}}, "Leaf": {}}}, {}),
+    ],
+)
+async def test_a_forced_call_is_a_call_whatever_its_schema_leaves_out(
+    engine: "Engine", parameters: object, valid: dict[str, object]
+) -> None:
+    """And each function's references are to its own definitions."""
+    same_name = {name: {"$ref": "#/$defs/Tin", "$defs": {"Tin": {"const": {name: 1}}}} for name in ("g", "h")}
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": schema}}
+        for name, schema in {"f": parameters, **same_name}.items()
+    ]
+    asked = {"model": engine.model_name, "messages": CHAT, "max_tokens": 40, "tools": tools, "temperature": 2.0}
+    asked |= {"n": 6, "seed": 1, "logit_bias": ENDS_VALUES}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(engine.tokenizer), "chat_template", "{{ tools }}<tool_call>")
+        async with openai_serving(lent(engine)) as (_, client):
+            one = {"tool_choice": {"type": "function", "function": {"name": "f"}}, "parallel_tool_calls": False}
+            answers = [await client.chat.completions.create(**asked, **one)]
+            answers += [await client.chat.completions.create(**asked, tool_choice="required")]
+    called = Counter[str]()
+    for choice in (choice for answer in answers for choice in answer.choices):
+        if choice.finish_reason == "length":
+            continue
+        (call,) = choice.message.tool_calls
+        arguments = json.loads(call.function.arguments)
+        called[call.function.name] += 1
+        jsonschema.validate(arguments, valid if call.function.name == "f" else {"const": {call.function.name: 1}})
+    assert called["f"] and called["g"] + called["h"], called
+
+
 async def test_a_prompt_too_long_among_several_lets_none_of_them_begin(engine: "Engine") -> None:
     async with openai_serving(lent(engine)) as (server, client):
         before = engine.loads()
@@ -166,9 +208,16 @@ async def test_a_prompt_too_long_among_several_lets_none_of_them_begin(engine: "
         assert answer.choices[0].finish_reason in ("deadline", "length")
 
 
+class Tin(BaseModel):
+    """What paint comes in."""
+
+    litres: Literal[1, 5]
+
+
 class Paint(BaseModel):
     """Paint a thing."""
 
+    tin: Tin
     colour: Literal["red", "green", "blue"]
     coats: Annotated[int, Field(ge=1, le=3)]
     gloss: bool | None
