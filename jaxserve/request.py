@@ -66,7 +66,7 @@ class SamplingParams:
     top-k, top-p, min-p, then a draw with a key folded from `seed` and the token's position."""
 
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy, and so is what is nearly 0 (below 1e-30)."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probabilities sum to this; 1 keeps all."""
     top_k: int = 0
@@ -94,7 +94,7 @@ class SamplingParams:
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**32 - 1)
         _integer("n", self.n, 1, max_n)

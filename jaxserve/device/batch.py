@@ -46,10 +46,14 @@ SAMPLES, TOP_K, TOP_P, PENALIZES, BIASES, EARLY, REPORTS_LOGPROBS, CONSTRAINED =
 the row's: it is so in steps in which its sequence may not stop yet."""
 
 
+LEAST_TEMPERATURE = 1e-30
+"""Below it a row is greedy: the quotients would be no numbers."""
+
+
 def features_of(submit: Submit) -> int:
     """The bits of FEATURES for a request."""
     penalizes = submit.presence_penalty or submit.frequency_penalty or submit.repetition_penalty != 1.0
-    samples = submit.temperature > 0.0
+    samples = submit.temperature >= LEAST_TEMPERATURE
     return (
         (SAMPLES if samples else 0)
         | (TOP_K if samples and submit.top_k > 0 else 0)

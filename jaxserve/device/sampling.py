@@ -70,8 +70,9 @@ def _penalize(logits: Logits, rows: Upload, state: DecodeState) -> Logits:
 
 def weigh_tokens(logits: Logits, likeliest: Tokens, rows: Upload) -> Weights:
     """Weights in proportion to the probabilities at each row's temperature, the likeliest token's 1."""
-    scaled = logits / jnp.where(_samples(rows), rows.temperature, 1.0)[:, None]
-    return jnp.exp(scaled - at_tokens(scaled, likeliest)[:, None])
+    # The difference first: it is 0 for the likeliest token, whatever the temperature and however quotients are rounded.
+    below = logits - at_tokens(logits, likeliest)[:, None]
+    return jnp.exp(below / jnp.where(_samples(rows), rows.temperature, 1.0)[:, None])
 
 
 def _samples(rows: Upload) -> Bool[Array, " row"]:

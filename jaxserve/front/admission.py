@@ -59,6 +59,10 @@ class Admission:
                 f"must be in [1, {room}] beside a prompt of {len(token_ids)} tokens in a context of "
                 f"{self.max_context}, got {max_tokens}",
             )
+        if stopping.min_tokens > max_tokens:
+            raise InvalidRequest(
+                "min_tokens", f"must be in [0, {max_tokens}], for no more fit in the context, got {stopping.min_tokens}"
+            )
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         # Last, as what takes longest.
         grammar = None if request.constraint is None else self._grammar(request.constraint)

@@ -53,7 +53,7 @@ SHARED: Mapping[str, Schema] = {
     "min_p": _number(0, 1, "Keep tokens at least this likely, relative to the likeliest."),
     "presence_penalty": _number(-2, 2, "Subtracted from the logit of each token already generated."),
     "frequency_penalty": _number(-2, 2, "Subtracted once for each time the token was generated."),
-    "repetition_penalty": _number(0, 100, "Divides logits of tokens seen before.", open_low=True),
+    "repetition_penalty": _number(0.01, 100, "Divides logits of tokens seen before."),
     "seed": _integer(0, 2**32 - 1, "The same seed gives the same tokens."),
     "n": _integer(1, _MAX_INT, "Choices for one prompt; the engine has a lower limit."),
     "logit_bias": {

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.device.batch import BIASES, CONSTRAINED, PENALIZES, SAMPLES, TOP_K, TOP_P, Upload
+from jaxserve.device.batch import (
+    BIASES,
+    CONSTRAINED,
+    LEAST_TEMPERATURE,
+    PENALIZES,
+    SAMPLES,
+    TOP_K,
+    TOP_P,
+    Upload,
+)
 from jaxserve.device.decode_state import DecodeState
 from jaxserve.device.sampling import constrain_logits, cut_weights, draw_tokens, process_logits, weigh_tokens
 from jaxserve.device.vocabulary import search_on
@@ -55,7 +64,9 @@ def chooser(platform: str, features: int) -> Callable[..., jax.Array]:
     return choose
 
 
-def drawn(features: int, allowed: np.ndarray | None = None, platform: str = "cpu", **fields: float) -> np.ndarray:
+def drawn(
+    features: int, allowed: np.ndarray | None = None, platform: str = "cpu", **fields: float | jax.Array
+) -> np.ndarray:
     """Shares of the tokens that rows of the same logits and different seeds draw."""
     rows = Upload.unpack(jnp.zeros(Upload.size(DRAWS, 0, 1), jnp.int32), DRAWS, 0)
     fields = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0} | fields
@@ -108,6 +119,21 @@ EVERYTHING = {"temperature": 1.5, "top_k": 40, "top_p": 0.7, "min_p": 0.02}
 def test_tokens_are_drawn_as_often_as_they_are_likely(platform, fields):
     features = SAMPLES | (TOP_K if "top_k" in fields else 0) | (TOP_P if "top_p" in fields else 0)
     assert_drawn_from(drawn(features, platform=platform, **fields), expected(**fields))
+
+
+@pytest.mark.parametrize(
+    ("platform", "fields"),
+    [
+        *(("cpu", fields) for fields in ({}, {"min_p": 1.0}, {"min_p": 1.0, "top_k": 5}, {"top_p": 1e-6})),
+        *((platform, {"min_p": 1.0, "top_p": 0.9}) for platform in ("cuda", "tpu")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
+)
+def test_where_the_likeliest_token_alone_is_left_it_is_drawn_at_any_temperature(platform, fields):
+    temperatures = (LEAST_TEMPERATURE, 1e-9, 1e-6) if not fields else (LEAST_TEMPERATURE, 1e-6, 0.3, 0.7, 0.9, 1.3, 99)
+    features = SAMPLES | (TOP_K if "top_k" in fields else 0) | (TOP_P if "top_p" in fields else 0)
+    shares = drawn(features, platform=platform, temperature=jnp.resize(jnp.array(temperatures), DRAWS), **fields)
+    assert shares[LOGITS.argmax()] == 1.0
 
 
 def test_a_penalty_changes_the_odds_of_what_was_said():
