@@ -99,8 +99,10 @@ class MosaicGpuPagedAttention:
         check_cache(cache, self.cache_layout(num_pages, page_size, kv_heads, head_dim, dtype))
         geometry = Geometry(page_size, kv_heads, cache.k_pages.shape[3], q_heads // kv_heads, dtype.name)
         refs = jax.tree.map(jax.new_ref, cache)
+        # An array of its own: a slice of another, as an upload's one row is, may not begin where a kernel's must.
+        table = jnp.maximum(page_table, 0)
         call = _Call(
-            Pages(refs.k_pages, refs.v_pages, refs.k_scales, refs.v_scales, page_table),
+            Pages(refs.k_pages, refs.v_pages, refs.k_scales, refs.v_scales, table),
             geometry,
             Scores(scale, softcap),
             sliding_window,
@@ -110,13 +112,10 @@ class MosaicGpuPagedAttention:
         queries = queries.reshape(q.shape[0], kv_heads, geometry.group, geometry.head_dim)
         stored = stored_form(_pad_last(k, geometry.head_dim), _pad_last(v, geometry.head_dim), dtype)
         rows = page_table.shape[0]
-        decoded, chunk = (
-            jax.tree.map(lambda array, part=part: array[part], (queries, stored, token_row, position))
-            for part in (slice(rows), slice(rows, None))
-        )
-        out = self._attend_rows(call, *decoded)
+        out = self._attend_rows(call, queries[:rows], stored, token_row[:rows], position[:rows])
         if q.shape[0] > rows:
-            out = jnp.concatenate([out, self._attend_chunk(call, *chunk)])
+            chunk = self._attend_chunk(call, queries[rows:], stored, token_row[rows:], position[rows:])
+            out = jnp.concatenate([out, chunk])
         out = out.reshape(q.shape[0], q_heads, -1)[..., :head_dim].astype(q.dtype)
         return Attended(out, jax.tree.map(lambda ref: ref[...], refs))
 
@@ -128,7 +127,7 @@ class MosaicGpuPagedAttention:
         token_row: Int32[Array, " row"],
         position: Int32[Array, " row"],
     ) -> BFloat16[Array, "row kv_head group head_dim"]:
-        """The decode rows, written and attended."""
+        """The decode rows, written and attended. `stored` is of all tokens, of which they are the first."""
         geometry, sinks = call.geometry, call.sinks
         max_context = call.pages.table.shape[1] * geometry.page_size
         work, row_start = decode_work(token_row, position, max_context, call.sliding_window)
@@ -138,10 +137,11 @@ class MosaicGpuPagedAttention:
         tokens = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
         tokens = tokens.reshape(tokens.shape[0], -1, geometry.head_dim)
         if geometry.quantized:
-            self._write(call, stored, token_row, position)
+            self._write(call, stored, token_row, position, 0)
         else:
             # One array, which XLA makes in one operation; the kernel's copies want its heads in eights.
-            tokens = jnp.concatenate([tokens, *(array for array in stored if array is not None)], axis=1)
+            new = (array[: len(tokens)] for array in stored if array is not None)
+            tokens = jnp.concatenate([tokens, *new], axis=1)
             tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % 8), (0, 0)))
         partial = attend_splits(tokens, call.pages, work, geometry, call.scores, plan, self._product, self.interpret)
         if sinks is not None:
@@ -156,9 +156,10 @@ class MosaicGpuPagedAttention:
         token_row: Int32[Array, " token"],
         position: Int32[Array, " token"],
     ) -> BFloat16[Array, "token kv_head group head_dim"]:
-        """The prompt chunk, written and attended: its queries are laid out in tiles for the kernel, and back."""
+        """The prompt chunk, written and attended: its queries are laid out in tiles for the kernel, and back. `stored`
+        is of all tokens, of which the chunk's are the last."""
         geometry, rows = call.geometry, call.pages.table.shape[0]
-        self._write(call, stored, token_row, position)
+        self._write(call, stored, token_row, position, rows)
         plan = ChunkPlan.of(geometry)
         plan = replace(plan, blocks=self.blocks or plan.blocks)
         kernel = ChunkKernel(geometry, call.scores, call.sliding_window, plan, self._product)
@@ -180,16 +181,21 @@ class MosaicGpuPagedAttention:
         return jnp.where((token_row >= 0)[:, None, None, None], by_token, 0)
 
     def _write(
-        self, call: "_Call", stored: LayerCache, token_row: Int32[Array, " token"], position: Int32[Array, " token"]
+        self,
+        call: "_Call",
+        stored: LayerCache,
+        token_row: Int32[Array, " token"],
+        position: Int32[Array, " token"],
+        first: int,
     ) -> None:
-        """Tokens to their pages, in a kernel of its own."""
+        """Tokens to their pages, in a kernel of its own: of those stored the ones from `first` on."""
         page_size, table = call.geometry.page_size, call.pages.table
         table_page = position // page_size
         lives = (token_row >= 0) & (position >= 0) & (table_page < table.shape[1])
         page = jnp.where(lives, table.at[token_row, table_page].get(mode="clip"), 0)
         tokens = [array for array in stored if array is not None]
         pages = [ref for ref in call.pages[:4] if ref is not None]
-        write_tokens(tokens, pages, page, position % page_size, self.interpret)
+        write_tokens(tokens, pages, page, position % page_size, first, self.interpret)
 
     @property
     def _product(self) -> Product:

@@ -15,15 +15,19 @@ def write_tokens(
     pages: Sequence[Ref],
     page: Int32[Array, " token"],
     offset: Int32[Array, " token"],
+    first: int,
     interpret=None,
 ) -> None:
-    """Writes the tokens.
+    """Writes the tokens from `first` on.
 
     Args:
-        tokens: keys, values and their scales, each [token, kv_head, head_dim] or [token, kv_head].
+        tokens: keys, values and their scales, each [first + token, kv_head, head_dim] or [first + token, kv_head]. They
+            are whole: of a slice XLA gives a kernel the address within the whole, which may not be a multiple of 256
+            bytes, and then Mosaic refuses to start it.
         pages: references, of each, to [page, kv_head, page_size, head_dim] or [page, kv_head, page_size].
         page: where a token goes; 0 for a token that is not written.
         offset: where in its page.
+        first: the index in `tokens` of the first one.
         interpret: parameters of the interpreter, None on a GPU.
     """
     vectors = [array.ndim == 3 for array in tokens]
@@ -31,8 +35,8 @@ def write_tokens(
     def kernel(*refs):
         sources, targets = refs[: len(tokens)], refs[len(tokens) : 2 * len(tokens)]
         page, offset, staged, barrier = refs[2 * len(tokens) :]
-        token = lax.axis_index("token")
-        number, position = page[token], offset[token]
+        place = lax.axis_index("token")
+        number, position, token = page[place], offset[place], first + place
         copied = [pair for pair, vector in zip(zip(sources, targets, strict=True), vectors, strict=True) if vector]
         scalars = [pair for pair, vector in zip(zip(sources, targets, strict=True), vectors, strict=True) if not vector]
 

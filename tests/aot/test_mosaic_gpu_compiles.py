@@ -2,16 +2,21 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from pairwise import covering, every
 
+from jaxserve.config import EngineConfig
 from jaxserve.device.ahead_of_time import placement_on
 from jaxserve.device.devices import DEVICES
+from jaxserve.device.lowering import StepInputs, lower_forward
+from jaxserve.models.published import PUBLISHED
 from pallas_kernels import LayerCache
 from pallas_kernels.mosaic_gpu import MosaicGpuPagedAttention, decode
+from pallas_kernels.mosaic_gpu.write import write_tokens
 
 pytestmark = pytest.mark.aot
 jax.config.update("jax_platforms", "cpu")
@@ -107,7 +112,61 @@ def test_a_long_context_takes_bounded_temporary_memory():
     assert compiled.memory_analysis().temp_size_in_bytes < 128e6
 
 
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+def misaligned_operands(compiled: jax.stages.Compiled) -> list[str]:
+    """Slices of arrays that XLA gives a kernel by their addresses, where these are no multiples of 256 bytes. Mosaic
+    starts no kernel with such a one, which only a card would tell."""
+    text = re.sub(r'module = "(?:[^"\\]|\\.)*"', "", compiled.as_text())
+    found = []
+    for fusion in re.findall(r"\n%dynamic-slice-fusion[^\n]*\{\n.*?\n\}", text, re.DOTALL):
+        if "mosaic_gpu_v2" not in fusion:
+            continue
+        shapes = {name: (kind, dims) for name, kind, dims in re.findall(r"%(\S+) = (\w+)\[([\d,]*)\]", fusion)}
+        for line, source, places in re.findall(r"(%\S+ = .*? slice\(%?(\S+?)\), slice=\{(.*?)\})", fusion):
+            kind, dims = shapes[source]
+            offset = 0
+            for size, start in zip(dims.split(","), re.findall(r"\[(\d+):", places), strict=True):
+                offset = offset * int(size) + int(start)
+            if offset * ITEM_BYTES[kind] % 256:
+                found.append(line)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "slots", "chunk", "kv_dtype"),
+    [
+        ("smollm2-135m", 1, 0, None),
+        ("smollm2-135m", 3, 128, None),
+        ("smollm2-135m", 32, 128, "int8"),
+        ("llama-3.1-8b", 4, 128, "float8_e4m3fn"),
+    ],
+)
+def test_what_a_step_gives_its_kernels_begins_where_they_can_take_it(name, slots, chunk, kv_dtype):
+    model = replace(PUBLISHED[name], num_layers=1, vocab_size=512)
+    config = EngineConfig(slots=slots, max_context=1024, page_size=64 if kv_dtype else 16, kv_dtype=kv_dtype)
+    max_pages = config.max_context // config.page_size
+    placement = placement_on(DEVICES["h100"], 1)
+    inputs = StepInputs.abstract(model, config, ATTENTION, slots * max_pages + 1, placement)
+    with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
+        compiled = lower_forward(inputs, model, ATTENTION, placement, slots, chunk, max_pages).compile()
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu_v2"') >= 2
+    assert misaligned_operands(compiled) == []
+
+
 # Faults planted on purpose: the compiler must see them.
+
+
+def test_a_slice_that_a_kernel_cannot_take_is_found():
+    def step(tokens, pages, page):
+        ref = jax.new_ref(pages)
+        write_tokens([tokens[3:]], [ref], page, page, 0)
+        return ref[...]
+
+    shape = jax.ShapeDtypeStruct
+    tokens, pages = shape((131, 3, 64), jnp.bfloat16), shape((9, 3, 16, 64), jnp.bfloat16)
+    assert misaligned_operands(compile_for_h100(step, tokens, pages, shape((128,), jnp.int32)))
 
 
 def test_more_shared_memory_than_there_is_does_not_compile(monkeypatch: pytest.MonkeyPatch):
