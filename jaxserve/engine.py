@@ -30,6 +30,7 @@ from jaxserve.core.messages import (
     Vocabulary,
 )
 from jaxserve.core.profiling import MAX_SECONDS
+from jaxserve.core.replicas import ReplicatedCore
 from jaxserve.core.watchdog import Watchdog
 from jaxserve.events import Completion, Delta
 from jaxserve.front.active_requests import ActiveRequest, ActiveRequests
@@ -96,9 +97,7 @@ class Engine:
         self._delivery = Delivery(self._core, self._requests, self.config.stream_buffer_tokens, gauges, self._kept)
         self._watchdog: Watchdog | None = None
         if self.config.watchdog_seconds is not None:
-            self._watchdog = Watchdog(
-                self.config.watchdog_seconds, lambda: len(self._requests) > 0, lambda: self._delivery.gauges
-            )
+            self._watchdog = Watchdog(self.config.watchdog_seconds, self._steps_at_work)
         atexit.register(self.shutdown)
 
     def _await_ready(self, progress: ProgressCallback) -> Ready:
@@ -281,6 +280,11 @@ class Engine:
     def is_healthy(self) -> bool:
         """Whether requests are accepted and the step loop moves: not while a failed step's device state is rebuilt."""
         return self._requests.is_open and not self._delivery.gauges.restarting and not self._is_hung
+
+    def _steps_at_work(self) -> Mapping[int, object]:
+        if isinstance(self._core, ReplicatedCore):
+            return self._core.steps_at_work()
+        return {0: self._delivery.gauges} if len(self._requests) else {}
 
     @property
     def _is_hung(self) -> bool:

@@ -193,6 +193,8 @@ class StepRecord:
     """Sequences that chose a token under a constraint."""
     mask_seconds: float = 0.0
     """Computing what they might choose, part of `host_seconds`; the device computes the forward meanwhile."""
+    replica: int = 0
+    """Whose step it was; each counts its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,28 @@ each device holds anyway. They are threads of one process, as one process owns a
 fails past its restarts ends the engine.
 """
 
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 from jaxserve.config import EngineConfig
 from jaxserve.core.channel import Core, Outbox
-from jaxserve.core.messages import Abort, Failed, Gauges, Message, Progress, Ready, Shutdown, StepOutput, Submit
+from jaxserve.core.messages import (
+    Abort,
+    Failed,
+    Gauges,
+    Message,
+    Profile,
+    Profiled,
+    Progress,
+    Ready,
+    Shutdown,
+    StepOutput,
+    Submit,
+)
+
+log = logging.getLogger(__name__)
 
 
 class ReplicatedCore:
@@ -57,9 +72,17 @@ class ReplicatedCore:
                 found = [self._replica_of.get(one) for one in range(handle, handle + count)]
                 for number in {number for number in found if number is not None}:
                     self._cores[number].send(command)
+            case Profile():
+                # A process takes one trace at a time, and it is of all devices.
+                self._cores[0].send(command)
             case _:
                 for core in self._cores:
                     core.send(command)
+
+    def steps_at_work(self) -> Mapping[int, object]:
+        """By the number of each replica with work, an object that is another one after each of its steps."""
+        with self._lock:
+            return {number: self._gauges[number] for number, count in enumerate(self._in_flight) if count}
 
     def receive(self) -> Message | None:
         """The replicas' next message; None once all have ended."""
@@ -79,26 +102,40 @@ class ReplicatedCore:
 
     def _forward(self, number: int) -> None:
         """Passes on what one replica says, on a thread of its own."""
-        while (message := self._cores[number].receive()) is not None:
-            match message:
-                case Progress():
-                    # All load and compile alike: the first speaks for them.
-                    if number == 0:
-                        self._outbox.put(message)
-                case Ready():
-                    self._add_ready(message)
-                case StepOutput():
-                    self._outbox.put(self._merged(number, message))
-                case Failed():
-                    self._outbox.put(message)
-                    for core in self._cores:
-                        core.send(Shutdown())
-                case _:
-                    raise TypeError(f"unexpected message {message!r}")
+        try:
+            while (message := self._cores[number].receive()) is not None:
+                self._pass_on(number, message)
+        except Exception as error:
+            log.exception("replica %d cannot be heard", number)
+            self._fail(Failed(f"replica {number} cannot be heard: {error!r}"))
+            while self._cores[number].receive() is not None:
+                pass  # it may wait for room to say that it has ended
         with self._lock:
             self._running -= 1
             if self._running == 0:
                 self._outbox.close()
+
+    def _pass_on(self, number: int, message: Message) -> None:
+        match message:
+            case Progress():
+                # All load and compile alike: the first speaks for them.
+                if number == 0:
+                    self._outbox.put(message)
+            case Ready():
+                self._add_ready(message)
+            case StepOutput():
+                self._outbox.put(self._merged(number, message))
+            case Profiled():
+                self._outbox.put(message)
+            case Failed():
+                self._fail(message)
+            case _:
+                raise TypeError(f"unexpected message {message!r}")
+
+    def _fail(self, failed: Failed) -> None:
+        self._outbox.put(failed)
+        for core in self._cores:
+            core.send(Shutdown())
 
     def _add_ready(self, ready: Ready) -> None:
         with self._lock:
@@ -121,11 +158,11 @@ class ReplicatedCore:
         if record is not None:
             first = number * self._slots
             slots = {name: [first + slot for slot in getattr(record, name)] for name in _SLOT_LISTS}
-            record = replace(record, **slots)
+            record = replace(record, replica=number, **slots)
         return replace(output, gauges=_sum(known), record=record)
 
 
-_SLOT_LISTS = ("given_slots", "taken_slots", "freed_slots")
+_SLOT_LISTS = ("given_slots", "taken_slots", "freed_slots", "slots", "prompt_slots")
 
 
 def _sum(gauges: Sequence[Gauges]) -> Gauges:

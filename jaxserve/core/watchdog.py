@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 log = logging.getLogger(__name__)
 
@@ -22,16 +22,14 @@ class Watchdog:
 
     Args:
         limit: seconds.
-        is_busy: whether there is work.
-        progress: an object that is another one after each step.
+        steps_at_work: by the name of each core that has work, an object that is another one after each of its steps.
     """
 
-    def __init__(self, limit: float, is_busy: Callable[[], bool], progress: Callable[[], object]):
+    def __init__(self, limit: float, steps_at_work: Callable[[], Mapping[int, object]]):
         self.is_hung = False
-        """Whether the core hangs now; it may recover."""
+        """Whether a core hangs now; it may recover."""
         self._limit = limit
-        self._is_busy = is_busy
-        self._progress = progress
+        self._steps_at_work = steps_at_work
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, name="jaxserve-watchdog", daemon=True).start()
 
@@ -41,18 +39,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         tick = min(TICK, self._limit / 4)
-        seen, silent = self._progress(), 0.0
+        silent: dict[int, tuple[object, float]] = {}
+        """Of each core with work the step that was seen, and the seconds since."""
         before = time.monotonic()
         while not self._stopped.wait(tick):
             now = time.monotonic()
-            silent += min(now - before, 2 * tick)
+            passed = min(now - before, 2 * tick)
             before = now
-            progress = self._progress()
-            if progress is not seen or not self._is_busy():
-                seen, silent = progress, 0.0
-                if self.is_hung:
-                    log.warning("the step loop moves again")
-                self.is_hung = False
-            elif silent > self._limit and not self.is_hung:
+            still: dict[int, tuple[object, float]] = {}
+            for core, step in self._steps_at_work().items():
+                seen, seconds = silent.get(core, (step, 0.0))
+                still[core] = (step, seconds + passed if step is seen else 0.0)
+            silent = still
+            hung = any(seconds > self._limit for _, seconds in silent.values())
+            if hung and not self.is_hung:
                 log.error("no step has ended for %g s while requests are in flight: the device hangs", self._limit)
-                self.is_hung = True
+            elif self.is_hung and not hung:
+                log.warning("the step loop moves again")
+            self.is_hung = hung

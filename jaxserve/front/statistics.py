@@ -125,16 +125,18 @@ class Statistics:
 def device_idle_ratio(records: Sequence[StepRecord], now: float, window: float = IDLE_WINDOW) -> float:
     """The part of the latest `window` seconds of work that the device waited for the host, by the host's clock.
 
-    A gap between two steps counts as far as the step loop worked in it: where nothing was to be done it is no idleness.
+    A gap between two steps of a replica counts as far as the step loop worked in it: where nothing was to be done it is
+    no idleness.
     """
     idle = busy = 0.0
-    before: StepRecord | None = None
+    latest: dict[int, StepRecord] = {}
     for record in records:
         if record.retired < now - window:
             continue
+        before = latest.get(record.replica)
         if before is not None:
             gap = max(0.0, record.dispatched - before.retired)
             idle += min(gap, record.host_seconds)
             busy += record.retired - max(record.dispatched, before.retired)
-        before = record
+        latest[record.replica] = record
     return idle / (idle + busy) if idle + busy else 0.0

@@ -30,11 +30,17 @@ Change = tuple[int, int, int, float]
 
 
 class Lanes:
-    """What each slot does, followed from step to step."""
+    """What each slot does, followed from step to step.
 
-    def __init__(self, slots: int):
-        self.kinds = [EMPTY] * slots
-        self.owners = [0] * slots
+    Args:
+        slots: of one replica.
+        replicas: whose slots are numbered through.
+    """
+
+    def __init__(self, slots: int, replicas: int = 1):
+        self.kinds = [EMPTY] * (slots * replicas)
+        self.owners = [0] * (slots * replicas)
+        self._slots = slots
         self._owners = 0
 
     def follow(self, records: Iterable[StepRecord], epoch: float) -> list[Change]:
@@ -45,7 +51,8 @@ class Lanes:
             prompts = set(record.prompt_slots)
             taken = set(record.taken_slots)
             working = dict.fromkeys(record.slots, DECODE) | dict.fromkeys(prompts, PROMPT)
-            for slot in range(len(self.kinds)):
+            first = record.replica * self._slots
+            for slot in range(first, first + self._slots):
                 kind = working.get(slot, EMPTY)
                 if slot in taken:
                     self._owners += 1
@@ -89,9 +96,8 @@ class LiveFeed:
         self._viewers: set[asyncio.Queue[bytes]] = set()
         self._sampling: asyncio.Task[None] | None = None
         self._lanes = Lanes(0)
-        self._step = -1
-        self._retired = 0.0
-        """When the latest step that was seen ended."""
+        self._seen: StepRecord | None = None
+        """The latest step."""
         self._samples: deque[_Sample] = deque()
 
     async def frames(self) -> AsyncGenerator[bytes]:
@@ -134,8 +140,8 @@ class LiveFeed:
         """Begins anew: nobody has looked for a while."""
         engine = self._lifecycle.engine
         self._samples.clear()
-        self._lanes = Lanes(engine.config.total_slots if engine is not None else 0)
-        self._step = -1
+        self._lanes = Lanes(engine.config.slots, engine.config.replicas) if engine is not None else Lanes(0)
+        self._seen = None
 
     def _picture(self) -> dict[str, object]:
         """All that a page needs to begin."""
@@ -159,13 +165,13 @@ class LiveFeed:
         if len(self._lanes.kinds) != engine.config.total_slots:  # the engine came while somebody looked
             self._catch_up()
             frame |= self._picture()
-        records = _since(engine.step_records, self._step)
+        records = _since(engine.step_records, self._seen)
         changes = self._lanes.follow(records, self._epoch)
         loads, statistics = engine.loads(), engine.statistics
         if records:
-            self._step, self._retired = records[-1].step, records[-1].retired - self._epoch
+            self._seen = records[-1]
         if not loads.running:
-            changes += self._lanes.clear(self._retired)
+            changes += self._lanes.clear(0.0 if self._seen is None else self._seen.retired - self._epoch)
         frame |= {
             "changes": changes,
             "running": loads.running,
@@ -203,18 +209,19 @@ def _event(frame: dict[str, object]) -> bytes:
     return b"data: " + json.dumps(frame, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _since(records: Sequence[StepRecord], step: int) -> list[StepRecord]:
-    """The records after a step, oldest first."""
+def _since(records: Sequence[StepRecord], seen: StepRecord | None) -> list[StepRecord]:
+    """The records after one of them, oldest first."""
     found: list[StepRecord] = []
     for record in islice(reversed(list(records)), 1000):
-        if record.step <= step:
+        if record is seen:
             break
         found.append(record)
     return found[::-1]
 
 
 def _step_ms(records: Sequence[StepRecord]) -> float | None:
-    """Mean time between steps; None where fewer than two were."""
+    """Mean time between steps of one replica; None where fewer than two were."""
+    records = [record for record in records if record.replica == records[-1].replica]
     if len(records) < 2:
         return None
     return round(1e3 * (records[-1].retired - records[0].retired) / (len(records) - 1), 3)

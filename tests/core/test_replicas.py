@@ -1,6 +1,7 @@
 """Several cores as one: who gets a request, and what the front hears."""
 
 import queue
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,8 @@ from jaxserve.core.messages import (
     Failed,
     Gauges,
     Message,
+    Profile,
+    Profiled,
     Progress,
     Ready,
     SequenceOutput,
@@ -122,11 +125,12 @@ def test_gauges_are_summed_and_slots_numbered_through_all_replicas(group: Replic
     cores[0].say(output())
     first = group.receive()
     assert isinstance(first, StepOutput) and first.gauges == GAUGES
-    cores[1].say(output(record=StepRecord(1, 2, 0, 0.0, 1.0, 0.1, 0.9, [0], [1, 2], [3])))
+    cores[1].say(output(record=StepRecord(1, 2, 0, 0.0, 1.0, 0.1, 0.9, [0], [1, 2], [3], [1], [2])))
     both = group.receive()
     assert isinstance(both, StepOutput) and both.record is not None
     assert both.gauges == Gauges(*(2 * number for number in range(13)))
     assert (both.record.given_slots, both.record.taken_slots, both.record.freed_slots) == ([4], [5, 6], [7])
+    assert (both.record.slots, both.record.prompt_slots, both.record.replica) == ([5], [6], 1)
 
 
 def test_a_replica_that_fails_ends_them_all(group: ReplicatedCore, cores: list[ScriptedCore]):
@@ -134,6 +138,38 @@ def test_a_replica_that_fails_ends_them_all(group: ReplicatedCore, cores: list[S
     assert group.receive() == Failed("gone")
     assert group.receive() is None
     assert Shutdown() in cores[0].commands
+
+
+def test_a_trace_is_taken_once_and_told_of(group: ReplicatedCore, cores: list[ScriptedCore]):
+    group.send(Profile("folder", 1.0))
+    assert (cores[0].commands, cores[1].commands) == ([Profile("folder", 1.0)], [])
+    cores[0].say(Profiled(None))
+    assert group.receive() == Profiled(None)
+
+
+def test_a_replica_that_cannot_be_heard_ends_them_all(group: ReplicatedCore, cores: list[ScriptedCore]):
+    cores[1].say(submit(0))  # no core says such a thing
+    cores[1].say(output(3))
+    failed = group.receive()
+    assert isinstance(failed, Failed) and "replica 1 cannot be heard: TypeError" in failed.error
+    assert group.receive() is None
+    group.join()
+    assert [core.commands for core in cores] == [[Shutdown()], [Shutdown()]]
+
+
+def test_each_replica_with_work_is_watched_by_its_own_steps(group: ReplicatedCore, cores: list[ScriptedCore]):
+    assert group.steps_at_work() == {}
+    group.send(submit(0))
+    group.send(submit(1))
+    before = group.steps_at_work()
+    assert list(before) == [0, 1]
+    cores[1].say(replace(output(), gauges=replace(GAUGES, step=8)))
+    assert group.receive() is not None
+    after = group.steps_at_work()
+    assert after[0] is before[0] and after[1] is not before[1]
+    cores[0].say(output(0))
+    assert group.receive() is not None
+    assert list(group.steps_at_work()) == [1]
 
 
 def test_shutdown_reaches_every_replica(group: ReplicatedCore, cores: list[ScriptedCore]):

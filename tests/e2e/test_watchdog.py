@@ -63,17 +63,21 @@ def test_a_long_prompt_in_slow_steps_is_no_hang():
 
 
 class Clockless:
-    """A core whose progress a test decides."""
+    """Two cores whose progress a test decides."""
 
     def __init__(self) -> None:
         self.busy = True
         self.step = object()
 
+    def steps_at_work(self) -> dict[int, object]:
+        """The second core always moves."""
+        return {**({0: self.step} if self.busy else {}), 1: object()}
+
 
 def test_silence_without_work_is_no_hang_and_work_that_begins_starts_the_count():
     core = Clockless()
     core.busy = False
-    watchdog = Watchdog(0.2, lambda: core.busy, lambda: core.step)
+    watchdog = Watchdog(0.2, core.steps_at_work)
     time.sleep(0.6)
     assert not watchdog.is_hung
     core.busy = True
@@ -90,7 +94,7 @@ def test_a_process_that_was_stopped_for_long_does_not_take_it_for_a_hang(monkeyp
     core, jump = Clockless(), [0.0]
     real = time.monotonic
     monkeypatch.setattr("jaxserve.core.watchdog.time.monotonic", lambda: real() + jump[0])
-    watchdog = Watchdog(30.0, lambda: core.busy, lambda: core.step)
+    watchdog = Watchdog(30.0, core.steps_at_work)
     time.sleep(0.3)
     jump[0] = 3600.0  # as after SIGSTOP and SIGCONT
     time.sleep(0.6)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from http_serving import exchange, http_serving
@@ -36,6 +37,13 @@ def test_lanes_follow_prompts_tokens_ends_and_next_owners() -> None:
     # An aborted sequence has no last token: it is missing from the next step.
     assert lanes.follow([step(5, [0])], epoch=0.0) == [(0, DECODE, 3, 4.5), (1, EMPTY, 2, 4.5)]
     assert lanes.clear(9.0) == [(0, EMPTY, 3, 9.0)]
+
+
+def test_a_replica_s_step_says_nothing_of_another_s_slots() -> None:
+    lanes = Lanes(2, replicas=2)
+    lanes.follow([step(7, [0], taken_slots=[0]), replace(step(1, [2, 3], taken_slots=[2, 3]), replica=1)], epoch=0.0)
+    assert lanes.kinds == [DECODE, EMPTY, DECODE, DECODE]
+    assert lanes.follow([replace(step(2, [3]), replica=1)], epoch=0.0) == [(2, EMPTY, 2, 1.5)]
 
 
 class Viewer:
