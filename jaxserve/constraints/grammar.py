@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jaxserve.constraints.property_names import with_plain_names
 from jaxserve.constraints.schema_keywords import unsupported_keyword
 from jaxserve.request import Constraint
 from jaxserve.request_errors import InvalidRequest
@@ -72,4 +73,4 @@ def _checked_schema(value: str | bool | Mapping[str, Any], max_bytes: int) -> Ma
         return {} if schema else {"anyOf": []}
     if not isinstance(schema, dict):
         raise InvalidRequest("json_schema", f"must be an object, true or false, got {schema!r:.100}")
-    return schema
+    return with_plain_names(schema)

@@ -9,17 +9,16 @@ _CHECKED = {
     *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
     *("minItems", "maxItems", "required", "minProperties", "maxProperties"),
 }
-_SCHEMA = {"items", "additionalItems", "additionalProperties"}
-"""Keywords that hold a schema."""
-_SCHEMAS = {"anyOf", "oneOf", "allOf", "prefixItems", "items"}
-"""Keywords that hold a list of schemas."""
-_SCHEMAS_BY_NAME = {"properties", "patternProperties", "$defs", "definitions"}
+PARTS = {"items", "additionalItems", "additionalProperties", "anyOf", "oneOf", "allOf", "prefixItems"}
+"""Keywords that hold a schema, or a list of schemas."""
+PARTS_BY_NAME = {"properties", "patternProperties", "$defs", "definitions"}
+"""Keywords that hold schemas by name."""
 _ANNOTATIONS = {
     *("$schema", "$id", "id", "$anchor", "$comment", "title", "description", "default", "examples"),
     *("deprecated", "readOnly", "writeOnly", "contentEncoding", "contentMediaType"),
 }
 """Keywords that a validator does not check either."""
-_KNOWN = _CHECKED | _SCHEMA | _SCHEMAS | _SCHEMAS_BY_NAME | _ANNOTATIONS
+_KNOWN = _CHECKED | PARTS | PARTS_BY_NAME | _ANNOTATIONS
 
 
 def unsupported_keyword(schema: object, path: str = "$") -> str | None:
@@ -36,6 +35,8 @@ def unsupported_keyword(schema: object, path: str = "$") -> str | None:
     least, required = schema.get("minProperties", 0), schema.get("required", [])
     if isinstance(least, int) and isinstance(required, list) and least > len(required) + 1:
         return f"'minProperties' at {path} is supported up to one more than there are required properties, got {least}"
+    if schema.get("patternProperties") and schema.get("additionalProperties", True) is not False:
+        return f"'patternProperties' at {path} is supported beside 'additionalProperties': false alone"
     for part, place in _parts(schema, path):
         wrong = unsupported_keyword(part, place)
         if wrong is not None:
@@ -46,9 +47,9 @@ def unsupported_keyword(schema: object, path: str = "$") -> str | None:
 def _parts(schema: Mapping[str, Any], path: str) -> Iterator[tuple[object, str]]:
     """The schemas in a schema, with their places."""
     for keyword, value in schema.items():
-        if keyword in _SCHEMAS and isinstance(value, list):
+        if keyword in PARTS and isinstance(value, list):
             yield from ((part, f"{path}.{keyword}[{number}]") for number, part in enumerate(value))
-        elif keyword in _SCHEMA:
+        elif keyword in PARTS:
             yield value, f"{path}.{keyword}"
-        elif keyword in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
+        elif keyword in PARTS_BY_NAME and isinstance(value, Mapping):
             yield from ((part, f"{path}.{keyword}.{name}") for name, part in value.items())
