@@ -188,7 +188,9 @@ def _attend_tile(
 def _batched_product(left: Array, right: Array, *, contract: int) -> Float[Array, "tile q_head out"]:
     """left[tile, q_head, x] times right[tile, ...] over right's axis `contract`, in float32."""
     dimensions = (((2,), (contract,)), ((0,), (0,)))
-    return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+    # GPUs and TPUs multiply float32 in fewer bits unless told otherwise.
+    precision = lax.Precision.HIGHEST if left.dtype == right.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _block_diagonal(q: Float[Array, "token q_head head_dim"], kv_heads: int) -> Float[Array, "token q_head kv"]:
