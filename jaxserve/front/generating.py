@@ -49,7 +49,9 @@ def generate_all(submit: Submit, capacity: int, requests: list[Request]) -> list
                 if len(completions) == len(streams):
                     break  # it alone is too much, and `submit` says so
                 completions.append(collect(streams[len(completions)]))
-            streams.append(submit(request))
+            stream = submit(request)
+            stream.read_at_end()  # or else, while those before it are read, it seems to have a slow reader
+            streams.append(stream)
         completions += [collect(stream) for stream in streams[len(completions) :]]
     finally:
         for stream in streams[len(completions) :]:

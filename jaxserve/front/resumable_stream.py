@@ -77,7 +77,7 @@ class ResumableStream:
         self._add(started, 0, 0)
 
     def push(self, index: int, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None) -> int:
-        """Gives a Delta; returns the number of tokens that are unread."""
+        """Gives a Delta; returns the number of tokens that count as unread."""
         delta = Delta(self.request_id, index, tuple(token_ids), text, None if logprobs is None else tuple(logprobs))
         size = 4 * len(text) + LOGPROB_BYTES * sum(1 + len(entry.top) for entry in logprobs or ())
         return self._add(delta, len(token_ids), size)
@@ -101,7 +101,7 @@ class ResumableStream:
             self.bytes += EVENT_BYTES + size
             self.changed.notify_all()
             reader = self._reader
-            return 0 if reader is None else self.tokens - reader.read_tokens
+            return 0 if reader is None or reader.is_read_at_end else self.tokens - reader.read_tokens
 
     def take_waiter(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
         """The reader's future, to be woken by the caller in its event loop."""
@@ -116,6 +116,7 @@ class StreamReader:
     def __init__(self, stream: ResumableStream, from_token: int):
         self.request_id = stream.request_id
         self.read_tokens = from_token
+        self.is_read_at_end = False
         self._stream = stream
         self._from_token = from_token
         self._next = 0
@@ -128,6 +129,10 @@ class StreamReader:
     def leave(self) -> None:
         """Stops reading; the request goes on, to be taken up by another reader."""
         self._stream.leave(self)
+
+    def read_at_end(self) -> None:
+        """Its reader waits for the whole: what it has not read meanwhile is not counted."""
+        self.is_read_at_end = True
 
     def take_waiter(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
         """The future on which an asynchronous reader waits."""
