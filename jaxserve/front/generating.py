@@ -1,5 +1,6 @@
 """Generating within a program: one prompt as an asynchronous iterator, or a list of them, waiting for all."""
 
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -8,13 +9,16 @@ from jaxserve.front.completion import collect
 from jaxserve.front.request_stream import RequestStream
 from jaxserve.front.resumable_stream import StreamReader
 from jaxserve.request import Request
-from jaxserve.request_errors import InvalidRequest
+from jaxserve.request_errors import InvalidRequest, QueueFull, TenantBusy
 
 Prompt = str | Request | Mapping[str, Any]
 """Text, a request, or a mapping of a request's API names."""
 
 Submit = Callable[[Request], RequestStream | StreamReader]
 """`Engine.submit`."""
+
+ROOM_INTERVAL = 0.02
+"""Seconds between looks for room where requests of others take it."""
 
 
 def request_of(prompt: Prompt, fields: Mapping[str, Any]) -> Request:
@@ -40,7 +44,8 @@ async def generate_one(submit: Submit, request: Request) -> AsyncIterator[Delta]
 
 
 def generate_all(submit: Submit, capacity: int, requests: list[Request]) -> list[Completion]:
-    """Waits for all, with no more than `capacity` sequences in flight at once. Ends all if one is refused."""
+    """Waits for all, with no more than `capacity` sequences in flight at once, and for room where others take it. Ends
+    all if one is refused."""
     streams: list[RequestStream | StreamReader] = []
     completions: list[Completion] = []
     try:
@@ -49,7 +54,7 @@ def generate_all(submit: Submit, capacity: int, requests: list[Request]) -> list
                 if len(completions) == len(streams):
                     break  # it alone is too much, and `submit` says so
                 completions.append(collect(streams[len(completions)]))
-            stream = submit(request)
+            stream = _submit_into_room(submit, request)
             stream.read_at_end()  # or else, while those before it are read, it seems to have a slow reader
             streams.append(stream)
         completions += [collect(stream) for stream in streams[len(completions) :]]
@@ -57,3 +62,14 @@ def generate_all(submit: Submit, capacity: int, requests: list[Request]) -> list
         for stream in streams[len(completions) :]:
             stream.cancel()
     return completions
+
+
+def _submit_into_room(submit: Submit, request: Request) -> RequestStream | StreamReader:
+    """Submits as soon as there is room: whatever takes it now will end."""
+    while True:
+        try:
+            return submit(request)
+        except QueueFull as full:
+            if isinstance(full, TenantBusy) and request.sampling.n > full.limit:
+                raise  # it alone is too much
+            time.sleep(ROOM_INTERVAL)
