@@ -37,7 +37,8 @@ class ResumableStream:
         self.ended: float | None = None
         """Monotonic seconds of its end; None while sequences run."""
         self.idle_since: float | None = None
-        """Monotonic seconds since when nobody reads; None while somebody does."""
+        """Monotonic seconds since when nobody reads; None while somebody does. Once the request has ended that is since
+        the latest event was read: a reader may have them all, or go without a word."""
         self.changed = threading.Condition()
         self.events: list[Event] = []
         self.begins: list[int] = []
@@ -53,7 +54,7 @@ class ResumableStream:
                 raise InvalidRequest("from_token", f"must be in [0, {self.tokens}], got {from_token}")
             before = self._reader
             self._reader = StreamReader(self, from_token)
-            self.idle_since = None
+            self.idle_since = None if self.ended is None else time.monotonic()
             self.changed.notify_all()
         if before is not None:
             _wake_one(before.take_waiter())
@@ -69,6 +70,11 @@ class ResumableStream:
     def is_read_by(self, reader: "StreamReader") -> bool:
         """Whether no other reader has come since."""
         return self._reader is reader
+
+    def note_reading(self) -> None:
+        """An event was read. Called under the lock."""
+        if self.ended is not None:
+            self.idle_since = time.monotonic()
 
     # The delivery thread's side.
 
@@ -88,9 +94,7 @@ class ResumableStream:
         with self.changed:
             self._left -= 1
             if not self._left:
-                self.ended = time.monotonic()
-            if self._reader is None:
-                self.idle_since = time.monotonic()
+                self.ended = self.idle_since = time.monotonic()
             self.changed.notify_all()
 
     def _add(self, event: Event, tokens: int, size: int) -> int:
@@ -151,6 +155,7 @@ class StreamReader:
                 if begin < self._from_token:
                     continue
                 event = self._joined(event)
+            stream.note_reading()
             return event
         return None
 
