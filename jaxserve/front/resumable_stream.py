@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 
 from jaxserve.events import Delta, Event, Finished, Started, TokenLogprob
 from jaxserve.front.request_stream import wake
@@ -295,4 +296,6 @@ class ResumableStreams:
 
 def _wake_one(waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None) -> None:
     if waiter is not None:
-        waiter[0].call_soon_threadsafe(wake, [waiter[1]])
+        # Its event loop may have closed while the stream was open.
+        with suppress(RuntimeError):
+            waiter[0].call_soon_threadsafe(wake, [waiter[1]])

@@ -1,7 +1,9 @@
 """What is kept for readers to come is bounded in number, size and time, and a running request is the last to give way."""
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -89,6 +91,19 @@ def test_past_their_size_those_that_ended_first_are_forgotten_and_then_the_large
     end(large)
     kept.streams.sweep()
     assert [kept.has(name) for name in ("small", "large")] == [True, False]
+
+
+def test_a_stream_is_taken_from_a_reader_whose_event_loop_has_closed():
+    stream = Kept().add("a")
+    reader = stream.attach(0)
+
+    async def read_for_a_moment() -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(anext(reader), 0.01)
+
+    asyncio.run(read_for_a_moment())
+    end(stream)
+    assert [type(event) for event in stream.attach(0)] == [Finished]
 
 
 def test_after_its_end_a_stream_is_kept_its_time_from_the_last_reading_and_no_reader_holds_it(
