@@ -104,6 +104,7 @@ def prepare(
     """The message, and the seconds the call may take: the smaller of the timeout and the request's deadline."""
     request = build_request(prompt, fields)
     limits = [timeout] if timeout is not None else []
+    request.validate_deadline()
     if request.deadline is not None:
         limits.append(request.deadline - time.monotonic())
     return request_to_proto(replace(request, deadline=None)), min(limits, default=None)

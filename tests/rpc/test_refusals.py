@@ -204,6 +204,9 @@ async def test_client_refuses_what_no_message_can_carry() -> None:
             with pytest.raises(InvalidRequest) as caught:
                 client.generate("a", **{field: value})
             assert caught.value.field == field
+        for deadline in (float("nan"), "soon"):
+            with pytest.raises(InvalidRequest, match="deadline"):
+                client.generate(Request(prompt="a", deadline=deadline))
         with pytest.raises(InvalidRequest) as caught:
             client.chat([{"role": "user", "content": "a", "mood": "good"}])
         assert caught.value.field == "messages"
