@@ -112,8 +112,10 @@ def request_to_proto(request: Request) -> pb.GenerateRequest:
     """Builds the message of a request. Values equal to their default are left out; the deadline is the call's.
 
     Raises:
-        InvalidRequest: for a value that its field cannot carry.
+        InvalidRequest: for a value that its field cannot carry, and for what the API has no field for.
     """
+    if request.tools:
+        raise InvalidRequest("tools", "is not a field of the gRPC API; /v1/chat/completions takes it")
     message = pb.GenerateRequest(request_id=request.request_id, model=request.model or "")
     if request.prompt is not None:
         _assign("prompt", lambda: setattr(message, "text", request.prompt))
