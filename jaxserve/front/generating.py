@@ -48,16 +48,22 @@ def generate_all(submit: Submit, capacity: int, requests: list[Request]) -> list
     all if one is refused."""
     streams: list[RequestStream | StreamReader] = []
     completions: list[Completion] = []
+
+    def collect_next() -> Completion:
+        number = len(completions)
+        return collect(streams[number], requests[number].output.logprobs is not None)
+
     try:
         for request in requests:
             while sum(r.sampling.n for r in requests[len(completions) : len(streams) + 1]) > capacity:
                 if len(completions) == len(streams):
                     break  # it alone is too much, and `submit` says so
-                completions.append(collect(streams[len(completions)]))
+                completions.append(collect_next())
             stream = _submit_into_room(submit, request)
             stream.read_at_end()  # or else, while those before it are read, it seems to have a slow reader
             streams.append(stream)
-        completions += [collect(stream) for stream in streams[len(completions) :]]
+        while len(completions) < len(streams):
+            completions.append(collect_next())
     finally:
         for stream in streams[len(completions) :]:
             stream.cancel()

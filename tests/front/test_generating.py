@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jaxserve.engine import Engine
-from jaxserve.request import Request, SamplingParams, StoppingParams
+from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import EngineUnavailable, QueueFull, TenantBusy
 
 
@@ -54,3 +54,10 @@ def test_a_list_ends_where_no_room_will_come():
         with pytest.raises(EngineUnavailable):
             waiting.result()
         running.cancel()
+
+
+def test_an_output_without_a_token_has_no_log_probabilities_where_they_were_asked_for():
+    with Engine(simulated_step_ms=1.0, slots=4, max_context=256) as engine:
+        asked = Request(token_ids=(300,), output=OutputParams(logprobs=1), deadline=0.0)
+        completions = engine.generate([asked, Request(token_ids=(300,), deadline=0.0)])
+        assert [(completion.token_ids, completion.logprobs) for completion in completions] == [((), ()), ((), None)]
