@@ -55,7 +55,7 @@ def generate_all(submit: Submit, capacity: int, requests: list[Request]) -> list
 
     try:
         for request in requests:
-            while sum(r.sampling.n for r in requests[len(completions) : len(streams) + 1]) > capacity:
+            while _sequences(requests[len(completions) : len(streams) + 1]) > capacity:
                 if len(completions) == len(streams):
                     break  # it alone is too much, and `submit` says so
                 completions.append(collect_next())
@@ -68,6 +68,11 @@ def generate_all(submit: Submit, capacity: int, requests: list[Request]) -> list
         for stream in streams[len(completions) :]:
             stream.cancel()
     return completions
+
+
+def _sequences(requests: list[Request]) -> int:
+    """How many the requests have, of which the last is not checked yet."""
+    return sum(n if isinstance(n, int) else 1 for n in (request.sampling.n for request in requests))
 
 
 def _submit_into_room(submit: Submit, request: Request) -> RequestStream | StreamReader:

@@ -6,7 +6,7 @@ import pytest
 
 from jaxserve.engine import Engine
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
-from jaxserve.request_errors import EngineUnavailable, QueueFull, TenantBusy
+from jaxserve.request_errors import EngineUnavailable, InvalidRequest, QueueFull, TenantBusy
 
 
 @pytest.mark.parametrize("resumable", [False, True])
@@ -61,3 +61,11 @@ def test_an_output_without_a_token_has_no_log_probabilities_where_they_were_aske
         asked = Request(token_ids=(300,), output=OutputParams(logprobs=1), deadline=0.0)
         completions = engine.generate([asked, Request(token_ids=(300,), deadline=0.0)])
         assert [(completion.token_ids, completion.logprobs) for completion in completions] == [((), ()), ((), None)]
+
+
+def test_a_list_is_refused_for_a_number_of_sequences_that_is_none():
+    with Engine(simulated_step_ms=1.0, slots=4, max_context=256) as engine:
+        for n in (0, 10**9, 1.5, "2"):
+            with pytest.raises(InvalidRequest) as caught:
+                engine.generate(["one", "two"], n=n)
+            assert caught.value.field == "n"
