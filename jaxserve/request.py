@@ -25,6 +25,8 @@ MAX_CHOICES = 1024
 """Most alternatives of `choice` in one request."""
 MAX_REQUEST_ID_LENGTH = 128
 """Longest request id, in characters."""
+MAX_DEADLINE = 1e12
+"""Farthest deadline, in `time.monotonic()` seconds; beyond what the longest timeout of gRPC makes, 10^8 hours."""
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
@@ -297,8 +299,14 @@ class Request:
         if not isinstance(self.cache_salt, str):
             raise InvalidRequest("cache_salt", f"must be a string, got {self.cache_salt!r:.100}")
         _unicode("cache_salt", self.cache_salt)
+        self.validate_deadline()
         if self.constraint is not None:
             self.constraint.validate()
+
+    def validate_deadline(self) -> None:
+        """Raises InvalidRequest for one that is no time."""
+        if self.deadline is not None:
+            _number("deadline", self.deadline, -MAX_DEADLINE, MAX_DEADLINE)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Request":

@@ -4,7 +4,8 @@ Only shapes are converted here: the engine checks every value against its model'
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from google.protobuf.message import Message
 
@@ -97,8 +98,23 @@ def _assign(field: str, assign: Callable[[], object]) -> None:
     """Runs one assignment to a message, and names the field where protobuf refuses the value."""
     try:
         assign()
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
         raise InvalidRequest(field, str(error)) from None
+
+
+def message_of[M: Message](kind: type[M], **fields: object) -> M:
+    """A message with these fields. Raises InvalidRequest for a value that its field cannot carry."""
+    message = kind()
+    for name, value in fields.items():
+        _assign(name, lambda name=name, value=value: message.MergeFrom(kind(**{name: value})))
+    return message
+
+
+def messages_to_proto(messages: Iterable[Mapping[str, Any]]) -> pb.ChatMessages:
+    """Inverse of `messages_from_proto`. Raises InvalidRequest for what is no chat message."""
+    chat = pb.ChatMessages()
+    _assign("messages", lambda: chat.messages.extend(pb.ChatMessage(**message) for message in messages))
+    return chat
 
 
 def _assign_scalars(message: Message, params: object, defaults: object, names: Sequence[str]) -> None:
@@ -112,18 +128,19 @@ def request_to_proto(request: Request) -> pb.GenerateRequest:
     """Builds the message of a request. Values equal to their default are left out; the deadline is the call's.
 
     Raises:
-        InvalidRequest: for a value that its field cannot carry.
+        InvalidRequest: for a value that its field cannot carry, and for what the API has no field for.
     """
-    message = pb.GenerateRequest(request_id=request.request_id, model=request.model or "")
+    if request.tools:
+        raise InvalidRequest("tools", "is not a field of the gRPC API; /v1/chat/completions takes it")
+    model = "" if request.model is None else request.model
+    message = message_of(pb.GenerateRequest, request_id=request.request_id, model=model)
     if request.prompt is not None:
         _assign("prompt", lambda: setattr(message, "text", request.prompt))
     if request.token_ids is not None:
         message.token_ids.SetInParent()
         _assign("token_ids", lambda: message.token_ids.ids.extend(request.token_ids or ()))
     if request.messages is not None:
-        message.messages.SetInParent()
-        for chat_message in request.messages:
-            _assign("messages", lambda fields=chat_message: message.messages.messages.add(**fields))
+        message.messages.CopyFrom(messages_to_proto(request.messages))
     _assign_scalars(message.sampling, request.sampling, SamplingParams(), _SAMPLING_SCALARS)
     for token, bias in request.sampling.logit_bias.items():
         _assign("logit_bias", lambda token=token, bias=bias: message.sampling.logit_bias.update({token: bias}))

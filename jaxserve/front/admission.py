@@ -11,6 +11,9 @@ from jaxserve.request_errors import InvalidRequest, ModelNotFound
 from jaxserve.tokenizing.text_stream import TextStream
 from jaxserve.tokenizing.tokenizer import ChatTemplateError, Tokenizer
 
+LONGEST_WAIT = 1e9
+"""Seconds, thirty years, after which any deadline has come: a thread cannot wait ten times as long."""
+
 
 @dataclass(frozen=True)
 class Admission:
@@ -86,7 +89,7 @@ class Admission:
             priority=request.priority,
             cache_salt=request.prefix_salt,
             arrival=arrival,
-            deadline=request.deadline,
+            deadline=None if request.deadline is None else float(min(request.deadline, arrival + LONGEST_WAIT)),
             prompt_logprobs=-1 if request.output.prompt_logprobs is None else request.output.prompt_logprobs,
             fork_seeds=[output_seed(seed, index) for index in range(1, sampling.n)],
             grammar=grammar,

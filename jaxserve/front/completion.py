@@ -8,10 +8,16 @@ from jaxserve.front.resumable_stream import StreamReader
 
 
 class CompletionBuilder:
-    """Gathers the events of one request."""
+    """Gathers the events of one request.
 
-    def __init__(self, request_id: str):
+    Args:
+        request_id: of the request.
+        with_logprobs: it asked for log-probabilities, which a sequence without a token has as well: none.
+    """
+
+    def __init__(self, request_id: str, with_logprobs: bool = False):
         self._request_id = request_id
+        self._with_logprobs = with_logprobs
         self._started: Started | None = None
         self._deltas: dict[int, list[Delta]] = {}
         self._finished: dict[int, Finished] = {}
@@ -41,7 +47,7 @@ class CompletionBuilder:
 
     def _output(self, finished: Finished) -> Output:
         deltas = self._deltas.get(finished.index, [])
-        logprobs: list[TokenLogprob] | None = None
+        logprobs: list[TokenLogprob] | None = [] if self._with_logprobs else None
         for delta in deltas:
             if delta.logprobs is not None:
                 logprobs = logprobs or []
@@ -57,9 +63,9 @@ class CompletionBuilder:
         )
 
 
-def collect(stream: RequestStream | StreamReader) -> Completion:
-    """Reads a stream to its end."""
-    builder = CompletionBuilder(stream.request_id)
+def collect(stream: RequestStream | StreamReader, with_logprobs: bool = False) -> Completion:
+    """Reads a stream to its end. `with_logprobs`: its request asked for them."""
+    builder = CompletionBuilder(stream.request_id, with_logprobs)
     for event in stream:
         builder.add(event)
     return builder.build()

@@ -1,5 +1,6 @@
 """Generating within a program: one prompt as an asynchronous iterator, or a list of them, waiting for all."""
 
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -8,13 +9,16 @@ from jaxserve.front.completion import collect
 from jaxserve.front.request_stream import RequestStream
 from jaxserve.front.resumable_stream import StreamReader
 from jaxserve.request import Request
-from jaxserve.request_errors import InvalidRequest
+from jaxserve.request_errors import InvalidRequest, QueueFull, TenantBusy
 
 Prompt = str | Request | Mapping[str, Any]
 """Text, a request, or a mapping of a request's API names."""
 
 Submit = Callable[[Request], RequestStream | StreamReader]
 """`Engine.submit`."""
+
+ROOM_INTERVAL = 0.02
+"""Seconds between looks for room where requests of others take it."""
 
 
 def request_of(prompt: Prompt, fields: Mapping[str, Any]) -> Request:
@@ -40,18 +44,43 @@ async def generate_one(submit: Submit, request: Request) -> AsyncIterator[Delta]
 
 
 def generate_all(submit: Submit, capacity: int, requests: list[Request]) -> list[Completion]:
-    """Waits for all, with no more than `capacity` sequences in flight at once. Ends all if one is refused."""
+    """Waits for all, with no more than `capacity` sequences in flight at once, and for room where others take it. Ends
+    all if one is refused."""
     streams: list[RequestStream | StreamReader] = []
     completions: list[Completion] = []
+
+    def collect_next() -> Completion:
+        number = len(completions)
+        return collect(streams[number], requests[number].output.logprobs is not None)
+
     try:
         for request in requests:
-            while sum(r.sampling.n for r in requests[len(completions) : len(streams) + 1]) > capacity:
+            while _sequences(requests[len(completions) : len(streams) + 1]) > capacity:
                 if len(completions) == len(streams):
                     break  # it alone is too much, and `submit` says so
-                completions.append(collect(streams[len(completions)]))
-            streams.append(submit(request))
-        completions += [collect(stream) for stream in streams[len(completions) :]]
+                completions.append(collect_next())
+            stream = _submit_into_room(submit, request)
+            stream.read_at_end()  # or else, while those before it are read, it seems to have a slow reader
+            streams.append(stream)
+        while len(completions) < len(streams):
+            completions.append(collect_next())
     finally:
         for stream in streams[len(completions) :]:
             stream.cancel()
     return completions
+
+
+def _sequences(requests: list[Request]) -> int:
+    """How many the requests have, of which the last is not checked yet."""
+    return sum(n if isinstance(n, int) else 1 for n in (request.sampling.n for request in requests))
+
+
+def _submit_into_room(submit: Submit, request: Request) -> RequestStream | StreamReader:
+    """Submits as soon as there is room: whatever takes it now will end."""
+    while True:
+        try:
+            return submit(request)
+        except QueueFull as full:
+            if isinstance(full, TenantBusy) and request.sampling.n > full.limit:
+                raise  # it alone is too much
+            time.sleep(ROOM_INTERVAL)

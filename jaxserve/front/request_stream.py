@@ -22,8 +22,10 @@ class _Unread:
         """Adds what came before it was read."""
         self.token_ids += token_ids
         self.text.append(text)
-        if logprobs is not None:
-            self.logprobs = (self.logprobs or []) + logprobs
+        if self.logprobs is None:
+            self.logprobs = logprobs
+        elif logprobs is not None:
+            self.logprobs += logprobs
 
 
 class RequestStream:
@@ -46,6 +48,7 @@ class RequestStream:
         self._unread: dict[int, _Unread] = {}
         """By index of the sequence, the longest unread first."""
         self._unread_tokens = 0
+        self._is_read_at_end = False
         self._finished: deque[Finished] = deque()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
@@ -57,6 +60,10 @@ class RequestStream:
         """The reader goes, and with it the request."""
         self._cancel()
 
+    def read_at_end(self) -> None:
+        """Its reader waits for the whole: what it has not read meanwhile is not counted."""
+        self._is_read_at_end = True
+
     # The delivery thread's side.
 
     def start(self, started: Started) -> None:
@@ -66,7 +73,8 @@ class RequestStream:
             self._notify()
 
     def push(self, index: int, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None) -> int:
-        """Adds to the delta of a sequence that is read next, keeping the lists; returns how many tokens are unread."""
+        """Adds to the delta of a sequence that is read next, keeping the lists; returns how many tokens count as
+        unread."""
         with self._lock:
             unread = self._unread.get(index)
             if unread is None:
@@ -75,7 +83,7 @@ class RequestStream:
                 unread.add(token_ids, text, logprobs)
             self._unread_tokens += len(token_ids)
             self._notify()
-            return self._unread_tokens
+            return 0 if self._is_read_at_end else self._unread_tokens
 
     def finish(self, finished: Finished) -> None:
         """Gives a sequence's terminal event; nothing of it may follow."""

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 
 from jaxserve.events import Delta, Event, Finished, Started, TokenLogprob
 from jaxserve.front.request_stream import wake
@@ -37,7 +38,8 @@ class ResumableStream:
         self.ended: float | None = None
         """Monotonic seconds of its end; None while sequences run."""
         self.idle_since: float | None = None
-        """Monotonic seconds since when nobody reads; None while somebody does."""
+        """Monotonic seconds since when nobody reads; None while somebody does. Once the request has ended that is since
+        the latest event was read: a reader may have them all, or go without a word."""
         self.changed = threading.Condition()
         self.events: list[Event] = []
         self.begins: list[int] = []
@@ -53,7 +55,7 @@ class ResumableStream:
                 raise InvalidRequest("from_token", f"must be in [0, {self.tokens}], got {from_token}")
             before = self._reader
             self._reader = StreamReader(self, from_token)
-            self.idle_since = None
+            self.idle_since = None if self.ended is None else time.monotonic()
             self.changed.notify_all()
         if before is not None:
             _wake_one(before.take_waiter())
@@ -70,6 +72,11 @@ class ResumableStream:
         """Whether no other reader has come since."""
         return self._reader is reader
 
+    def note_reading(self) -> None:
+        """An event was read. Called under the lock."""
+        if self.ended is not None:
+            self.idle_since = time.monotonic()
+
     # The delivery thread's side.
 
     def start(self, started: Started) -> None:
@@ -77,7 +84,7 @@ class ResumableStream:
         self._add(started, 0, 0)
 
     def push(self, index: int, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None) -> int:
-        """Gives a Delta; returns the number of tokens that are unread."""
+        """Gives a Delta; returns the number of tokens that count as unread."""
         delta = Delta(self.request_id, index, tuple(token_ids), text, None if logprobs is None else tuple(logprobs))
         size = 4 * len(text) + LOGPROB_BYTES * sum(1 + len(entry.top) for entry in logprobs or ())
         return self._add(delta, len(token_ids), size)
@@ -88,9 +95,7 @@ class ResumableStream:
         with self.changed:
             self._left -= 1
             if not self._left:
-                self.ended = time.monotonic()
-            if self._reader is None:
-                self.idle_since = time.monotonic()
+                self.ended = self.idle_since = time.monotonic()
             self.changed.notify_all()
 
     def _add(self, event: Event, tokens: int, size: int) -> int:
@@ -101,7 +106,7 @@ class ResumableStream:
             self.bytes += EVENT_BYTES + size
             self.changed.notify_all()
             reader = self._reader
-            return 0 if reader is None else self.tokens - reader.read_tokens
+            return 0 if reader is None or reader.is_read_at_end else self.tokens - reader.read_tokens
 
     def take_waiter(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
         """The reader's future, to be woken by the caller in its event loop."""
@@ -116,6 +121,7 @@ class StreamReader:
     def __init__(self, stream: ResumableStream, from_token: int):
         self.request_id = stream.request_id
         self.read_tokens = from_token
+        self.is_read_at_end = False
         self._stream = stream
         self._from_token = from_token
         self._next = 0
@@ -128,6 +134,10 @@ class StreamReader:
     def leave(self) -> None:
         """Stops reading; the request goes on, to be taken up by another reader."""
         self._stream.leave(self)
+
+    def read_at_end(self) -> None:
+        """Its reader waits for the whole: what it has not read meanwhile is not counted."""
+        self.is_read_at_end = True
 
     def take_waiter(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
         """The future on which an asynchronous reader waits."""
@@ -146,6 +156,7 @@ class StreamReader:
                 if begin < self._from_token:
                     continue
                 event = self._joined(event)
+            stream.note_reading()
             return event
         return None
 
@@ -285,4 +296,6 @@ class ResumableStreams:
 
 def _wake_one(waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None) -> None:
     if waiter is not None:
-        waiter[0].call_soon_threadsafe(wake, [waiter[1]])
+        # Its event loop may have closed while the stream was open.
+        with suppress(RuntimeError):
+            waiter[0].call_soon_threadsafe(wake, [waiter[1]])

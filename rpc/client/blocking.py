@@ -25,7 +25,7 @@ from rpc.client.calls import (
     tokenize_request,
 )
 from rpc.client.recovery import Position, Recovery
-from rpc.convert import completion_from_proto, event_from_proto
+from rpc.convert import completion_from_proto, event_from_proto, message_of
 from rpc.errors import RpcFailed
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
@@ -170,7 +170,7 @@ class Client:
         return Generation(send(), name, Recovery(partial(self._attach, name), send), partial(self.abort, name))
 
     def _attach(self, request_id: str, from_token: int) -> grpc.Call:
-        message = pb.AttachRequest(request_id=request_id, from_token=from_token)
+        message = message_of(pb.AttachRequest, request_id=request_id, from_token=from_token)
         return self._inference.Attach(message, metadata=self._metadata)
 
     def attach(self, request_id: str, from_token: int = 0) -> Generation:
@@ -196,7 +196,8 @@ class Client:
     def abort(self, request_id: str) -> bool:
         """Ends a request with finish reason abort; False where none with this id is active."""
         with mapped_errors():
-            return self._control.Abort(pb.AbortRequest(request_id=request_id), metadata=self._metadata).aborted
+            message = message_of(pb.AbortRequest, request_id=request_id)
+            return self._control.Abort(message, metadata=self._metadata).aborted
 
     def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
         """Token ids of text, or of a conversation in the model's template."""
@@ -206,12 +207,14 @@ class Client:
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
         with mapped_errors():
-            return self._control.Detokenize(pb.DetokenizeRequest(token_ids=token_ids), metadata=self._metadata).text
+            message = message_of(pb.DetokenizeRequest, token_ids=token_ids)
+            return self._control.Detokenize(message, metadata=self._metadata).text
 
     def profile(self, seconds: float) -> str:
         """Takes a trace of the server's device; the folder there. Needs an admin's key where there are keys."""
         with mapped_errors():
-            return self._control.Profile(pb.ProfileRequest(seconds=seconds), metadata=self._metadata).folder
+            message = message_of(pb.ProfileRequest, seconds=seconds)
+            return self._control.Profile(message, metadata=self._metadata).folder
 
     def model_info(self) -> pb.GetModelInfoResponse:
         """The model and its limits."""

@@ -13,7 +13,7 @@ import grpc.aio
 from jaxserve.events import Event, Finished, Started
 from jaxserve.request import Request
 from jaxserve.request_errors import InvalidRequest
-from rpc.convert import request_to_proto
+from rpc.convert import message_of, messages_to_proto, request_to_proto
 from rpc.errors import error_of
 from rpc.v1 import jaxserve_pb2 as pb
 
@@ -104,6 +104,7 @@ def prepare(
     """The message, and the seconds the call may take: the smaller of the timeout and the request's deadline."""
     request = build_request(prompt, fields)
     limits = [timeout] if timeout is not None else []
+    request.validate_deadline()
     if request.deadline is not None:
         limits.append(request.deadline - time.monotonic())
     return request_to_proto(replace(request, deadline=None)), min(limits, default=None)
@@ -142,8 +143,7 @@ class Ending:
 
 
 def tokenize_request(prompt: str | Sequence[ChatMessage]) -> pb.TokenizeRequest:
-    """The message that tokenizes text or a conversation."""
+    """The message that tokenizes text or a conversation. Raises InvalidRequest."""
     if isinstance(prompt, str):
-        return pb.TokenizeRequest(text=prompt)
-    chat = pb.ChatMessages(messages=[pb.ChatMessage(**message) for message in prompt])
-    return pb.TokenizeRequest(messages=chat)
+        return message_of(pb.TokenizeRequest, text=prompt)
+    return pb.TokenizeRequest(messages=messages_to_proto(prompt))

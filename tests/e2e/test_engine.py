@@ -15,7 +15,7 @@ from jaxserve.core.messages import Abort, Message, Submit
 from jaxserve.engine import Engine
 from jaxserve.events import Delta, Finished, Started
 from jaxserve.front.completion import collect
-from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request import Constraint, OutputParams, Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import DuplicateRequestId, InvalidRequest, ModelNotFound, QueueFull
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "fixtures" / "smollm2_greedy.json").read_text())["prompts"]
@@ -254,6 +254,24 @@ def test_bad_input_names_its_field_and_allocates_nothing(engine: Engine, fields:
         engine.submit(Request.from_json({"prompt": "x", **fields}))
     assert caught.value.field == field
     assert engine.loads() == before
+
+
+BAD_DEADLINES = [float("nan"), float("inf"), -float("inf"), 10**400, "soon", True]
+
+
+@pytest.mark.parametrize("deadline", BAD_DEADLINES, ids=lambda value: repr(value)[:40])
+def test_a_deadline_that_is_no_time_is_refused(engine: Engine, deadline):
+    before = engine.loads()
+    with pytest.raises(InvalidRequest) as caught:
+        engine.submit(Request(prompt="x", deadline=deadline))
+    assert caught.value.field == "deadline"
+    assert engine.loads() == before
+
+
+def test_a_deadline_may_be_farther_than_a_thread_can_wait(engine: Engine):
+    # The core has nothing to do but wait while it compiles the constraint, until then at most.
+    request = Request(prompt="x", deadline=4e11, constraint=Constraint(choice=("far",)))
+    assert collect(engine.submit(request)).text == "far"
 
 
 def test_what_cannot_be_given_to_the_core_leaves_nothing_behind(engine: Engine, monkeypatch: pytest.MonkeyPatch):

@@ -1,7 +1,9 @@
 """What is kept for readers to come is bounded in number, size and time, and a running request is the last to give way."""
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -9,10 +11,22 @@ from jaxserve.config import EngineConfig
 from jaxserve.core.messages import Submit
 from jaxserve.engine import Engine
 from jaxserve.events import Delta, Finished, FinishReason, Timings, TokenLogprob, Usage
+from jaxserve.front import resumable_stream
 from jaxserve.front.admission import Admission
-from jaxserve.front.resumable_stream import EVENT_BYTES, LOGPROB_BYTES, ResumableStream, ResumableStreams
+from jaxserve.front.resumable_stream import EVENT_BYTES, LOGPROB_BYTES, ResumableStream, ResumableStreams, StreamReader
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import DuplicateRequestId, InvalidRequest, QueueFull, StreamNotFound, StreamTaken
+
+
+class Clock:
+    """Seconds that pass by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 1000.0
+        monkeypatch.setattr(resumable_stream, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 class Kept:
@@ -77,6 +91,55 @@ def test_past_their_size_those_that_ended_first_are_forgotten_and_then_the_large
     end(large)
     kept.streams.sweep()
     assert [kept.has(name) for name in ("small", "large")] == [True, False]
+
+
+def test_a_stream_is_taken_from_a_reader_whose_event_loop_has_closed():
+    stream = Kept().add("a")
+    reader = stream.attach(0)
+
+    async def read_for_a_moment() -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(anext(reader), 0.01)
+
+    asyncio.run(read_for_a_moment())
+    end(stream)
+    assert [type(event) for event in stream.attach(0)] == [Finished]
+
+
+def test_after_its_end_a_stream_is_kept_its_time_from_the_last_reading_and_no_reader_holds_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    clock, kept = Clock(monkeypatch), Kept(seconds=10.0)
+    read, slow, gone = (kept.add(name, tokens=3) for name in ("read", "slow", "gone"))
+    readers = [stream.attach(0) for stream in (read, slow, gone)]
+    next(readers[2])
+    clock.now += 100.0  # while it runs, a reader may take its time
+    kept.streams.sweep()
+    assert len(kept.streams) == 3 and not kept.cancelled
+    for stream in (read, slow, gone):
+        end(stream)
+    assert [type(event) for event in readers[0]] == [Delta, Finished]
+    clock.now += 9.0
+    next(readers[1])
+    clock.now += 2.0
+    kept.streams.sweep()
+    assert [name for _, name in kept.streams._streams] == ["slow"]
+    assert isinstance(kept.streams.attach("slow", "", 3), StreamReader)  # and nothing is ever read
+    clock.now += 11.0
+    kept.streams.sweep()
+    assert len(kept.streams) == 0 and not kept.cancelled
+
+
+def test_a_request_without_a_reader_runs_on_its_time_whichever_of_its_sequences_end(monkeypatch: pytest.MonkeyPatch):
+    clock, kept = Clock(monkeypatch), Kept(seconds=10.0)
+    stream = ResumableStream("a", "", lambda: kept.cancelled.append("a"), 2)
+    kept.streams.add(stream)
+    stream.attach(0).leave()
+    clock.now += 9.0
+    end(stream)
+    clock.now += 2.0
+    kept.streams.sweep()
+    assert kept.cancelled == ["a"]
 
 
 def test_text_and_log_probabilities_count_in_the_size():

@@ -4,6 +4,7 @@ import pytest
 
 from jaxserve.events import Delta, Event, Finished, FinishReason, Started, Timings, TokenLogprob, Usage
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request_errors import InvalidRequest
 from rpc.convert import event_from_proto, event_to_proto, request_from_proto, request_to_proto
 from rpc.v1 import jaxserve_pb2 as pb
 
@@ -45,6 +46,14 @@ FULL = Request(
 def test_a_request_comes_back_as_it_went(request_: Request) -> None:
     message = pb.GenerateRequest.FromString(request_to_proto(request_).SerializeToString())
     assert request_from_proto(message) == request_
+
+
+def test_tools_are_refused_for_no_field_carries_them() -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}]}
+    with pytest.raises(InvalidRequest) as caught:
+        request_to_proto(Request.from_json(chat))
+    assert caught.value.field == "tools"
+    assert request_to_proto(Request.from_json({**chat, "tools": []})).HasField("messages")
 
 
 def test_an_unset_field_takes_the_default_of_the_engine() -> None:

@@ -1,6 +1,7 @@
 """Bad input over the wire: the right status, the field named, nothing allocated, nobody else disturbed."""
 
 import asyncio
+import inspect
 import math
 
 import grpc
@@ -14,7 +15,7 @@ from serving import eventually, serving
 from jaxserve.events import FinishReason
 from jaxserve.request import Request, StoppingParams
 from jaxserve.request_errors import DuplicateRequestId, InvalidRequest, ModelNotFound, QueueFull
-from rpc.client import AsyncClient
+from rpc.client import AsyncClient, Client
 from rpc.v1 import jaxserve_pb2 as pb
 
 pytestmark = pytest.mark.asyncio
@@ -199,14 +200,40 @@ async def test_client_refuses_what_no_message_can_carry() -> None:
         for field, value in (
             ("top_k", 2**40),
             ("logit_bias", {2**40: 1.0}),
+            ("temperature", 10**400),
+            ("model", 5),
+            ("model", "\ud800"),
+            ("request_id", "\ud800"),
             ("colour", "red"),
         ):
             with pytest.raises(InvalidRequest) as caught:
                 client.generate("a", **{field: value})
             assert caught.value.field == field
+        for deadline in (float("nan"), "soon"):
+            with pytest.raises(InvalidRequest, match="deadline"):
+                client.generate(Request(prompt="a", deadline=deadline))
         with pytest.raises(InvalidRequest) as caught:
             client.chat([{"role": "user", "content": "a", "mood": "good"}])
         assert caught.value.field == "messages"
+        with Client(client.address) as plain:
+            for call, field in (
+                (lambda: plain.tokenize([{"role": "user", "content": 5}]), "messages"),
+                (lambda: client.tokenize([{"role": "user", "content": "a", "mood": "good"}]), "messages"),
+                (lambda: client.tokenize("\ud800"), "text"),
+                (lambda: plain.detokenize([2**40]), "token_ids"),
+                (lambda: client.detokenize([2**40]), "token_ids"),
+                (lambda: plain.abort("\ud800"), "request_id"),
+                (lambda: client.abort("\ud800"), "request_id"),
+                (lambda: plain.attach("a", 2**70), "from_token"),
+                (lambda: client.attach("a", 2**70), "from_token"),
+                (lambda: plain.profile(10**400), "seconds"),
+                (lambda: client.profile(10**400), "seconds"),
+            ):
+                with pytest.raises(InvalidRequest) as caught:
+                    answer = call()
+                    if inspect.isawaitable(answer):
+                        await answer
+                assert caught.value.field == field
 
 
 async def test_an_error_that_quotes_the_request_still_reaches_the_client() -> None:
