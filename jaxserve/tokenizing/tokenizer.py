@@ -21,8 +21,8 @@ class Tokenizer:
 
     Attributes:
         vocab_size: ids that the model knows; `encode` gives no others.
-        bos_id: begins a sequence.
-        eos_ids: end a sequence; the tokenizer's own comes first.
+        bos_id: begins a sequence: the tokenizer's own where it names one, else that of the model's configuration.
+        eos_ids: end a sequence; the tokenizer's own comes first, where it is one of them.
         special_ids: of tokens that are no part of a text.
         text_bytes: by id, what a token adds to a text: its bytes, none if it is special. At least `vocab_size` entries.
         strips_leading_space: a text loses one space at its start when decoded.
@@ -38,8 +38,8 @@ class Tokenizer:
         if source.chat_template is not None:
             self._chat_template = ChatTemplate(source.chat_template, source.special_tokens)
         self.vocab_size = source.vocab_size
-        self.bos_id = source.bos_id
-        self.eos_ids = source.eos_ids
+        self.bos_id = _bos_id(tokenizer, source)
+        self.eos_ids = tuple(sorted(source.eos_ids, key=lambda id: id != _eos_id(tokenizer, source)))
         token_bytes = read_token_bytes(tokenizer, source.vocab_size)
         self._bytes = token_bytes.table
         self.special_ids = token_bytes.special_ids
@@ -178,10 +178,29 @@ def _without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Token
     return plain
 
 
+def _bos_id(tokenizer: tokenizers.Tokenizer, source: TokenizerSource) -> int | None:
+    return _named_id(tokenizer, source, "bos_token", source.bos_id)
+
+
+def _eos_id(tokenizer: tokenizers.Tokenizer, source: TokenizerSource) -> int | None:
+    return _named_id(tokenizer, source, "eos_token", source.eos_ids[0] if source.eos_ids else None)
+
+
+def _named_id(tokenizer: tokenizers.Tokenizer, source: TokenizerSource, name: str, default: int | None) -> int | None:
+    """The id of a token that the tokenizer's files name by its text. The model's configuration, which `default` is
+    from, may say another: DeepSeek-R1-Distill-Qwen kept the `bos_token_id` of the model that it was trained from."""
+    text = source.special_tokens.get(name)
+    id = None if text is None else tokenizer.token_to_id(text)
+    return default if id is None else id
+
+
 def _post_processor(
     tokenizer: tokenizers.Tokenizer, source: TokenizerSource, add_bos: bool, add_eos: bool
 ) -> processors.TemplateProcessing:
-    ids = {"bos": source.bos_id if add_bos else None, "eos": source.eos_ids[0] if add_eos and source.eos_ids else None}
+    ids = {
+        "bos": _bos_id(tokenizer, source) if add_bos else None,
+        "eos": _eos_id(tokenizer, source) if add_eos else None,
+    }
     for name, wanted in (("bos", add_bos), ("eos", add_eos)):
         if wanted and ids[name] is None:
             raise TokenizerError(f"add_{name}_token is set, but there is no {name}_token_id")

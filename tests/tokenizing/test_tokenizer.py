@@ -278,6 +278,18 @@ def test_a_checkpoint_may_override_what_tokenizer_json_adds():
     assert Tokenizer.from_source(without).encode("<s>") == [0]
 
 
+def test_a_raw_prompt_begins_and_ends_with_the_tokenizers_own_tokens_where_the_models_configuration_names_others():
+    files = Tokenizer.from_source(byte_level_source(add_bos=False)).to_files()
+    named = {"bos_token": "<s>", "eos_token": "</s>"}
+    source = _hugging_face(byte_level_source(), files, bos_id=5, eos_ids=(6, 1, 7), special_tokens=named)
+    tokenizer = Tokenizer.from_source(replace(source, add_bos=True, add_eos=True))
+    assert tokenizer.encode("") == [0, 1]
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (0, (1, 6, 7))
+    unnamed = Tokenizer.from_source(replace(source, add_bos=True, add_eos=True, special_tokens={"bos_token": "<none>"}))
+    assert unnamed.encode("") == [5, 6]
+    assert (unnamed.bos_id, unnamed.eos_ids) == (5, (6, 1, 7))
+
+
 def test_truncation_and_padding_of_a_tokenizer_json_are_ignored():
     library = LibraryTokenizer.from_str(Tokenizer.from_source(byte_level_source()).to_files()["tokenizer.json"])
     library.enable_truncation(2)
