@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 import tokenizers
-from tokenizers import processors
+from tokenizers import models, processors
 
 from jaxserve.tokenizing.chat_template import ChatTemplate, ChatTemplateError
 from jaxserve.tokenizing.gguf_tokenizer import build_gguf_tokenizer
@@ -62,7 +62,7 @@ class Tokenizer:
                 add_bos = built.adds_bos if source.add_bos is None else source.add_bos
                 add_eos = source.add_eos or False
         if add_bos is not None or add_eos is not None:
-            tokenizer.post_processor = _post_processor(tokenizer, source, add_bos or False, add_eos or False)
+            tokenizer.post_processor = _post_processor(tokenizer, source, add_bos, add_eos)
         return Tokenizer(tokenizer, source)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
@@ -195,22 +195,35 @@ def _named_id(tokenizer: tokenizers.Tokenizer, source: TokenizerSource, name: st
 
 
 def _post_processor(
-    tokenizer: tokenizers.Tokenizer, source: TokenizerSource, add_bos: bool, add_eos: bool
+    tokenizer: tokenizers.Tokenizer, source: TokenizerSource, add_bos: bool | None, add_eos: bool | None
 ) -> processors.TemplateProcessing:
-    ids = {
-        "bos": _bos_id(tokenizer, source) if add_bos else None,
-        "eos": _eos_id(tokenizer, source) if add_eos else None,
-    }
-    for name, wanted in (("bos", add_bos), ("eos", add_eos)):
-        if wanted and ids[name] is None:
-            raise TokenizerError(f"add_{name}_token is set, but there is no {name}_token_id")
+    before, after = _added_ids(tokenizer)
+    if add_bos is not None:
+        before = [_needed("bos", _bos_id(tokenizer, source))] if add_bos else []
+    if add_eos is not None:
+        after = [_needed("eos", _eos_id(tokenizer, source))] if add_eos else []
     special = [
-        {"id": name, "ids": [id], "tokens": [tokenizer.id_to_token(id) or name]}
-        for name, id in ids.items()
-        if id is not None
+        {"id": str(id), "ids": [id], "tokens": [tokenizer.id_to_token(id) or str(id)]}
+        for id in dict.fromkeys([*before, *after])
     ]
-    single = [name for name in ("bos" if add_bos else "", "$A", "eos" if add_eos else "") if name]
+    single = [*map(str, before), "$A", *map(str, after)]
     return processors.TemplateProcessing(single=single, pair=None, special_tokens=special)
+
+
+def _needed(name: str, id: int | None) -> int:
+    if id is None:
+        raise TokenizerError(f"add_{name}_token is set, but there is no {name}_token_id")
+    return id
+
+
+def _added_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and after a text, whatever the kind of its post-processor."""
+    probe = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    if tokenizer.post_processor is not None:
+        probe.post_processor = tokenizer.post_processor
+    encoded = probe.encode("a")
+    text = encoded.special_tokens_mask.index(0)
+    return encoded.ids[:text], encoded.ids[text + 1 :]
 
 
 def _check_unicode(text: str) -> None:

@@ -278,6 +278,19 @@ def test_a_checkpoint_may_override_what_tokenizer_json_adds():
     assert Tokenizer.from_source(without).encode("<s>") == [0]
 
 
+def test_what_a_checkpoint_does_not_say_of_is_left_to_tokenizer_json():
+    files = Tokenizer.from_source(byte_level_source(add_bos=True, add_eos=True)).to_files()
+    source = _hugging_face(byte_level_source(), files)
+    for add_bos, add_eos, ids in (
+        (None, None, [0, 1]),
+        (None, False, [0]),
+        (None, True, [0, 1]),
+        (False, None, [1]),
+        (True, None, [0, 1]),
+    ):
+        assert Tokenizer.from_source(replace(source, add_bos=add_bos, add_eos=add_eos)).encode("") == ids
+
+
 def test_a_raw_prompt_begins_and_ends_with_the_tokenizers_own_tokens_where_the_models_configuration_names_others():
     files = Tokenizer.from_source(byte_level_source(add_bos=False)).to_files()
     named = {"bos_token": "<s>", "eos_token": "</s>"}
