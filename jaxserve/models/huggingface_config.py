@@ -82,7 +82,8 @@ def _number(config: Mapping[str, Any], name: str, default: float | None = None) 
 
 
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Where a folder has both, transformers 5 takes nothing of `rope_parameters`, its `rope_theta` neither.
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping):
         raise UnsupportedModel(f"rope parameters must be an object, got {parameters!r}")
     for name, value in parameters.items():

@@ -44,6 +44,15 @@ def test_llama3_in_the_layout_of_transformers_4_and_of_5():
     assert (old.family, old.head_dim, old.num_kv_heads, old.tie_embeddings) == ("llama", 64, 8, True)
 
 
+def test_rope_scaling_comes_before_rope_parameters():
+    parameters = {"rope_type": "default", "rope_theta": 20000.0}
+    both = {**LLAMA, "rope_parameters": parameters, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert from_hf_config(both).rope == RopeConfig(500000.0, LinearScaling(4.0))
+    without = {name: value for name, value in both.items() if name != "rope_theta"}
+    assert from_hf_config(without).rope == RopeConfig(10000.0, LinearScaling(4.0))
+    assert from_hf_config({**both, "rope_scaling": None}).rope == RopeConfig(20000.0)
+
+
 def test_llama2_without_optional_fields():
     config = {name: value for name, value in LLAMA.items() if name not in ("num_key_value_heads", "rope_theta")}
     config |= {"tie_word_embeddings": False, "eos_token_id": 2, "rope_scaling": {"type": "linear", "factor": 2.0}}
