@@ -75,6 +75,14 @@ def test_mistral_has_a_window_and_its_own_head_size():
     assert from_hf_config({**config, "sliding_window": None}).sliding_window is None
 
 
+def test_mistral_has_its_window_where_its_layer_types_say_so():
+    config = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
+    assert from_hf_config({**config, "layer_types": ["sliding_attention"] * 16}).sliding_window == 4096
+    assert from_hf_config({**config, "layer_types": ["full_attention"] * 16}).sliding_window is None
+    with pytest.raises(UnsupportedModel, match="sliding and full attention"):
+        from_hf_config({**config, "layer_types": ["full_attention", "sliding_attention"] * 8})
+
+
 def test_qwen2_has_biases_and_a_window_only_where_it_is_used():
     assert from_hf_config(QWEN2).qkv_bias
     assert from_hf_config(QWEN2).sliding_window is None
