@@ -254,7 +254,8 @@ def test_a_missing_a_misshapen_and_a_needless_tensor_are_named(tmp_path):
         ({"qwen3.expert_count": 8}, "experts"),
         ({"split.count": 3}, "one of several split files"),
         ({"general.architecture": "mamba"}, "architecture 'mamba'"),
-        ({"tokenizer.ggml.eos_token_id": 64}, "eos_token_id is 64 of 64"),
+        ({"tokenizer.ggml.eos_token_id": 64}, r"eos_token_id must be in \[0, 63\], got 64"),
+        ({"tokenizer.ggml.padding_token_id": 64}, "padding_token_id is 64 of 64"),
         ({"general.alignment": 0}, "alignment is 0"),
     ],
 )

@@ -125,6 +125,8 @@ def test_qwen3_has_normed_heads():
         ({"vocab_size": 2**40}, "vocab_size"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"eos_token_id": ["a"]}, "token ids"),
+        ({"eos_token_id": [2, 128256]}, r"eos_token_id must be in \[0, 128255\], got 128256"),
+        ({"bos_token_id": 128256}, r"bos_token_id must be in \[0, 128255\], got 128256"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(change, message):
