@@ -171,6 +171,25 @@ def test_the_tokenizer_is_read_from_the_metadata(tmp_path):
     assert source.chat_template == "{{ messages }}"
 
 
+@pytest.mark.parametrize(
+    ("named", "control", "ids"),
+    [
+        ({}, {}, (0,)),
+        ({"eot": 5, "eom": 6}, {}, (0, 5, 6)),
+        ({}, {7: "<|im_start|>"}, (0,)),
+        ({"eot": 8}, {7: "<|endoftext|>", 8: "<|im_end|>"}, (0, 8, 7)),
+        # However many there are, requests keep stop ids of their own.
+        ({"eom": 9}, {5: "<EOT>", 6: "</s>", 7: "<|eot_id|>", 8: "<|end|>", 9: "<|eom_id|>"}, (0, 9, 5, 6)),
+    ],
+)
+def test_a_sequence_ends_at_the_ids_that_are_named_and_at_control_tokens_that_are_known_to_end_one(
+    tmp_path, named, control, ids
+):
+    metadata = {f"tokenizer.ggml.{name}_token_id": id for name, id in named.items()}
+    write_gguf(tmp_path / "small.gguf", SMALL, small_tensors(), metadata=metadata, control=control)
+    assert open_gguf(tmp_path / "small.gguf").config.eos_ids == ids
+
+
 @pytest.fixture
 def small_file(tmp_path) -> Path:
     write_gguf(tmp_path / "small.gguf", SMALL, small_tensors())
