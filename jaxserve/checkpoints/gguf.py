@@ -161,14 +161,18 @@ def _eos_ids(metadata: _Metadata) -> tuple[int, ...]:
 
 def _rope(metadata: _Metadata, family: str, factors: TensorInfo | None, head_dim: int) -> RopeConfig:
     theta = metadata.get(f"{family}.rope.freq_base", float) or 10000.0
-    kind = metadata.get(f"{family}.rope.scaling.type", str) or "none"
+    named = metadata.get(f"{family}.rope.scaling.type", str)
+    kind = named or "linear"  # llama.cpp's default
     scaling: RopeScaling | None = None
     if kind == "linear":
-        scaling = LinearScaling(metadata.need(f"{family}.rope.scaling.factor", float))
+        factor = metadata.get(f"{family}.rope.scale_linear", float)  # as the key was called once
+        if f"{family}.rope.scaling.factor" in metadata.values or (named and factor is None):
+            factor = metadata.need(f"{family}.rope.scaling.factor", float)
+        # To llama.cpp 0 is no scaling as well.
+        if factor not in (None, 0.0, 1.0):
+            scaling = LinearScaling(factor)
     elif kind != "none":
         raise UnsupportedModel(f"rope scaling {kind!r} is not supported")
-    elif (factor := metadata.get(f"{family}.rope.scale_linear", float)) is not None and factor != 1.0:
-        scaling = LinearScaling(factor)
     if factors is not None:
         if scaling is not None:
             raise UnsupportedModel(f"rope scaling {kind!r} together with {_ROPE_FACTORS} is not supported")

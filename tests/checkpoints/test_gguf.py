@@ -14,7 +14,7 @@ from jaxserve.checkpoints.gguf import TYPES, open_gguf
 from jaxserve.checkpoints.huggingface import open_huggingface
 from jaxserve.checkpoints.loading import LoadedModel, load_model
 from jaxserve.checkpoints.tensors import CheckpointError
-from jaxserve.models.config import FrequencyFactors, ModelConfig, RopeConfig
+from jaxserve.models.config import FrequencyFactors, LinearScaling, ModelConfig, RopeConfig
 from jaxserve.models.layers import inverse_frequencies
 from jaxserve.models.parameters import named_parameters
 from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer
@@ -159,6 +159,23 @@ def test_llama3_scaling_becomes_frequency_factors(tmp_path):
     np.testing.assert_allclose(inverse_frequencies(rope, config.head_dim), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({}, None),
+        ({"scaling.factor": 4.0}, LinearScaling(4.0)),
+        ({"scaling.factor": 1.0}, None),
+        ({"scale_linear": 4.0}, LinearScaling(4.0)),
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, LinearScaling(4.0)),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+    ],
+)
+def test_a_rope_factor_without_a_type_scales_linearly(tmp_path, metadata, scaling):
+    named = {f"qwen3.rope.{name}": value for name, value in metadata.items()}
+    write_gguf(tmp_path / "small.gguf", SMALL, small_tensors(), metadata=named)
+    assert open_gguf(tmp_path / "small.gguf").config.rope.scaling == scaling
+
+
 def test_the_tokenizer_is_read_from_the_metadata(tmp_path):
     write_gguf(tmp_path / "small.gguf", SMALL, small_tensors(), metadata={"tokenizer.ggml.eot_token_id": 5})
     source = load_model(str(tmp_path / "small.gguf"), "float32").tokenizer_source
@@ -270,6 +287,7 @@ def test_a_missing_a_misshapen_and_a_needless_tensor_are_named(tmp_path):
         ({"qwen3.attention.head_count": "four"}, "head_count is not of type int"),
         ({"qwen3.rope.dimension_count": 32}, "rope.dimension_count of 32"),
         ({"qwen3.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
+        ({"qwen3.rope.scaling.type": "linear"}, "rope.scaling.factor is missing"),
         ({"qwen3.expert_count": 8}, "experts"),
         ({"split.count": 3}, "one of several split files"),
         ({"general.architecture": "mamba"}, "architecture 'mamba'"),
