@@ -289,4 +289,5 @@ def tokenizer_source(file: Path, header: Header, config: ModelConfig) -> Tokeniz
         add_eos=metadata.get(key("add_eos_token"), bool),
         chat_template=metadata.get("tokenizer.chat_template", str),
         special_tokens=special,
+        tool_template=metadata.get("tokenizer.chat_template.tool_use", str),
     )

@@ -36,7 +36,9 @@ class Tokenizer:
         self._source = source
         self._chat_template = None
         if source.chat_template is not None:
-            self._chat_template = ChatTemplate(source.chat_template, source.special_tokens)
+            self._chat_template = ChatTemplate(
+                source.chat_template, source.special_tokens, tool_source=source.tool_template
+            )
         self.vocab_size = source.vocab_size
         self.bos_id = _bos_id(tokenizer, source)
         self.eos_ids = tuple(sorted(source.eos_ids, key=lambda id: id != _eos_id(tokenizer, source)))
@@ -112,8 +114,9 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The source of the model's chat template, in Jinja; None where it has none."""
-        return self._source.chat_template
+        """The source of the model's chat template, in Jinja, that of chats with tools where it has another for them;
+        None where it has none."""
+        return None if self._chat_template is None else self._source.tool_template or self._source.chat_template
 
     def start(self) -> None:
         """Starts the process that renders chats, if the model has a template, and waits until it runs; the first chat
@@ -148,7 +151,11 @@ class Tokenizer:
         """Files of a Hugging Face folder, content by name, that make the same tokenizer, here and in transformers."""
         config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._source.special_tokens}
         files = {"tokenizer.json": self._tokenizer.to_str()}
-        if self._source.chat_template is not None:
+        if self._source.chat_template is not None and self._source.tool_template is not None:
+            # To transformers chat_template.jinja would be the only one.
+            named = {"default": self._source.chat_template, "tool_use": self._source.tool_template}
+            config["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
+        elif self._source.chat_template is not None:
             files["chat_template.jinja"] = self._source.chat_template
         return files | {"tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2)}
 

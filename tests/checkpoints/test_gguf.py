@@ -177,7 +177,8 @@ def test_a_rope_factor_without_a_type_scales_linearly(tmp_path, metadata, scalin
 
 
 def test_the_tokenizer_is_read_from_the_metadata(tmp_path):
-    write_gguf(tmp_path / "small.gguf", SMALL, small_tensors(), metadata={"tokenizer.ggml.eot_token_id": 5})
+    metadata = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.chat_template.tool_use": "{{ tools }}"}
+    write_gguf(tmp_path / "small.gguf", SMALL, small_tensors(), metadata=metadata)
     source = load_model(str(tmp_path / "small.gguf"), "float32").tokenizer_source
     assert isinstance(source.tokenizer, GGUFTokenizer)
     assert (source.tokenizer.model, source.tokenizer.pre) == ("gpt2", "smollm")
@@ -185,7 +186,7 @@ def test_the_tokenizer_is_read_from_the_metadata(tmp_path):
     assert source.tokenizer.merges == ("t o", "to k")
     assert (source.bos_id, source.eos_ids, source.add_bos) == (1, (0, 5), True)
     assert source.special_tokens == {"bos_token": "token1", "eos_token": "token0"}
-    assert source.chat_template == "{{ messages }}"
+    assert (source.chat_template, source.tool_template) == ("{{ messages }}", "{{ tools }}")
 
 
 @pytest.mark.parametrize(

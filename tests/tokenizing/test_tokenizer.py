@@ -250,6 +250,20 @@ def test_a_template_adds_special_tokens_itself():
     assert Tokenizer.from_source(source).encode_chat([{"role": "user", "content": "</s>"}]) == [0, 1]
 
 
+def test_a_template_for_tools_is_taken_where_there_are_some_shown_and_kept():
+    source = replace(byte_level_source(chat_template="plain"), tool_template="{{ tools[0].name }}")
+    tokenizer = Tokenizer.from_source(source)
+    assert tokenizer.render_chat([]) == "plain"
+    assert tokenizer.render_chat([], tools=[{"name": "f"}]) == "f"
+    assert tokenizer.chat_template == "{{ tools[0].name }}"
+    files = tokenizer.to_files()
+    assert "chat_template.jinja" not in files
+    assert json.loads(files["tokenizer_config.json"])["chat_template"] == [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "{{ tools[0].name }}"},
+    ]
+
+
 def _hugging_face(source: TokenizerSource, files: dict[str, str], **changes) -> TokenizerSource:
     config = json.loads(files["tokenizer_config.json"])
     return replace(
