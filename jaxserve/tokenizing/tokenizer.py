@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tokenizers
-from tokenizers import models, processors
+from tokenizers import AddedToken, models, processors
 
 from jaxserve.tokenizing.chat_template import ChatTemplate, ChatTemplateError
 from jaxserve.tokenizing.gguf_tokenizer import build_gguf_tokenizer
@@ -14,6 +15,9 @@ from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer, HuggingFaceToken
 
 _COMPOSITION = 4
 """Most characters that become one when text is composed (NFC, NFKC)."""
+
+_FLAGS = frozenset({"single_word", "lstrip", "rstrip", "normalized", "special"})
+"""Of an added token."""
 
 
 class Tokenizer:
@@ -55,8 +59,9 @@ class Tokenizer:
     def from_source(source: TokenizerSource) -> "Tokenizer":
         """Builds a checkpoint's tokenizer. Raises TokenizerError."""
         match source.tokenizer:
-            case HuggingFaceTokenizer(tokenizer_json):
+            case HuggingFaceTokenizer(tokenizer_json, tokenizer_config):
                 tokenizer = _parse(tokenizer_json)
+                tokenizer.add_tokens(_declared_tokens(tokenizer_config))
                 add_bos, add_eos = source.add_bos, source.add_eos
             case GGUFTokenizer() as gguf:
                 built = build_gguf_tokenizer(gguf)
@@ -168,6 +173,18 @@ def _parse(tokenizer_json: str) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _declared_tokens(tokenizer_config: Mapping[str, Any]) -> list[AddedToken]:
+    """Those of tokenizer_config.json, which tokenizer.json may lack or, as in transformers, have with other flags."""
+    declared = tokenizer_config.get("added_tokens_decoder") or {}
+    try:
+        tokens = [declared[id] for id in sorted(declared, key=int)]
+        return [
+            AddedToken(token["content"], **{flag: token[flag] for flag in _FLAGS & token.keys()}) for token in tokens
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder cannot be read: {error}") from None
 
 
 def _without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -317,6 +317,29 @@ def test_a_raw_prompt_begins_and_ends_with_the_tokenizers_own_tokens_where_the_m
     assert (unnamed.bos_id, unnamed.eos_ids) == (5, (6, 1, 7))
 
 
+def test_special_tokens_that_only_tokenizer_config_declares_are_tokens():
+    files = Tokenizer.from_source(byte_level_source(control=(), words=("<s>", "<t>"))).to_files()
+    flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    config = {"added_tokens_decoder": {"257": {"content": "<t>", **flags}, "256": {"content": "<s>", **flags}}}
+    source = _hugging_face(byte_level_source(), {**files, "tokenizer_config.json": json.dumps(config)}, vocab_size=258)
+    tokenizer = Tokenizer.from_source(source)
+    assert tokenizer.encode("<s><t>") == [256, 257]
+    assert tokenizer.special_ids == {256, 257}
+    assert len(tokenizer.encode("<s>", parse_special=False)) == 3
+    again = Tokenizer.from_source(_hugging_face(byte_level_source(), tokenizer.to_files()))
+    assert again.encode("<s><t>") == [256, 257]
+
+
+@pytest.mark.parametrize(
+    "declared", [["<s>"], {"a": {"content": "<s>"}}, {"1": "<s>"}, {"1": {"content": 5}}, {"1": {"x": 1}}]
+)
+def test_a_malformed_declaration_of_tokens_is_refused(declared):
+    files = Tokenizer.from_source(byte_level_source()).to_files()
+    config = json.dumps({"added_tokens_decoder": declared})
+    with pytest.raises(TokenizerError, match="added_tokens_decoder cannot be read"):
+        Tokenizer.from_source(_hugging_face(byte_level_source(), {**files, "tokenizer_config.json": config}))
+
+
 def test_truncation_and_padding_of_a_tokenizer_json_are_ignored():
     library = LibraryTokenizer.from_str(Tokenizer.from_source(byte_level_source()).to_files()["tokenizer.json"])
     library.enable_truncation(2)
