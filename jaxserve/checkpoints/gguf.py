@@ -50,6 +50,19 @@ _BLOCK_BITS = {GGMLQuantizationType.Q4_0: 4, GGMLQuantizationType.Q4_1: 4, GGMLQ
 """Types whose blocks are taken as they are for weights in blocks of as many bits."""
 _JOINED_ELEMENTS = 16384
 _ROPE_FACTORS = "rope_freqs.weight"
+_ENDINGS = frozenset(
+    {
+        *("</s>", "<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+        *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>"),
+    }
+)
+"""Control tokens that end a text, a turn or a message, whether or not the metadata names them: llama.cpp stops at them
+(`special_eog_ids` in `src/llama-vocab.cpp`). Left out are those of architectures that are not read, and those of
+fill-in-the-middle prompts, after which code goes on."""
+_CONTROL = 3
+"""As in `GGUFTokenizer.token_types`."""
+_MAX_ENDINGS = 4
+"""Most ids that end a sequence: half of a request's `MAX_STOP_TOKEN_IDS` are left to its client."""
 
 
 def open_gguf(file: Path) -> Checkpoint:
@@ -111,7 +124,6 @@ def model_config(file: Path, header: Header) -> ModelConfig:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{file}: tensor token_embd.weight is missing")
-    eos_ids = [metadata.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot")]
     return ModelConfig(
         family=family,
         vocab_size=embedding.shape[0],
@@ -128,21 +140,39 @@ def model_config(file: Path, header: Header) -> ModelConfig:
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         sliding_window=metadata.get(f"{family}.attention.sliding_window", int) or None,
-        eos_ids=tuple(dict.fromkeys(id for id in eos_ids if id is not None)),
+        eos_ids=_eos_ids(metadata),
         bos_id=metadata.get("tokenizer.ggml.bos_token_id", int),
     )
 
 
+def _eos_ids(metadata: _Metadata) -> tuple[int, ...]:
+    """The ids that the metadata names, and those of control tokens that are known to end a sequence."""
+    named = [metadata.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
+    tokens = metadata.get("tokenizer.ggml.tokens", list) or ()
+    types = metadata.get("tokenizer.ggml.token_type", list) or ()
+    known = [
+        id
+        for id, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if kind == _CONTROL and token in _ENDINGS
+    ]
+    ids = dict.fromkeys([*(id for id in named if id is not None), *known])
+    return tuple(ids)[:_MAX_ENDINGS]
+
+
 def _rope(metadata: _Metadata, family: str, factors: TensorInfo | None, head_dim: int) -> RopeConfig:
     theta = metadata.get(f"{family}.rope.freq_base", float) or 10000.0
-    kind = metadata.get(f"{family}.rope.scaling.type", str) or "none"
+    named = metadata.get(f"{family}.rope.scaling.type", str)
+    kind = named or "linear"  # llama.cpp's default
     scaling: RopeScaling | None = None
     if kind == "linear":
-        scaling = LinearScaling(metadata.need(f"{family}.rope.scaling.factor", float))
+        factor = metadata.get(f"{family}.rope.scale_linear", float)  # as the key was called once
+        if f"{family}.rope.scaling.factor" in metadata.values or (named and factor is None):
+            factor = metadata.need(f"{family}.rope.scaling.factor", float)
+        # To llama.cpp 0 is no scaling as well.
+        if factor not in (None, 0.0, 1.0):
+            scaling = LinearScaling(factor)
     elif kind != "none":
         raise UnsupportedModel(f"rope scaling {kind!r} is not supported")
-    elif (factor := metadata.get(f"{family}.rope.scale_linear", float)) is not None and factor != 1.0:
-        scaling = LinearScaling(factor)
     if factors is not None:
         if scaling is not None:
             raise UnsupportedModel(f"rope scaling {kind!r} together with {_ROPE_FACTORS} is not supported")
@@ -259,4 +289,5 @@ def tokenizer_source(file: Path, header: Header, config: ModelConfig) -> Tokeniz
         add_eos=metadata.get(key("add_eos_token"), bool),
         chat_template=metadata.get("tokenizer.chat_template", str),
         special_tokens=special,
+        tool_template=metadata.get("tokenizer.chat_template.tool_use", str),
     )

@@ -73,6 +73,7 @@ def tokenizer_source(folder: Path, config: ModelConfig) -> TokenizerSource:
         raise CheckpointError(
             f"{folder / 'tokenizer_config.json'}: auto_map asks for code from the model's folder, which is never run"
         )
+    templates = _chat_templates(folder, settings)
     return TokenizerSource(
         tokenizer=HuggingFaceTokenizer(tokenizer_json, settings),
         vocab_size=config.vocab_size,
@@ -80,8 +81,9 @@ def tokenizer_source(folder: Path, config: ModelConfig) -> TokenizerSource:
         eos_ids=config.eos_ids,
         add_bos=_flag(settings, "add_bos_token"),
         add_eos=_flag(settings, "add_eos_token"),
-        chat_template=_chat_template(folder, settings),
+        chat_template=templates.get("default"),
         special_tokens=_special_tokens(settings, read_json(folder, "special_tokens_map.json") or {}),
+        tool_template=templates.get("tool_use"),
     )
 
 
@@ -102,12 +104,15 @@ def _special_tokens(*given: dict[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """From its own file, or else from the settings, where it may be one of several and `default` is meant."""
-    template = read_text(folder, "chat_template.jinja")
-    if template is not None:
-        return template
-    given = settings.get("chat_template")
-    if isinstance(given, list):
-        given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}.get("default")
-    return given if isinstance(given, str) else None
+def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """By name: `default`, and `tool_use` where chats with tools have another. From files of their own, or else, as in
+    transformers, from the settings."""
+    found: dict[str, object] = {
+        "default": read_text(folder, "chat_template.jinja"),
+        "tool_use": read_text(inside(folder, "additional_chat_templates"), "tool_use.jinja"),
+    }
+    if all(template is None for template in found.values()):
+        given = settings.get("chat_template")
+        listed = given if isinstance(given, list) else [{"name": "default", "template": given}]
+        found = {str(entry.get("name")): entry.get("template") for entry in listed if isinstance(entry, dict)}
+    return {name: template for name, template in found.items() if isinstance(template, str)}

@@ -19,8 +19,8 @@ DESCRIPTION = "jaxserve.json"
 
 _VERSION = 1
 _GGUF_TOKENIZER = "tokenizer_gguf.json"
-_CHAT_TEMPLATE = "chat_template.jinja"
-_IN_FILES = ("tokenizer", "chat_template")
+_TEMPLATES = {"chat_template": "chat_template.jinja", "tool_template": "tool_template.jinja"}
+_IN_FILES = ("tokenizer", *_TEMPLATES)
 """Fields of TokenizerSource that have files of their own."""
 
 
@@ -67,8 +67,10 @@ def _write_tokenizer(folder: Path, source: TokenizerSource) -> None:
         case GGUFTokenizer():
             text = json.dumps(asdict(source.tokenizer), ensure_ascii=False)
             (folder / _GGUF_TOKENIZER).write_text(text, encoding="utf-8")
-    if source.chat_template is not None:
-        (folder / _CHAT_TEMPLATE).write_text(source.chat_template, encoding="utf-8")
+    for field, name in _TEMPLATES.items():
+        template = getattr(source, field)
+        if template is not None:
+            (folder / name).write_text(template, encoding="utf-8")
 
 
 def _read_tokenizer(folder: Path, settings: dict[str, Any]) -> TokenizerSource:
@@ -85,7 +87,8 @@ def _read_tokenizer(folder: Path, settings: dict[str, Any]) -> TokenizerSource:
             raise CheckpointError(f"{folder / 'tokenizer.json'}: is missing")
         tokenizer = HuggingFaceTokenizer(tokenizer_json, read_json(folder, "tokenizer_config.json") or {})
     settings = {**settings, "eos_ids": tuple(settings["eos_ids"])}
-    return TokenizerSource(tokenizer=tokenizer, chat_template=read_text(folder, _CHAT_TEMPLATE), **settings)
+    templates = {field: read_text(folder, name) for field, name in _TEMPLATES.items()}
+    return TokenizerSource(tokenizer=tokenizer, **templates, **settings)
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:

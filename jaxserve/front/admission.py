@@ -106,7 +106,7 @@ class Admission:
                 stop=stopping.stop,
                 include_stop=stopping.include_stop,
                 min_tokens=stopping.min_tokens,
-                keeps_first_space=request.constraint is not None,
+                keeps_first_space=request.constraint is not None or (request.messages is None and request.prompt != ""),
             )
             for _ in range(request.sampling.n)
         ]

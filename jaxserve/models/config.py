@@ -85,6 +85,10 @@ class ModelConfig:
             value = getattr(self, name)
             if not 1 <= value <= 2**31 - 1:
                 raise UnsupportedModel(f"{name} must be in [1, 2^31 - 1], got {value}")
+        # A token that is never drawn ends nothing, and the masks of constraints have no place for it.
+        for name, id in (("bos_token_id", self.bos_id), *(("eos_token_id", id) for id in self.eos_ids)):
+            if id is not None and not 0 <= id < self.vocab_size:
+                raise UnsupportedModel(f"{name} must be in [0, {self.vocab_size - 1}], got {id}")
         if self.num_q_heads % self.num_kv_heads:
             raise UnsupportedModel(f"{self.num_q_heads} query heads do not share {self.num_kv_heads} key heads evenly")
         if self.head_dim % 2:

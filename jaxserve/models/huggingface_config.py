@@ -82,7 +82,8 @@ def _number(config: Mapping[str, Any], name: str, default: float | None = None) 
 
 
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Where a folder has both, transformers 5 takes nothing of `rope_parameters`, its `rope_theta` neither.
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping):
         raise UnsupportedModel(f"rope parameters must be an object, got {parameters!r}")
     for name, value in parameters.items():
@@ -108,16 +109,15 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
 
 
 def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
-    """One window for all layers. Qwen uses one only with `use_sliding_window`, from layer `max_window_layers` on."""
+    """One window for all layers. Qwen uses one only with `use_sliding_window`, from layer `max_window_layers` on. A
+    Mistral with `layer_types` is Ministral to transformers, whose layers may differ as Qwen's."""
     window = config.get("sliding_window")
     if family == "llama" or window is None:
         return None
-    if family == "mistral":
-        return _size(config, "sliding_window")
-    if not config.get("use_sliding_window", False):
+    if family != "mistral" and not config.get("use_sliding_window", False):
         return None
     num_layers = _size(config, "num_hidden_layers")
-    first = min(config.get("max_window_layers", num_layers), num_layers)
+    first = 0 if family == "mistral" else min(config.get("max_window_layers", num_layers), num_layers)
     kinds = config.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (num_layers - first)
     if set(kinds) == {"sliding_attention"}:
         return _size(config, "sliding_window")

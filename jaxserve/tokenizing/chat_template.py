@@ -38,12 +38,24 @@ class ChatTemplate:
         source: in Jinja.
         special_tokens: texts by the name that the template uses, as `bos_token`.
         limits: beyond which rendering fails.
+        tool_source: taken in place of `source` for chats with tools; None where that one is for both.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], limits: RenderLimits | None = None):
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        limits: RenderLimits | None = None,
+        tool_source: str | None = None,
+    ):
         self.source = source
         self._limits = limits or RenderLimits()
-        settings = {"template": source, "variables": dict(special_tokens), **asdict(self._limits)}
+        settings = {
+            "template": source,
+            "tool_template": source if tool_source is None else tool_source,
+            "variables": dict(special_tokens),
+            **asdict(self._limits),
+        }
         self._renderer = LimitedProcess(_PROGRAM, settings)
 
     def start(self) -> None:

@@ -3,10 +3,11 @@
 A template is a program that came with a checkpoint. The sandbox of Jinja keeps it from Python's internals; the limits
 that the kernel sets here keep it from endless loops, from memory, and from files and sockets should the sandbox fail.
 
-It reads lines of JSON: first `template`, `variables`, `cpu_seconds`, `memory_bytes` and `max_characters`, then, for
-each chat, `messages`, `tools` (null where there are none) and `add_generation_prompt`. Each chat is answered by a line
-with `text` or `error`. When the processor time of a chat is used up, the kernel ends the program (SIGPROF). This file
-is run by its path and must not import jaxserve, whose modules take seconds to load.
+It reads lines of JSON: first `template`, `tool_template` (of chats with tools), `variables`, `cpu_seconds`,
+`memory_bytes` and `max_characters`, then, for each chat, `messages`, `tools` (null where there are none) and
+`add_generation_prompt`. Each chat is answered by a line with `text` or `error`. When the processor time of a chat is
+used up, the kernel ends the program (SIGPROF). This file is run by its path and must not import jaxserve, whose modules
+take seconds to load.
 """
 
 import datetime
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 
 import jinja2.debug  # loaded lazily for tracebacks, when no file can be opened any more
 import jinja2.ext
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -93,12 +94,12 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (settings["memory_bytes"],) * 2)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    template = None
+    compiled: dict[str, Template] = {}
 
     def render() -> str:
-        nonlocal template
-        if template is None:
-            template = environment().from_string(settings["template"])
+        source = settings["tool_template" if chat["tools"] else "template"]
+        template = compiled.get(source) or environment().from_string(source)
+        compiled[source] = template
         return template.render(**settings["variables"], **chat, documents=None)
 
     for line in lines:

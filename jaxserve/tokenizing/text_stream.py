@@ -22,7 +22,8 @@ class TextDelta:
 
 
 class TextStream:
-    """The text of one sequence. Pushed and flushed, it adds up to `Tokenizer.decode` of all ids, up to a match.
+    """The text of one sequence. Pushed and flushed, it adds up to `Tokenizer.decode` of all ids, up to a match, but for
+    a first space that is kept.
 
     Bytes are held back until their UTF-8 character is complete, and text while it may be the beginning of a stop
     string. A match ends the text: what follows adds nothing. The match that is complete first wins, of those that end
@@ -33,7 +34,8 @@ class TextStream:
         stop: strings that end the text.
         include_stop: the text ends with the stop string, not before it.
         min_tokens: a stop string that is complete before this many tokens ends nothing.
-        keeps_first_space: a space at the beginning is the text's own: a constraint was matched with it.
+        keeps_first_space: a space at the beginning is the text's own: it goes on after a prompt, which ends in a word
+            perhaps, or a constraint was matched with it.
     """
 
     def __init__(

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tokenizers
-from tokenizers import processors
+from tokenizers import AddedToken, models, processors
 
 from jaxserve.tokenizing.chat_template import ChatTemplate, ChatTemplateError
 from jaxserve.tokenizing.gguf_tokenizer import build_gguf_tokenizer
@@ -15,14 +16,17 @@ from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer, HuggingFaceToken
 _COMPOSITION = 4
 """Most characters that become one when text is composed (NFC, NFKC)."""
 
+_FLAGS = frozenset({"single_word", "lstrip", "rstrip", "normalized", "special"})
+"""Of an added token."""
+
 
 class Tokenizer:
     """A model's tokenizer. Thread-safe: nothing changes after construction.
 
     Attributes:
         vocab_size: ids that the model knows; `encode` gives no others.
-        bos_id: begins a sequence.
-        eos_ids: end a sequence; the tokenizer's own comes first.
+        bos_id: begins a sequence: the tokenizer's own where it names one, else that of the model's configuration.
+        eos_ids: end a sequence; the tokenizer's own comes first, where it is one of them.
         special_ids: of tokens that are no part of a text.
         text_bytes: by id, what a token adds to a text: its bytes, none if it is special. At least `vocab_size` entries.
         strips_leading_space: a text loses one space at its start when decoded.
@@ -36,10 +40,12 @@ class Tokenizer:
         self._source = source
         self._chat_template = None
         if source.chat_template is not None:
-            self._chat_template = ChatTemplate(source.chat_template, source.special_tokens)
+            self._chat_template = ChatTemplate(
+                source.chat_template, source.special_tokens, tool_source=source.tool_template
+            )
         self.vocab_size = source.vocab_size
-        self.bos_id = source.bos_id
-        self.eos_ids = source.eos_ids
+        self.bos_id = _bos_id(tokenizer, source)
+        self.eos_ids = tuple(sorted(source.eos_ids, key=lambda id: id != _eos_id(tokenizer, source)))
         token_bytes = read_token_bytes(tokenizer, source.vocab_size)
         self._bytes = token_bytes.table
         self.special_ids = token_bytes.special_ids
@@ -53,8 +59,9 @@ class Tokenizer:
     def from_source(source: TokenizerSource) -> "Tokenizer":
         """Builds a checkpoint's tokenizer. Raises TokenizerError."""
         match source.tokenizer:
-            case HuggingFaceTokenizer(tokenizer_json):
+            case HuggingFaceTokenizer(tokenizer_json, tokenizer_config):
                 tokenizer = _parse(tokenizer_json)
+                tokenizer.add_tokens(_declared_tokens(tokenizer_config))
                 add_bos, add_eos = source.add_bos, source.add_eos
             case GGUFTokenizer() as gguf:
                 built = build_gguf_tokenizer(gguf)
@@ -62,7 +69,7 @@ class Tokenizer:
                 add_bos = built.adds_bos if source.add_bos is None else source.add_bos
                 add_eos = source.add_eos or False
         if add_bos is not None or add_eos is not None:
-            tokenizer.post_processor = _post_processor(tokenizer, source, add_bos or False, add_eos or False)
+            tokenizer.post_processor = _post_processor(tokenizer, source, add_bos, add_eos)
         return Tokenizer(tokenizer, source)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
@@ -112,8 +119,9 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The source of the model's chat template, in Jinja; None where it has none."""
-        return self._source.chat_template
+        """The source of the model's chat template, in Jinja, that of chats with tools where it has another for them;
+        None where it has none."""
+        return None if self._chat_template is None else self._source.tool_template or self._source.chat_template
 
     def start(self) -> None:
         """Starts the process that renders chats, if the model has a template, and waits until it runs; the first chat
@@ -148,7 +156,11 @@ class Tokenizer:
         """Files of a Hugging Face folder, content by name, that make the same tokenizer, here and in transformers."""
         config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._source.special_tokens}
         files = {"tokenizer.json": self._tokenizer.to_str()}
-        if self._source.chat_template is not None:
+        if self._source.chat_template is not None and self._source.tool_template is not None:
+            # To transformers chat_template.jinja would be the only one.
+            named = {"default": self._source.chat_template, "tool_use": self._source.tool_template}
+            config["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
+        elif self._source.chat_template is not None:
             files["chat_template.jinja"] = self._source.chat_template
         return files | {"tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2)}
 
@@ -161,6 +173,18 @@ def _parse(tokenizer_json: str) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _declared_tokens(tokenizer_config: Mapping[str, Any]) -> list[AddedToken]:
+    """Those of tokenizer_config.json, which tokenizer.json may lack or, as in transformers, have with other flags."""
+    declared = tokenizer_config.get("added_tokens_decoder") or {}
+    try:
+        tokens = [declared[id] for id in sorted(declared, key=int)]
+        return [
+            AddedToken(token["content"], **{flag: token[flag] for flag in _FLAGS & token.keys()}) for token in tokens
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder cannot be read: {error}") from None
 
 
 def _without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -178,20 +202,52 @@ def _without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Token
     return plain
 
 
+def _bos_id(tokenizer: tokenizers.Tokenizer, source: TokenizerSource) -> int | None:
+    return _named_id(tokenizer, source, "bos_token", source.bos_id)
+
+
+def _eos_id(tokenizer: tokenizers.Tokenizer, source: TokenizerSource) -> int | None:
+    return _named_id(tokenizer, source, "eos_token", source.eos_ids[0] if source.eos_ids else None)
+
+
+def _named_id(tokenizer: tokenizers.Tokenizer, source: TokenizerSource, name: str, default: int | None) -> int | None:
+    """The id of a token that the tokenizer's files name by its text. The model's configuration, which `default` is
+    from, may say another: DeepSeek-R1-Distill-Qwen kept the `bos_token_id` of the model that it was trained from."""
+    text = source.special_tokens.get(name)
+    id = None if text is None else tokenizer.token_to_id(text)
+    return default if id is None else id
+
+
 def _post_processor(
-    tokenizer: tokenizers.Tokenizer, source: TokenizerSource, add_bos: bool, add_eos: bool
+    tokenizer: tokenizers.Tokenizer, source: TokenizerSource, add_bos: bool | None, add_eos: bool | None
 ) -> processors.TemplateProcessing:
-    ids = {"bos": source.bos_id if add_bos else None, "eos": source.eos_ids[0] if add_eos and source.eos_ids else None}
-    for name, wanted in (("bos", add_bos), ("eos", add_eos)):
-        if wanted and ids[name] is None:
-            raise TokenizerError(f"add_{name}_token is set, but there is no {name}_token_id")
+    before, after = _added_ids(tokenizer)
+    if add_bos is not None:
+        before = [_needed("bos", _bos_id(tokenizer, source))] if add_bos else []
+    if add_eos is not None:
+        after = [_needed("eos", _eos_id(tokenizer, source))] if add_eos else []
     special = [
-        {"id": name, "ids": [id], "tokens": [tokenizer.id_to_token(id) or name]}
-        for name, id in ids.items()
-        if id is not None
+        {"id": str(id), "ids": [id], "tokens": [tokenizer.id_to_token(id) or str(id)]}
+        for id in dict.fromkeys([*before, *after])
     ]
-    single = [name for name in ("bos" if add_bos else "", "$A", "eos" if add_eos else "") if name]
+    single = [*map(str, before), "$A", *map(str, after)]
     return processors.TemplateProcessing(single=single, pair=None, special_tokens=special)
+
+
+def _needed(name: str, id: int | None) -> int:
+    if id is None:
+        raise TokenizerError(f"add_{name}_token is set, but there is no {name}_token_id")
+    return id
+
+
+def _added_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and after a text, whatever the kind of its post-processor."""
+    probe = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    if tokenizer.post_processor is not None:
+        probe.post_processor = tokenizer.post_processor
+    encoded = probe.encode("a")
+    text = encoded.special_tokens_mask.index(0)
+    return encoded.ids[:text], encoded.ids[text + 1 :]
 
 
 def _check_unicode(text: str) -> None:

@@ -44,13 +44,17 @@ class TokenizerSource:
     vocab_size: int
     """Of the model; a tokenizer may have fewer tokens."""
     bos_id: int | None
+    """Of the model's configuration; the token that `special_tokens` names comes before it."""
     eos_ids: tuple[int, ...]
-    """Every id that ends a sequence; the tokenizer's own comes first."""
+    """Every id that ends a sequence."""
     add_bos: bool | None
-    """Whether a raw prompt starts with `bos_id`; None where the checkpoint leaves it to tokenizer.json."""
+    """Whether a raw prompt starts with the beginning-of-sequence id; None where the checkpoint leaves it to
+    tokenizer.json."""
     add_eos: bool | None
     """Whether a raw prompt ends with the tokenizer's own end-of-sequence id; None as for `add_bos`."""
     chat_template: str | None
     """Jinja source."""
     special_tokens: dict[str, str]
     """Texts by the name the chat template uses: `bos_token`, `eos_token`, `unk_token`, `pad_token`."""
+    tool_template: str | None = None
+    """Taken for chats with tools in place of `chat_template`; None where that one is for both."""

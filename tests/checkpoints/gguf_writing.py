@@ -47,8 +47,10 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray],
     types: Mapping[str, GGMLQuantizationType] | None = None,
     metadata: Mapping[str, str | int | float | bool] | None = None,
+    control: Mapping[int, str] | None = None,
 ) -> None:
-    """Writes `tensors`, by GGUF name: floats as they are, those in `types` as raw blocks (uint8)."""
+    """Writes `tensors`, by GGUF name: floats as they are, those in `types` as raw blocks (uint8). `control` are control
+    tokens by id."""
     family = config.family
     writer = GGUFWriter(file, family)
     writer.add_context_length(config.max_context)
@@ -70,8 +72,9 @@ def write_gguf(
         writer.add_tensor("rope_freqs.weight", plain / inverse_frequencies(config.rope, config.head_dim))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([f"token{index}" for index in range(config.vocab_size)])
-    writer.add_token_types([1] * config.vocab_size)
+    control = control or {}
+    writer.add_token_list([control.get(index, f"token{index}") for index in range(config.vocab_size)])
+    writer.add_token_types([3 if index in control else 1 for index in range(config.vocab_size)])
     writer.add_token_merges(["t o", "to k"])
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(1)

@@ -14,7 +14,7 @@ from jaxserve.checkpoints.gguf import TYPES, open_gguf
 from jaxserve.checkpoints.huggingface import open_huggingface
 from jaxserve.checkpoints.loading import LoadedModel, load_model
 from jaxserve.checkpoints.tensors import CheckpointError
-from jaxserve.models.config import FrequencyFactors, ModelConfig, RopeConfig
+from jaxserve.models.config import FrequencyFactors, LinearScaling, ModelConfig, RopeConfig
 from jaxserve.models.layers import inverse_frequencies
 from jaxserve.models.parameters import named_parameters
 from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer
@@ -159,8 +159,26 @@ def test_llama3_scaling_becomes_frequency_factors(tmp_path):
     np.testing.assert_allclose(inverse_frequencies(rope, config.head_dim), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({}, None),
+        ({"scaling.factor": 4.0}, LinearScaling(4.0)),
+        ({"scaling.factor": 1.0}, None),
+        ({"scale_linear": 4.0}, LinearScaling(4.0)),
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, LinearScaling(4.0)),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+    ],
+)
+def test_a_rope_factor_without_a_type_scales_linearly(tmp_path, metadata, scaling):
+    named = {f"qwen3.rope.{name}": value for name, value in metadata.items()}
+    write_gguf(tmp_path / "small.gguf", SMALL, small_tensors(), metadata=named)
+    assert open_gguf(tmp_path / "small.gguf").config.rope.scaling == scaling
+
+
 def test_the_tokenizer_is_read_from_the_metadata(tmp_path):
-    write_gguf(tmp_path / "small.gguf", SMALL, small_tensors(), metadata={"tokenizer.ggml.eot_token_id": 5})
+    metadata = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.chat_template.tool_use": "{{ tools }}"}
+    write_gguf(tmp_path / "small.gguf", SMALL, small_tensors(), metadata=metadata)
     source = load_model(str(tmp_path / "small.gguf"), "float32").tokenizer_source
     assert isinstance(source.tokenizer, GGUFTokenizer)
     assert (source.tokenizer.model, source.tokenizer.pre) == ("gpt2", "smollm")
@@ -168,7 +186,26 @@ def test_the_tokenizer_is_read_from_the_metadata(tmp_path):
     assert source.tokenizer.merges == ("t o", "to k")
     assert (source.bos_id, source.eos_ids, source.add_bos) == (1, (0, 5), True)
     assert source.special_tokens == {"bos_token": "token1", "eos_token": "token0"}
-    assert source.chat_template == "{{ messages }}"
+    assert (source.chat_template, source.tool_template) == ("{{ messages }}", "{{ tools }}")
+
+
+@pytest.mark.parametrize(
+    ("named", "control", "ids"),
+    [
+        ({}, {}, (0,)),
+        ({"eot": 5, "eom": 6}, {}, (0, 5, 6)),
+        ({}, {7: "<|im_start|>"}, (0,)),
+        ({"eot": 8}, {7: "<|endoftext|>", 8: "<|im_end|>"}, (0, 8, 7)),
+        # However many there are, requests keep stop ids of their own.
+        ({"eom": 9}, {5: "<EOT>", 6: "</s>", 7: "<|eot_id|>", 8: "<|end|>", 9: "<|eom_id|>"}, (0, 9, 5, 6)),
+    ],
+)
+def test_a_sequence_ends_at_the_ids_that_are_named_and_at_control_tokens_that_are_known_to_end_one(
+    tmp_path, named, control, ids
+):
+    metadata = {f"tokenizer.ggml.{name}_token_id": id for name, id in named.items()}
+    write_gguf(tmp_path / "small.gguf", SMALL, small_tensors(), metadata=metadata, control=control)
+    assert open_gguf(tmp_path / "small.gguf").config.eos_ids == ids
 
 
 @pytest.fixture
@@ -251,10 +288,12 @@ def test_a_missing_a_misshapen_and_a_needless_tensor_are_named(tmp_path):
         ({"qwen3.attention.head_count": "four"}, "head_count is not of type int"),
         ({"qwen3.rope.dimension_count": 32}, "rope.dimension_count of 32"),
         ({"qwen3.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
+        ({"qwen3.rope.scaling.type": "linear"}, "rope.scaling.factor is missing"),
         ({"qwen3.expert_count": 8}, "experts"),
         ({"split.count": 3}, "one of several split files"),
         ({"general.architecture": "mamba"}, "architecture 'mamba'"),
-        ({"tokenizer.ggml.eos_token_id": 64}, "eos_token_id is 64 of 64"),
+        ({"tokenizer.ggml.eos_token_id": 64}, r"eos_token_id must be in \[0, 63\], got 64"),
+        ({"tokenizer.ggml.padding_token_id": 64}, "padding_token_id is 64 of 64"),
         ({"general.alignment": 0}, "alignment is 0"),
     ],
 )

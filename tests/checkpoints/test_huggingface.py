@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxserve.checkpoints.huggingface import open_huggingface
 from jaxserve.checkpoints.loading import load_model
 from jaxserve.checkpoints.tensors import CheckpointError
 from jaxserve.models.parameters import named_parameters
@@ -79,13 +80,24 @@ def test_tokenizer_files_and_settings_come_along(sharded):
     assert source.add_bos is None
 
 
-def test_the_default_of_several_chat_templates_is_taken(folder):
+def test_the_default_of_several_chat_templates_is_taken_and_the_one_for_tools(folder):
     (folder / "chat_template.jinja").unlink()
-    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    templates = [{"name": name, "template": f"of {name}"} for name in ("rag", "tool_use", "default")]
     edit_json(folder / "tokenizer_config.json", chat_template=templates, eos_token={"content": "<|turn|>"})
     source = load_model(str(folder), "float32").tokenizer_source
-    assert source.chat_template == "plain"
+    assert (source.chat_template, source.tool_template) == ("of default", "of tool_use")
     assert source.special_tokens["eos_token"] == "<|turn|>"
+
+
+def test_chat_templates_in_files_come_before_those_of_the_settings(folder):
+    edit_json(folder / "tokenizer_config.json", chat_template=[{"name": "tool_use", "template": "of the settings"}])
+    assert open_huggingface(folder).tokenizer_source.tool_template is None
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("of a file")
+    assert open_huggingface(folder).tokenizer_source.tool_template == "of a file"
+    (folder / "additional_chat_templates").rename(folder.parent / "elsewhere")
+    (folder / "additional_chat_templates").symlink_to(folder.parent / "elsewhere")
+    refused(folder, "additional_chat_templates: is a link out of the folder")
 
 
 def test_progress_ends_at_one(folder):

@@ -50,6 +50,16 @@ def test_a_converted_model_is_the_model(tmp_path, name, dtype, quantization):
     assert ours.graphdef == theirs.graphdef
 
 
+def test_a_converted_model_keeps_its_chat_template_for_tools(tmp_path):
+    copy = shutil.copytree(FAMILIES / "qwen2", tmp_path / "copy")
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    convert(str(copy), tmp_path / "native", "bfloat16")
+    source = load_model(str(tmp_path / "native"), "bfloat16").tokenizer_source
+    assert source == load_model(str(copy), "bfloat16").tokenizer_source
+    assert source.tool_template == "{{ tools }}"
+
+
 def test_floating_point_weights_are_quantized_on_loading(original):
     ours = load_model(str(original), "bfloat16", "int8")
     theirs = load_model(str(FAMILIES / "qwen2"), "bfloat16", "int8")

@@ -44,6 +44,15 @@ def test_llama3_in_the_layout_of_transformers_4_and_of_5():
     assert (old.family, old.head_dim, old.num_kv_heads, old.tie_embeddings) == ("llama", 64, 8, True)
 
 
+def test_rope_scaling_comes_before_rope_parameters():
+    parameters = {"rope_type": "default", "rope_theta": 20000.0}
+    both = {**LLAMA, "rope_parameters": parameters, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert from_hf_config(both).rope == RopeConfig(500000.0, LinearScaling(4.0))
+    without = {name: value for name, value in both.items() if name != "rope_theta"}
+    assert from_hf_config(without).rope == RopeConfig(10000.0, LinearScaling(4.0))
+    assert from_hf_config({**both, "rope_scaling": None}).rope == RopeConfig(20000.0)
+
+
 def test_llama2_without_optional_fields():
     config = {name: value for name, value in LLAMA.items() if name not in ("num_key_value_heads", "rope_theta")}
     config |= {"tie_word_embeddings": False, "eos_token_id": 2, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -64,6 +73,14 @@ def test_mistral_has_a_window_and_its_own_head_size():
     assert from_hf_config({**config, "head_dim": 128}).head_dim == 128
     assert from_hf_config(config).sliding_window == 4096
     assert from_hf_config({**config, "sliding_window": None}).sliding_window is None
+
+
+def test_mistral_has_its_window_where_its_layer_types_say_so():
+    config = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
+    assert from_hf_config({**config, "layer_types": ["sliding_attention"] * 16}).sliding_window == 4096
+    assert from_hf_config({**config, "layer_types": ["full_attention"] * 16}).sliding_window is None
+    with pytest.raises(UnsupportedModel, match="sliding and full attention"):
+        from_hf_config({**config, "layer_types": ["full_attention", "sliding_attention"] * 8})
 
 
 def test_qwen2_has_biases_and_a_window_only_where_it_is_used():
@@ -108,6 +125,8 @@ def test_qwen3_has_normed_heads():
         ({"vocab_size": 2**40}, "vocab_size"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"eos_token_id": ["a"]}, "token ids"),
+        ({"eos_token_id": [2, 128256]}, r"eos_token_id must be in \[0, 128255\], got 128256"),
+        ({"bos_token_id": 128256}, r"bos_token_id must be in \[0, 128255\], got 128256"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(change, message):

@@ -52,6 +52,6 @@ def test_the_configuration_comes_from_the_file(model):
     assert model.config.family == "llama"
     assert (model.config.vocab_size, model.config.num_layers, model.config.max_context) == (49152, 30, 8192)
     assert model.config.tie_embeddings
-    assert model.config.eos_ids == (2,)
+    assert model.config.eos_ids == (2, 0)
     assert model.tokenizer_source.add_bos is False
     assert model.tokenizer_source.special_tokens["eos_token"] == "<|im_end|>"

@@ -40,6 +40,14 @@ def test_a_template_renders_as_in_transformers(source, text):
     assert render(source, bos_token="<s>") == text
 
 
+def test_chats_with_tools_have_a_template_of_their_own_where_there_is_one():
+    template = ChatTemplate("plain", {}, LIMITS, tool_source="{{ tools[0].name }}")
+    for _ in range(2):
+        assert template.render(MESSAGES) == "plain"
+        assert template.render(MESSAGES, tools=[{"name": "f"}]) == "f"
+    assert ChatTemplate("plain", {}, LIMITS).render(MESSAGES, tools=[{"name": "f"}]) == "plain"
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

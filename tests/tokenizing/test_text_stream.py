@@ -5,6 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_sources import byte_level_source, sentence_piece, smollm2
 
+from jaxserve.front.admission import Admission
+from jaxserve.models.config import ModelConfig, RopeConfig
+from jaxserve.request import Request
 from jaxserve.tokenizing.stop_strings import StopStrings
 from jaxserve.tokenizing.text_stream import TextDelta, TextStream
 from jaxserve.tokenizing.tokenizer import Tokenizer
@@ -98,6 +101,22 @@ def test_the_leading_space_of_a_sentence_piece_text_is_dropped_once():
     ids = sentence_piece().encode("the  the", add_special_tokens=False)
     stream = TextStream(sentence_piece())
     assert "".join(pushed_one_by_one(stream, [1, *ids])) == "the  the"
+
+
+def test_a_raw_prompt_and_its_text_are_one_text_and_a_chats_answer_begins_without_a_space():
+    tokenizer = sentence_piece()
+    ids = tokenizer.encode("the end of the world", add_special_tokens=False)
+    at = len(tokenizer.encode("the end", add_special_tokens=False))
+    config = ModelConfig("llama", tokenizer.vocab_size, 8, 8, 1, 1, 1, 8, 1e-6, RopeConfig(), 64, tie_embeddings=True)
+    admission = Admission("model", config, tokenizer, max_context=64, max_n=1, constraints=None)
+
+    def text(**prompt) -> str:
+        (stream,) = admission.texts(Request(**prompt))
+        assert stream is not None
+        return stream.push(ids[at:]).text + stream.flush()
+
+    assert text(prompt="the end") == text(token_ids=tuple(ids[:at])) == " of the world"
+    assert text(prompt="") == text(messages=({"role": "user", "content": "a"},)) == "of the world"
 
 
 def test_a_stop_string_over_several_tokens_ends_the_text_before_it():

@@ -250,6 +250,20 @@ def test_a_template_adds_special_tokens_itself():
     assert Tokenizer.from_source(source).encode_chat([{"role": "user", "content": "</s>"}]) == [0, 1]
 
 
+def test_a_template_for_tools_is_taken_where_there_are_some_shown_and_kept():
+    source = replace(byte_level_source(chat_template="plain"), tool_template="{{ tools[0].name }}")
+    tokenizer = Tokenizer.from_source(source)
+    assert tokenizer.render_chat([]) == "plain"
+    assert tokenizer.render_chat([], tools=[{"name": "f"}]) == "f"
+    assert tokenizer.chat_template == "{{ tools[0].name }}"
+    files = tokenizer.to_files()
+    assert "chat_template.jinja" not in files
+    assert json.loads(files["tokenizer_config.json"])["chat_template"] == [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "{{ tools[0].name }}"},
+    ]
+
+
 def _hugging_face(source: TokenizerSource, files: dict[str, str], **changes) -> TokenizerSource:
     config = json.loads(files["tokenizer_config.json"])
     return replace(
@@ -276,6 +290,54 @@ def test_a_checkpoint_may_override_what_tokenizer_json_adds():
     files = Tokenizer.from_source(source).to_files()
     without = replace(_hugging_face(source, files), add_bos=False)
     assert Tokenizer.from_source(without).encode("<s>") == [0]
+
+
+def test_what_a_checkpoint_does_not_say_of_is_left_to_tokenizer_json():
+    files = Tokenizer.from_source(byte_level_source(add_bos=True, add_eos=True)).to_files()
+    source = _hugging_face(byte_level_source(), files)
+    for add_bos, add_eos, ids in (
+        (None, None, [0, 1]),
+        (None, False, [0]),
+        (None, True, [0, 1]),
+        (False, None, [1]),
+        (True, None, [0, 1]),
+    ):
+        assert Tokenizer.from_source(replace(source, add_bos=add_bos, add_eos=add_eos)).encode("") == ids
+
+
+def test_a_raw_prompt_begins_and_ends_with_the_tokenizers_own_tokens_where_the_models_configuration_names_others():
+    files = Tokenizer.from_source(byte_level_source(add_bos=False)).to_files()
+    named = {"bos_token": "<s>", "eos_token": "</s>"}
+    source = _hugging_face(byte_level_source(), files, bos_id=5, eos_ids=(6, 1, 7), special_tokens=named)
+    tokenizer = Tokenizer.from_source(replace(source, add_bos=True, add_eos=True))
+    assert tokenizer.encode("") == [0, 1]
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (0, (1, 6, 7))
+    unnamed = Tokenizer.from_source(replace(source, add_bos=True, add_eos=True, special_tokens={"bos_token": "<none>"}))
+    assert unnamed.encode("") == [5, 6]
+    assert (unnamed.bos_id, unnamed.eos_ids) == (5, (6, 1, 7))
+
+
+def test_special_tokens_that_only_tokenizer_config_declares_are_tokens():
+    files = Tokenizer.from_source(byte_level_source(control=(), words=("<s>", "<t>"))).to_files()
+    flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    config = {"added_tokens_decoder": {"257": {"content": "<t>", **flags}, "256": {"content": "<s>", **flags}}}
+    source = _hugging_face(byte_level_source(), {**files, "tokenizer_config.json": json.dumps(config)}, vocab_size=258)
+    tokenizer = Tokenizer.from_source(source)
+    assert tokenizer.encode("<s><t>") == [256, 257]
+    assert tokenizer.special_ids == {256, 257}
+    assert len(tokenizer.encode("<s>", parse_special=False)) == 3
+    again = Tokenizer.from_source(_hugging_face(byte_level_source(), tokenizer.to_files()))
+    assert again.encode("<s><t>") == [256, 257]
+
+
+@pytest.mark.parametrize(
+    "declared", [["<s>"], {"a": {"content": "<s>"}}, {"1": "<s>"}, {"1": {"content": 5}}, {"1": {"x": 1}}]
+)
+def test_a_malformed_declaration_of_tokens_is_refused(declared):
+    files = Tokenizer.from_source(byte_level_source()).to_files()
+    config = json.dumps({"added_tokens_decoder": declared})
+    with pytest.raises(TokenizerError, match="added_tokens_decoder cannot be read"):
+        Tokenizer.from_source(_hugging_face(byte_level_source(), {**files, "tokenizer_config.json": config}))
 
 
 def test_truncation_and_padding_of_a_tokenizer_json_are_ignored():
