@@ -144,7 +144,7 @@ def misaligned_operands(compiled: jax.stages.Compiled) -> list[str]:
     ],
 )
 def test_what_a_step_gives_its_kernels_begins_where_they_can_take_it(name, slots, chunk, kv_dtype):
-    model = replace(PUBLISHED[name], num_layers=1, vocab_size=512)
+    model = replace(PUBLISHED[name], num_layers=1, vocab_size=512, bos_id=None, eos_ids=())
     config = EngineConfig(slots=slots, max_context=1024, page_size=64 if kv_dtype else 16, kv_dtype=kv_dtype)
     max_pages = config.max_context // config.page_size
     placement = placement_on(DEVICES["h100"], 1)
