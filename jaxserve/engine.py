@@ -16,7 +16,7 @@ from typing import Any, overload
 from jaxserve.checkpoints.description import describe_model
 from jaxserve.config import EngineConfig
 from jaxserve.constraints.check import ConstraintChecker, ConstraintLimits
-from jaxserve.core.client import start_core
+from jaxserve.core.client import end_core, start_core
 from jaxserve.core.messages import (
     Abort,
     Failed,
@@ -71,10 +71,14 @@ class Engine:
         self.config = replace(config or EngineConfig(), **fields)
         self._core = start_core(self.config)
         self._profiling = threading.Lock()
-        self.model_config, tokenizer_source = describe_model(self.config.model)
-        self.model_name = self.config.served_model_name or Path(self.config.model).stem
-        self.tokenizer = Tokenizer.from_source(tokenizer_source)
-        self.device = self._await_ready(progress or (lambda what, fraction: None))
+        try:
+            self.model_config, tokenizer_source = describe_model(self.config.model)
+            self.model_name = self.config.served_model_name or Path(self.config.model).stem
+            self.tokenizer = Tokenizer.from_source(tokenizer_source)
+            self.device = self._await_ready(progress or (lambda what, fraction: None))
+        except Exception:
+            end_core(self._core, STOP_SECONDS)
+            raise
         self.max_context = self.device.max_context
         self.max_n = min(self.config.max_n, self.capacity)
         self._admission = Admission(
