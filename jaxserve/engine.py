@@ -40,6 +40,7 @@ from jaxserve.front.loads import EngineLoads
 from jaxserve.front.request_stream import RequestStream
 from jaxserve.front.resumable_stream import ResumableStream, ResumableStreams, StreamReader
 from jaxserve.front.statistics import Statistics
+from jaxserve.models.config import ModelConfig
 from jaxserve.request import Request
 from jaxserve.request_errors import EngineUnavailable, InvalidRequest
 from jaxserve.tokenizing.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ STOP_SECONDS = 10.0
 
 
 class EngineStartError(RuntimeError):
-    """The engine could not start: the model, its files or the configuration are at fault."""
+    """The engine could not start: the model, its files, or what the configuration asks of the device are at fault."""
 
 
 class Engine:
@@ -64,7 +65,8 @@ class Engine:
         fields: fields of EngineConfig that override `config`.
 
     Raises:
-        EngineStartError: the model, its files or the configuration are at fault; says which.
+        ValueError: a field of the configuration is out of range; names it and the limit.
+        EngineStartError: the model, its files, or what the configuration asks of the device are at fault; says which.
     """
 
     def __init__(self, config: EngineConfig | None = None, *, progress: ProgressCallback | None = None, **fields: Any):
@@ -72,9 +74,8 @@ class Engine:
         self._core = start_core(self.config)
         self._profiling = threading.Lock()
         try:
-            self.model_config, tokenizer_source = describe_model(self.config.model)
+            self.model_config, self.tokenizer = self._describe()
             self.model_name = self.config.served_model_name or Path(self.config.model).stem
-            self.tokenizer = Tokenizer.from_source(tokenizer_source)
             self.device = self._await_ready(progress or (lambda what, fraction: None))
         except Exception:
             end_core(self._core, STOP_SECONDS)
@@ -104,6 +105,13 @@ class Engine:
                 self.config.watchdog_seconds, lambda: len(self._requests) > 0, lambda: self._delivery.gauges
             )
         atexit.register(self.shutdown)
+
+    def _describe(self) -> tuple[ModelConfig, Tokenizer]:
+        try:
+            model_config, tokenizer_source = describe_model(self.config.model)
+            return model_config, Tokenizer.from_source(tokenizer_source)
+        except (OSError, ValueError) as error:  # those of checkpoints, models and tokenizers are ValueErrors
+            raise EngineStartError(str(error)) from error
 
     def _await_ready(self, progress: ProgressCallback) -> Ready:
         while True:

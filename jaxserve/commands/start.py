@@ -37,20 +37,12 @@ def model_errors() -> Iterator[None]:
     """Turns what is wrong with a model or its configuration into a CommandError."""
     from jaxserve.checkpoints.tensors import CheckpointError
     from jaxserve.device.errors import AllocationError, PlacementError
-    from jaxserve.engine import EngineStartError
     from jaxserve.models.config import UnsupportedModel
     from jaxserve.tokenizing.token_bytes import TokenizerError
 
     try:
         yield
-    except (
-        AllocationError,
-        CheckpointError,
-        EngineStartError,
-        PlacementError,
-        TokenizerError,
-        UnsupportedModel,
-    ) as error:
+    except (AllocationError, CheckpointError, PlacementError, TokenizerError, UnsupportedModel) as error:
         raise CommandError(str(error)) from error
 
 
@@ -63,10 +55,12 @@ def start_engine(config: EngineConfig) -> "Engine":
     try:
         with ProgressDisplay() as progress:
             progress("starting", None)  # the core, which imports JAX, tells of nothing for a second
-            with model_errors():
-                from jaxserve.engine import Engine
+            from jaxserve.engine import Engine, EngineStartError
 
+            try:
                 engine = Engine(config, progress=progress)
+            except EngineStartError as error:
+                raise CommandError(str(error)) from error
             progress.finish(f"{engine.model_name} is ready on {engine.device.device_kind}")
             return engine
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import CoreKind, EngineConfig
 from jaxserve.core.loop import MAX_RESTARTS, Publish
 from jaxserve.core.messages import Progress, Ready
 from jaxserve.engine import Engine, EngineStartError, ProgressCallback
@@ -188,6 +188,16 @@ def test_a_core_stops_loading_where_the_engine_cannot_start_without_it(monkeypat
     before = core_threads()
     monkeypatch.setattr("jaxserve.core.client.build_step_loop", load_for_ever)
     monkeypatch.setattr("jaxserve.engine.Tokenizer.from_source", refuse)
-    with pytest.raises(TokenizerError, match="no vocabulary"):
+    with pytest.raises(EngineStartError, match="no vocabulary"):
         Engine(simulated_step_ms=1.0)
     assert core_threads() == before
+
+
+@pytest.mark.parametrize("core", ["thread", "process"])
+def test_what_is_wrong_with_model_or_configuration_has_the_errors_that_the_constructor_documents(core: CoreKind):
+    with pytest.raises(EngineStartError, match="no-model is neither"):
+        Engine(model="no-model", core=core)
+    with pytest.raises(EngineStartError, match=r"x{5000}"):
+        Engine(model="x" * 5000, core=core)
+    with pytest.raises(ValueError, match="slots: must be at least 1, got 0"):
+        Engine(slots=0, core=core)
