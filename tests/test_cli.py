@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -208,6 +209,59 @@ def test_what_is_wrong_with_configuration_or_input_is_one_line(capsys: pytest.Ca
     assert "slots: must be at least 1, got 0" in failure(capsys, "chat", "--slots", "0")
     assert "nowhere" in failure(capsys, "generate", "--input", str(tmp_path / "nowhere"))
     assert "no-model is neither" in failure(capsys, "info", "--model", "no-model")
+
+
+def test_a_path_that_cannot_be_read_or_written_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(FAMILY, model)
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").mkdir()
+    for command in ("info", "chat"):
+        assert f"Is a directory: '{model}/model.safetensors'" in failure(capsys, command, "--model", str(model))
+    for command in (["info"], ["plan", "--device", "v6e-1"]):
+        assert "File name too long: 'xxx" in failure(capsys, *command, "--model", "x" * 5000)
+
+
+def test_convert_finds_that_a_folder_cannot_be_made_before_it_loads(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jaxserve.checkpoints.loading.load_model", None)
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "folder" / "native"
+    assert f"{place}: cannot be made: {tmp_path}/file is not a folder" in failure(
+        capsys, "convert", str(FAMILY), str(place)
+    )
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    place = tmp_path / "folder" / "native"
+    assert f"{place}: cannot be made: {tmp_path} cannot be written" in failure(
+        capsys, "convert", str(FAMILY), str(place)
+    )
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("command", ["generate", "generate --output /dev/full", "chat", "plan --model llama-3.1-8b"])
+def test_results_that_cannot_be_written_are_a_failure_and_no_traceback(
+    command: str,
+    engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    lines = tmp_path / "lines"
+    lines.write_bytes(greedy(prompt="a") * 3)
+    rest = {"generate": ["--input", str(lines)], "plan": ["--device", "v6e-1"], "chat": ["--max-tokens", "4"]}
+    name, *options = command.split()
+    monkeypatch.setattr("jaxserve.cli.start_engine", lambda config: nullcontext(engine))
+    with FULL.open("w") as full, lines.open() as typed:
+        monkeypatch.setattr("sys.stdin", typed)
+        if not options or name != "generate":
+            monkeypatch.setattr("sys.stdout", full)
+        assert main([name, *options, *rest[name]]) == 1
+    where = "/dev/full" if "--output" in options else "standard output"
+    assert f"jaxserve: error: {where}: cannot be written: No space left on device\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["chat", "info"])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
-from jaxserve.commands.start import CommandError, ExitStatus
+from jaxserve.commands.start import CommandError, ExitStatus, output_errors
 from jaxserve.events import Delta, Finished, FinishReason
 from jaxserve.request import Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import InvalidRequest, RequestError
@@ -42,7 +42,8 @@ class Conversation:
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def run(self, lines: Iterator[str]) -> ExitStatus:
-        """Answers each line, which is a turn of the user. Raises CommandError where the options are out of range."""
+        """Answers each line, which is a turn of the user. Raises CommandError where the options are out of range or
+        answers cannot be written."""
         status = ExitStatus.SUCCESS
         try:
             for line in lines:
@@ -69,7 +70,7 @@ class Conversation:
         except RequestError as error:
             return self._forget(str(error))
         answer, finished = self._print(stream)
-        print(file=self.output, flush=True)
+        self._say("\n")
         if finished.finish_reason is FinishReason.ERROR:
             return self._forget(finished.error or "the engine failed")
         self.turns.append({"role": "assistant", "content": answer})
@@ -80,6 +81,10 @@ class Conversation:
         print(why, file=self.errors, flush=True)
         return False
 
+    def _say(self, text: str) -> None:
+        with output_errors():
+            print(text, end="", file=self.output, flush=True)
+
     def _print(self, stream: "RequestStream | StreamReader") -> tuple[str, Finished]:
         """Prints deltas to the end. SIGINT ends the answer; where there is no person to go on, the command too."""
         said: list[str] = []
@@ -89,7 +94,7 @@ class Conversation:
                 for event in stream:
                     if isinstance(event, Delta):
                         said.append(event.text)
-                        print(event.text, end="", file=self.output, flush=True)
+                        self._say(event.text)
                     elif isinstance(event, Finished):
                         if interrupted and not self.interactive:
                             raise KeyboardInterrupt

@@ -126,7 +126,7 @@ class BatchRun:
                 self._reading = group.create_task(self._submit_all(lines, group))
         except* CommandError as errors:
             raise errors.exceptions[0] from None
-        except* BrokenPipeError as errors:
+        except* OSError as errors:
             raise errors.exceptions[0] from None
         finally:
             loop.remove_signal_handler(signal.SIGINT)
@@ -266,7 +266,8 @@ def _read_in_thread(lines: Iterable[bytes]) -> asyncio.Queue[bytes | OSError | N
 
 
 def run_batch(engine: "Engine", lines: Iterable[bytes], output: BinaryIO) -> ExitStatus:
-    """Serves every line, and says on standard error what came of them. Raises CommandError and BrokenPipeError."""
+    """Serves every line, and says on standard error what came of them. Raises CommandError, and OSError
+    where a result cannot be written."""
     began = time.monotonic()
     summary = asyncio.run(_run(engine, lines, line_writer(output)))
     seconds = time.monotonic() - began
