@@ -304,6 +304,13 @@ def test_serve_says_that_its_port_is_taken(capsys: pytest.CaptureFixture[str]):
         assert f"127.0.0.1:{port} cannot be had" in failure(capsys, "serve", "--grpc-port", port)
 
 
+@pytest.mark.parametrize("field", ["grpc_port", "http_port", "metrics_port"])
+def test_serve_refuses_a_port_that_is_none(field: str, capsys: pytest.CaptureFixture[str]):
+    for port in ("99999", "-1"):
+        error = failure(capsys, "serve", "--simulated-step-ms", "1", f"--{field.replace('_', '-')}", port)
+        assert f"{field}: must be in [0, 65535], got {port}" in error
+
+
 def test_serve_reports_its_states_and_leaves_in_good_order_at_sigterm():
     command = [sys.executable, "-m", "jaxserve", "serve", "--grpc-port", "0", "--simulated-step-ms", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
