@@ -209,6 +209,7 @@ def test_what_is_wrong_with_configuration_or_input_is_one_line(capsys: pytest.Ca
     assert "slots: must be at least 1, got 0" in failure(capsys, "chat", "--slots", "0")
     assert "nowhere" in failure(capsys, "generate", "--input", str(tmp_path / "nowhere"))
     assert "no-model is neither" in failure(capsys, "info", "--model", "no-model")
+    assert "no attention 'nope' on cpu" in failure(capsys, "info", "--model", str(FAMILY), "--attention", "nope")
 
 
 def test_a_path_that_cannot_be_read_or_written_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path):

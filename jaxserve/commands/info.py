@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict
 
-from jaxserve.commands.start import model_errors
+from jaxserve.commands.start import CommandError, model_errors
 from jaxserve.config import EngineConfig
 
 
@@ -27,8 +27,11 @@ def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
         placement.check(model)
         # On a CPU the form that needs no compiler: both hold a page in as many bytes.
         named = config.attention or ("cpu_xla" if placement.platform == "cpu" else None)
-        attention = select(placement.platform, named, attention_needs(model, config))
-        a_page = page_bytes(model, attention, config)
+        try:
+            attention = select(placement.platform, named, attention_needs(model, config))
+            a_page = page_bytes(model, attention, config)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
         weights = model_cost(model, config.dtype, config.quantization, a_page, config.tensor_parallel).weight_bytes
         allocation = allocate(model, attention, config, limit=device_limit(placement), weights=weights)
     arrays = named_parameters(params).values()
