@@ -291,6 +291,21 @@ def test_convert_writes_a_folder_that_info_describes(capsys: pytest.CaptureFixtu
     assert "exists already" in failure(capsys, "convert", str(FAMILY), folder)
 
 
+def test_info_tells_the_types_that_a_converted_folder_holds(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    folder = str(tmp_path / "native")
+    types = ("--quantization", "int8", "--dtype", "float32")
+    assert main(["convert", str(FAMILY), folder, *types]) == 0
+    capsys.readouterr()
+    assert main(["info", "--model", folder, "--json"]) == 0
+    description = json.loads(capsys.readouterr().out)
+    assert (description["weights"]["dtype"], description["weights"]["quantization"]) == ("float32", "int8")
+    assert main(["info", "--model", str(FAMILY), *types, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == description
+    assert "holds int8 weights; quantization 'none'" in failure(
+        capsys, "info", "--model", folder, "--quantization", "none"
+    )
+
+
 def test_info_for_people_has_a_fact_a_line(capsys: pytest.CaptureFixture[str]):
     assert main(["info", "--max-context", "2048"]) == 0
     facts = dict(text.split(maxsplit=1) for text in capsys.readouterr().out.splitlines() if text.startswith(" "))
