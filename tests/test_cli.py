@@ -1,5 +1,7 @@
 """The commands, run in this process with the session's engine; servers and pipes in processes of their own."""
 
+import asyncio
+import gc
 import io
 import json
 import os
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -184,6 +187,31 @@ def test_a_reader_that_goes_away_ends_the_batch_and_frees_every_page(engine: Eng
         run_batch(engine, [greedy(prompt="a"), greedy(prompt="a", max_tokens=1000)], Gone())
     eventually(lambda: engine.loads().running == 0)
     eventually(lambda: engine.loads().available_pages == engine.loads().total_pages)  # the step in flight fences some
+
+
+def test_a_line_that_comes_as_the_run_ends_is_dropped_in_silence(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    ending, close = threading.Event(), asyncio.BaseEventLoop.close
+
+    class Gone(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise BrokenPipeError
+
+    def close_slowly(loop: asyncio.BaseEventLoop) -> None:
+        ending.set()
+        time.sleep(0.2)
+        close(loop)
+
+    def lines() -> Iterator[bytes]:
+        yield greedy(prompt="a")
+        ending.wait(PATIENCE)
+        yield greedy(prompt="too late")
+
+    monkeypatch.setattr("asyncio.BaseEventLoop.close", close_slowly)
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        with pytest.raises(BrokenPipeError):
+            run_batch(engine, lines(), Gone())
+        gc.collect()
+    assert [str(warning.message) for warning in warned] == []
 
 
 def test_generate_reads_and_writes_files(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
