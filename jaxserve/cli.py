@@ -297,9 +297,12 @@ def _profile(arguments: argparse.Namespace) -> int:
     from jaxserve.request_errors import RequestError
     from rpc.client import Client, Credentials, RpcFailed
 
+    file = arguments.api_key_file
     try:
-        file = arguments.api_key_file
-        key = None if file is None else Path(file).expanduser().read_text().strip()
+        key = None if file is None else Path(file).expanduser().read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{file}: {error}") from error
+    try:
         with Client(arguments.address, Credentials(api_key=key, root_certificates=arguments.tls_ca)) as client:
             _print(client.profile(arguments.seconds))
     except (OSError, RequestError, RpcFailed) as error:

@@ -115,7 +115,8 @@ BAD = [
     (line(id="x", prompt="a", token_ids=[1]), "prompt", "prompt and token_ids are set"),
     (line(id="x", prompt="a", top_q=1), "top_q", "is not a field of a request"),
     (line(id="x", prompt="word " * 3000), "prompt", "2047"),
-    (line(id=["x"], prompt="a"), "request_id", "1 to 128 characters"),
+    (line(id=["x"], prompt="a"), "id", "1 to 128 characters"),
+    (line(request_id="", prompt="a"), "request_id", "1 to 128 characters"),
     (line(id="good", prompt="a"), "id", "line 1"),
     (b'{"id": "x", \n', "request", "is not JSON"),
     (b'["a"]\n', "request", "must be a JSON object"),
@@ -346,6 +347,13 @@ def test_serve_says_that_its_port_is_taken(capsys: pytest.CaptureFixture[str]):
         taken.listen()
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port} cannot be had" in failure(capsys, "serve", "--grpc-port", port)
+
+
+def test_profile_says_that_a_key_file_holds_no_text(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    file = tmp_path / "key"
+    file.write_bytes(b"\xff\xfe")
+    error = failure(capsys, "profile", "--api-key-file", str(file))
+    assert f"{file}: 'ascii' codec can't decode byte 0xff" in error
 
 
 @pytest.mark.parametrize("field", ["grpc_port", "http_port", "metrics_port"])

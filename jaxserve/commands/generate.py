@@ -62,7 +62,12 @@ class Line:
         except (ValueError, RecursionError) as error:
             raise InvalidRequest("request", f"is not JSON: {error}") from None
         request = Request.from_json({"id": self.id, **self.data} if isinstance(self.data, dict) else self.data)
-        request.validate()
+        try:
+            request.validate()
+        except InvalidRequest as error:
+            if error.field == "request_id" and "request_id" not in self.data:
+                raise InvalidRequest("id", error.reason) from None  # as the line calls it
+            raise
         return request
 
 
