@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve.commands.options import add_field_options, engine_config, given_fields, source_fields
-from jaxserve.commands.start import CommandError, ExitStatus, start_engine
+from jaxserve.commands.start import CommandError, ExitStatus, OutputError, output_errors, start_engine
 from jaxserve.config import EngineConfig
 from jaxserve.core import garbage_collection
 from jaxserve.heap import share_one_arena
@@ -44,13 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except CommandError as error:
         print(f"jaxserve: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return ExitStatus.UNUSABLE
+        if isinstance(error, OutputError):
+            _drop_output()
+        return error.status
     except KeyboardInterrupt:
         return ExitStatus.INTERRUPTED
     except BrokenPipeError:
-        # Python flushes standard output once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return BROKEN_PIPE
+
+
+def _drop_output() -> None:
+    """Sends what standard output holds and cannot write nowhere: Python would try once more when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print(text: str) -> None:
+    with output_errors():
+        print(text, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -133,7 +147,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     def report(event: dict[str, object]) -> None:
         nonlocal listening
         listening = listening or event["event"] == "listening"
-        print_report(event)
+        with output_errors():
+            print_report(event)
 
     def start() -> "Engine":
         engine = start_engine(config)
@@ -182,6 +197,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         try:
             lines = _open_input(arguments.input)
             to_stdout = arguments.output == "-"
+            files.enter_context(output_errors("standard output" if to_stdout else arguments.output))
             output = sys.stdout.buffer if to_stdout else files.enter_context(open(arguments.output, "wb"))
         except OSError as error:
             raise CommandError(f"{error.filename}: {error.strerror}") from error
@@ -248,7 +264,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from jaxserve.commands.convert import convert_checkpoint
 
     config = _config(arguments)
-    print(convert_checkpoint(arguments.source, arguments.folder, config.dtype, config.quantization))
+    _print(convert_checkpoint(arguments.source, arguments.folder, config.dtype, config.quantization))
     return ExitStatus.SUCCESS
 
 
@@ -263,7 +279,7 @@ def _add_key(arguments: argparse.Namespace) -> int:
     from rpc.security.keys import KeyFileError, add_key
 
     try:
-        print(add_key(Path(arguments.file), arguments.tenant, arguments.admin))
+        _print(add_key(Path(arguments.file), arguments.tenant, arguments.admin))
     except KeyFileError as error:
         raise CommandError(str(error)) from error
     return ExitStatus.SUCCESS
@@ -281,11 +297,14 @@ def _profile(arguments: argparse.Namespace) -> int:
     from jaxserve.request_errors import RequestError
     from rpc.client import Client, Credentials, RpcFailed
 
+    file = arguments.api_key_file
     try:
-        file = arguments.api_key_file
-        key = None if file is None else Path(file).expanduser().read_text().strip()
+        key = None if file is None else Path(file).expanduser().read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{file}: {error}") from error
+    try:
         with Client(arguments.address, Credentials(api_key=key, root_certificates=arguments.tls_ca)) as client:
-            print(client.profile(arguments.seconds))
+            _print(client.profile(arguments.seconds))
     except (OSError, RequestError, RpcFailed) as error:
         raise CommandError(f"{arguments.address}: {error}") from error
     return ExitStatus.SUCCESS
@@ -298,10 +317,11 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from jaxserve.commands.info import as_text, describe
+    from jaxserve.commands.info import as_text, describe, stored_types
 
-    description = describe(_config(arguments))
-    print(json.dumps(description) if arguments.json else as_text(description))
+    model = given_fields(arguments, EngineConfig).get("model", EngineConfig.model)
+    description = describe(_config(arguments, stored_types(model)))
+    _print(json.dumps(description) if arguments.json else as_text(description))
     return ExitStatus.SUCCESS
 
 
@@ -345,5 +365,5 @@ def _plan(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise CommandError(str(error)) from error
     found = plan(config, device, count, compiles=arguments.compile)
-    print(json.dumps(found) if arguments.json else plan_text(found))
+    _print(json.dumps(found) if arguments.json else plan_text(found))
     return ExitStatus.SUCCESS if found["fits"] else ExitStatus.DOES_NOT_FIT

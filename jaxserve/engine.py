@@ -16,7 +16,7 @@ from typing import Any, overload
 from jaxserve.checkpoints.description import describe_model
 from jaxserve.config import EngineConfig
 from jaxserve.constraints.check import ConstraintChecker, ConstraintLimits
-from jaxserve.core.client import start_core
+from jaxserve.core.client import end_core, start_core
 from jaxserve.core.messages import (
     Abort,
     Failed,
@@ -41,6 +41,7 @@ from jaxserve.front.loads import EngineLoads
 from jaxserve.front.request_stream import RequestStream
 from jaxserve.front.resumable_stream import ResumableStream, ResumableStreams, StreamReader
 from jaxserve.front.statistics import Statistics
+from jaxserve.models.config import ModelConfig
 from jaxserve.request import Request
 from jaxserve.request_errors import EngineUnavailable, InvalidRequest
 from jaxserve.tokenizing.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ STOP_SECONDS = 10.0
 
 
 class EngineStartError(RuntimeError):
-    """The engine could not start: the model, its files or the configuration are at fault."""
+    """The engine could not start: the model, its files, or what the configuration asks of the device are at fault."""
 
 
 class Engine:
@@ -65,17 +66,21 @@ class Engine:
         fields: fields of EngineConfig that override `config`.
 
     Raises:
-        EngineStartError: the model, its files or the configuration are at fault; says which.
+        ValueError: a field of the configuration is out of range; names it and the limit.
+        EngineStartError: the model, its files, or what the configuration asks of the device are at fault; says which.
     """
 
     def __init__(self, config: EngineConfig | None = None, *, progress: ProgressCallback | None = None, **fields: Any):
         self.config = replace(config or EngineConfig(), **fields)
         self._core = start_core(self.config)
         self._profiling = threading.Lock()
-        self.model_config, tokenizer_source = describe_model(self.config.model)
-        self.model_name = self.config.served_model_name or Path(self.config.model).stem
-        self.tokenizer = Tokenizer.from_source(tokenizer_source)
-        self.device = self._await_ready(progress or (lambda what, fraction: None))
+        try:
+            self.model_config, self.tokenizer = self._describe()
+            self.model_name = self.config.served_model_name or Path(self.config.model).stem
+            self.device = self._await_ready(progress or (lambda what, fraction: None))
+        except Exception:
+            end_core(self._core, STOP_SECONDS)
+            raise
         self.max_context = self.device.max_context
         self.max_n = min(self.config.max_n, self.capacity)
         self._admission = Admission(
@@ -99,6 +104,13 @@ class Engine:
         if self.config.watchdog_seconds is not None:
             self._watchdog = Watchdog(self.config.watchdog_seconds, self._steps_at_work)
         atexit.register(self.shutdown)
+
+    def _describe(self) -> tuple[ModelConfig, Tokenizer]:
+        try:
+            model_config, tokenizer_source = describe_model(self.config.model)
+            return model_config, Tokenizer.from_source(tokenizer_source)
+        except (OSError, ValueError) as error:  # those of checkpoints, models and tokenizers are ValueErrors
+            raise EngineStartError(str(error)) from error
 
     def _await_ready(self, progress: ProgressCallback) -> Ready:
         while True:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from rpc.security.config import SecurityConfig
 
+LAST_PORT = 65535
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -48,7 +50,11 @@ class ServerConfig:
     """Keys and certificates."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the address would let others in without keys or TLS."""
+        """Raises ValueError for a port that is none, and where the address would let others in without keys or TLS."""
+        for name in ("grpc_port", "http_port", "metrics_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port <= LAST_PORT:  # gRPC would listen on another one
+                raise ValueError(f"{name}: must be in [0, {LAST_PORT}], got {port}")
         self.security.check_host(self.host)
 
     @property

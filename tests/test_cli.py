@@ -1,15 +1,19 @@
 """The commands, run in this process with the session's engine; servers and pipes in processes of their own."""
 
+import asyncio
+import gc
 import io
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -111,7 +115,8 @@ BAD = [
     (line(id="x", prompt="a", token_ids=[1]), "prompt", "prompt and token_ids are set"),
     (line(id="x", prompt="a", top_q=1), "top_q", "is not a field of a request"),
     (line(id="x", prompt="word " * 3000), "prompt", "2047"),
-    (line(id=["x"], prompt="a"), "request_id", "1 to 128 characters"),
+    (line(id=["x"], prompt="a"), "id", "1 to 128 characters"),
+    (line(request_id="", prompt="a"), "request_id", "1 to 128 characters"),
     (line(id="good", prompt="a"), "id", "line 1"),
     (b'{"id": "x", \n', "request", "is not JSON"),
     (b'["a"]\n', "request", "must be a JSON object"),
@@ -185,6 +190,31 @@ def test_a_reader_that_goes_away_ends_the_batch_and_frees_every_page(engine: Eng
     eventually(lambda: engine.loads().available_pages == engine.loads().total_pages)  # the step in flight fences some
 
 
+def test_a_line_that_comes_as_the_run_ends_is_dropped_in_silence(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    ending, close = threading.Event(), asyncio.BaseEventLoop.close
+
+    class Gone(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise BrokenPipeError
+
+    def close_slowly(loop: asyncio.BaseEventLoop) -> None:
+        ending.set()
+        time.sleep(0.2)
+        close(loop)
+
+    def lines() -> Iterator[bytes]:
+        yield greedy(prompt="a")
+        ending.wait(PATIENCE)
+        yield greedy(prompt="too late")
+
+    monkeypatch.setattr("asyncio.BaseEventLoop.close", close_slowly)
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        with pytest.raises(BrokenPipeError):
+            run_batch(engine, lines(), Gone())
+        gc.collect()
+    assert [str(warning.message) for warning in warned] == []
+
+
 def test_generate_reads_and_writes_files(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("jaxserve.cli.start_engine", lambda config: nullcontext(engine))
     (tmp_path / "in").write_bytes(greedy(id="ä", prompt="a") + line(id="bad"))
@@ -208,6 +238,60 @@ def test_what_is_wrong_with_configuration_or_input_is_one_line(capsys: pytest.Ca
     assert "slots: must be at least 1, got 0" in failure(capsys, "chat", "--slots", "0")
     assert "nowhere" in failure(capsys, "generate", "--input", str(tmp_path / "nowhere"))
     assert "no-model is neither" in failure(capsys, "info", "--model", "no-model")
+    assert "no attention 'nope' on cpu" in failure(capsys, "info", "--model", str(FAMILY), "--attention", "nope")
+
+
+def test_a_path_that_cannot_be_read_or_written_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(FAMILY, model)
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").mkdir()
+    for command in ("info", "chat"):
+        assert f"Is a directory: '{model}/model.safetensors'" in failure(capsys, command, "--model", str(model))
+    for command in (["info"], ["plan", "--device", "v6e-1"]):
+        assert "File name too long: 'xxx" in failure(capsys, *command, "--model", "x" * 5000)
+
+
+def test_convert_finds_that_a_folder_cannot_be_made_before_it_loads(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jaxserve.checkpoints.loading.load_model", None)
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "folder" / "native"
+    assert f"{place}: cannot be made: {tmp_path}/file is not a folder" in failure(
+        capsys, "convert", str(FAMILY), str(place)
+    )
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    place = tmp_path / "folder" / "native"
+    assert f"{place}: cannot be made: {tmp_path} cannot be written" in failure(
+        capsys, "convert", str(FAMILY), str(place)
+    )
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("command", ["generate", "generate --output /dev/full", "chat", "plan --model llama-3.1-8b"])
+def test_results_that_cannot_be_written_are_a_failure_and_no_traceback(
+    command: str,
+    engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    lines = tmp_path / "lines"
+    lines.write_bytes(greedy(prompt="a") * 3)
+    rest = {"generate": ["--input", str(lines)], "plan": ["--device", "v6e-1"], "chat": ["--max-tokens", "4"]}
+    name, *options = command.split()
+    monkeypatch.setattr("jaxserve.cli.start_engine", lambda config: nullcontext(engine))
+    with FULL.open("w") as full, lines.open() as typed:
+        monkeypatch.setattr("sys.stdin", typed)
+        if not options or name != "generate":
+            monkeypatch.setattr("sys.stdout", full)
+        assert main([name, *options, *rest[name]]) == 1
+    where = "/dev/full" if "--output" in options else "standard output"
+    assert f"jaxserve: error: {where}: cannot be written: No space left on device\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["chat", "info"])
@@ -236,6 +320,21 @@ def test_convert_writes_a_folder_that_info_describes(capsys: pytest.CaptureFixtu
     assert "exists already" in failure(capsys, "convert", str(FAMILY), folder)
 
 
+def test_info_tells_the_types_that_a_converted_folder_holds(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    folder = str(tmp_path / "native")
+    types = ("--quantization", "int8", "--dtype", "float32")
+    assert main(["convert", str(FAMILY), folder, *types]) == 0
+    capsys.readouterr()
+    assert main(["info", "--model", folder, "--json"]) == 0
+    description = json.loads(capsys.readouterr().out)
+    assert (description["weights"]["dtype"], description["weights"]["quantization"]) == ("float32", "int8")
+    assert main(["info", "--model", str(FAMILY), *types, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == description
+    assert "holds int8 weights; quantization 'none'" in failure(
+        capsys, "info", "--model", folder, "--quantization", "none"
+    )
+
+
 def test_info_for_people_has_a_fact_a_line(capsys: pytest.CaptureFixture[str]):
     assert main(["info", "--max-context", "2048"]) == 0
     facts = dict(text.split(maxsplit=1) for text in capsys.readouterr().out.splitlines() if text.startswith(" "))
@@ -248,6 +347,20 @@ def test_serve_says_that_its_port_is_taken(capsys: pytest.CaptureFixture[str]):
         taken.listen()
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port} cannot be had" in failure(capsys, "serve", "--grpc-port", port)
+
+
+def test_profile_says_that_a_key_file_holds_no_text(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    file = tmp_path / "key"
+    file.write_bytes(b"\xff\xfe")
+    error = failure(capsys, "profile", "--api-key-file", str(file))
+    assert f"{file}: 'ascii' codec can't decode byte 0xff" in error
+
+
+@pytest.mark.parametrize("field", ["grpc_port", "http_port", "metrics_port"])
+def test_serve_refuses_a_port_that_is_none(field: str, capsys: pytest.CaptureFixture[str]):
+    for port in ("99999", "-1"):
+        error = failure(capsys, "serve", "--simulated-step-ms", "1", f"--{field.replace('_', '-')}", port)
+        assert f"{field}: must be in [0, 65535], got {port}" in error
 
 
 def test_serve_reports_its_states_and_leaves_in_good_order_at_sigterm():

@@ -2,10 +2,10 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TextIO
 
-from jaxserve.commands.start import CommandError, ExitStatus
+from jaxserve.commands.start import CommandError, ExitStatus, output_errors
 from jaxserve.events import Delta, Finished, FinishReason
 from jaxserve.request import Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import InvalidRequest, RequestError
@@ -42,7 +42,9 @@ class Conversation:
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def run(self, lines: Iterator[str]) -> ExitStatus:
-        """Answers each line, which is a turn of the user. Raises CommandError where the options are out of range."""
+        """Answers each line, which is a turn of the user. Raises CommandError where the options are out of range or
+        answers cannot be written."""
+        self._check_options()
         status = ExitStatus.SUCCESS
         try:
             for line in lines:
@@ -55,30 +57,54 @@ class Conversation:
             status = ExitStatus.INTERRUPTED
         return ExitStatus.SUCCESS if self.interactive and status is ExitStatus.REQUESTS_FAILED else status
 
+    def _check_options(self) -> None:
+        """Raises CommandError for what no turn could be answered with."""
+        model, most = self.engine.model_config, self.engine.max_context - 1
+        try:
+            self.sampling.validate(model.vocab_size, self.engine.max_n)
+            self.stopping.validate(model.vocab_size, model.eos_ids)
+        except InvalidRequest as error:
+            raise CommandError(str(error)) from error
+        for name, tokens in (("max_tokens", self.stopping.max_tokens), ("min_tokens", self.stopping.min_tokens)):
+            if tokens is not None and tokens > most:
+                raise CommandError(f"{name}: must be at most {most} in a context of {most + 1}, got {tokens}")
+
     def _answer(self, text: str) -> bool:
         """Asks, and prints the answer as it comes; whether there was one. A turn without one is forgotten."""
         self.turns.append({"role": "user", "content": text})
-        system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        request = Request(messages=tuple(system + self.turns), sampling=self.sampling, stopping=self.stopping)
         try:
-            stream = self.engine.submit(request)
+            stream = self._submit()
         except InvalidRequest as error:
-            if error.field != "messages":
-                raise CommandError(str(error)) from error
             return self._forget(f"{error}. /clear starts over.")
         except RequestError as error:
             return self._forget(str(error))
         answer, finished = self._print(stream)
-        print(file=self.output, flush=True)
+        self._say("\n")
         if finished.finish_reason is FinishReason.ERROR:
             return self._forget(finished.error or "the engine failed")
         self.turns.append({"role": "assistant", "content": answer})
         return True
 
+    def _submit(self) -> "RequestStream | StreamReader":
+        """Asks for an answer of max_tokens, or of as many as the conversation has left room for. Raises RequestError
+        where it has left none."""
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        request = Request(messages=tuple(system + self.turns), sampling=self.sampling, stopping=self.stopping)
+        try:
+            return self.engine.submit(request)
+        except InvalidRequest as error:
+            if error.field != "max_tokens":
+                raise
+            return self.engine.submit(replace(request, stopping=replace(self.stopping, max_tokens=None)))
+
     def _forget(self, why: str) -> bool:
         self.turns.pop()
         print(why, file=self.errors, flush=True)
         return False
+
+    def _say(self, text: str) -> None:
+        with output_errors():
+            print(text, end="", file=self.output, flush=True)
 
     def _print(self, stream: "RequestStream | StreamReader") -> tuple[str, Finished]:
         """Prints deltas to the end. SIGINT ends the answer; where there is no person to go on, the command too."""
@@ -89,7 +115,7 @@ class Conversation:
                 for event in stream:
                     if isinstance(event, Delta):
                         said.append(event.text)
-                        print(event.text, end="", file=self.output, flush=True)
+                        self._say(event.text)
                     elif isinstance(event, Finished):
                         if interrupted and not self.interactive:
                             raise KeyboardInterrupt

@@ -1,10 +1,11 @@
 """`jaxserve convert`: any checkpoint to the native format."""
 
+import os
 import time
 from pathlib import Path
 
 from jaxserve.commands.progress import ProgressDisplay
-from jaxserve.commands.start import model_errors
+from jaxserve.commands.start import CommandError, model_errors
 from jaxserve.config import Quantization
 
 
@@ -14,9 +15,19 @@ def convert_checkpoint(source: str, folder: str, dtype: str, quantization: Quant
     with ProgressDisplay() as progress:
         progress("starting", None)
         with model_errors():
+            _check_place(Path(folder).expanduser())
             from jaxserve.checkpoints.loading import convert
 
             convert(source, folder, dtype, quantization, progress)
     size = sum(file.stat().st_size for file in Path(folder).expanduser().rglob("*") if file.is_file())
     kind = dtype if quantization == "none" else f"{dtype}, {quantization} weights"
     return f"wrote {folder}: {kind}, {size / 1e6:.1f} MB, in {time.monotonic() - began:.1f} s"
+
+
+def _check_place(folder: Path) -> None:
+    """Finds before anything is loaded that a folder cannot be made. Raises CommandError or OSError."""
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise CommandError(f"{folder}: cannot be made: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CommandError(f"{folder}: cannot be made: {parent} cannot be written")

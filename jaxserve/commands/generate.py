@@ -4,12 +4,13 @@ a thread reads lines -> at most `engine.capacity` sequences in flight, a task a 
 """
 
 import asyncio
+import contextlib
 import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -61,7 +62,12 @@ class Line:
         except (ValueError, RecursionError) as error:
             raise InvalidRequest("request", f"is not JSON: {error}") from None
         request = Request.from_json({"id": self.id, **self.data} if isinstance(self.data, dict) else self.data)
-        request.validate()
+        try:
+            request.validate()
+        except InvalidRequest as error:
+            if error.field == "request_id" and "request_id" not in self.data:
+                raise InvalidRequest("id", error.reason) from None  # as the line calls it
+            raise
         return request
 
 
@@ -126,7 +132,7 @@ class BatchRun:
                 self._reading = group.create_task(self._submit_all(lines, group))
         except* CommandError as errors:
             raise errors.exceptions[0] from None
-        except* BrokenPipeError as errors:
+        except* OSError as errors:
             raise errors.exceptions[0] from None
         finally:
             loop.remove_signal_handler(signal.SIGINT)
@@ -142,14 +148,11 @@ class BatchRun:
             stream.cancel()
 
     async def _submit_all(self, lines: Iterable[bytes], group: asyncio.TaskGroup) -> None:
-        queue = _read_in_thread(lines)
         number = 0
-        while (item := await queue.get()) is not None:
-            if isinstance(item, OSError):
-                raise CommandError(f"the input cannot be read: {item}")
+        async for text in _read_in_thread(lines):
             number += 1
-            if item.strip():
-                line = Line(number, item)
+            if text.strip():
+                line = Line(number, text)
                 try:
                     request = line.parse()
                 except RequestError as error:
@@ -242,14 +245,18 @@ def _logprob(entry: TokenLogprob) -> dict[str, object]:
     return {"token_id": entry.token_id, "logprob": entry.logprob, "top": top}
 
 
-def _read_in_thread(lines: Iterable[bytes]) -> asyncio.Queue[bytes | OSError | None]:
-    """The lines, then None, in a bounded queue. A line may be long in coming (a pipe, a terminal), so a thread waits
-    for it; it is a daemon, for nothing but the next line can wake it."""
+async def _read_in_thread(lines: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """The lines, of which READ_AHEAD at most are read before they are wanted. A line may be long in coming (a pipe, a
+    terminal), so a thread waits for it; it is a daemon, for nothing but the next line can wake it. Raises CommandError
+    where the input cannot be read."""
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[bytes | OSError | None] = asyncio.Queue(READ_AHEAD)
+    queue: asyncio.Queue[bytes | OSError | None] = asyncio.Queue()
+    room = threading.Semaphore(READ_AHEAD)
 
     def put(item: bytes | OSError | None) -> None:
-        asyncio.run_coroutine_threadsafe(queue.put(item), loop).result()
+        room.acquire()
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: the run has ended
+            loop.call_soon_threadsafe(queue.put_nowait, item)
 
     def read() -> None:
         try:
@@ -262,11 +269,16 @@ def _read_in_thread(lines: Iterable[bytes]) -> asyncio.Queue[bytes | OSError | N
             put(error)
 
     threading.Thread(target=read, name="jaxserve-input", daemon=True).start()
-    return queue
+    while (item := await queue.get()) is not None:
+        if isinstance(item, OSError):
+            raise CommandError(f"the input cannot be read: {item}")
+        room.release()
+        yield item
 
 
 def run_batch(engine: "Engine", lines: Iterable[bytes], output: BinaryIO) -> ExitStatus:
-    """Serves every line, and says on standard error what came of them. Raises CommandError and BrokenPipeError."""
+    """Serves every line, and says on standard error what came of them. Raises CommandError, and OSError
+    where a result cannot be written."""
     began = time.monotonic()
     summary = asyncio.run(_run(engine, lines, line_writer(output)))
     seconds = time.monotonic() - began

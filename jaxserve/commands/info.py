@@ -3,12 +3,31 @@
 import math
 from dataclasses import asdict
 
-from jaxserve.commands.start import model_errors
+from jaxserve.commands.start import CommandError, model_errors
 from jaxserve.config import EngineConfig
+
+
+def stored_types(model: str) -> dict[str, str]:
+    """`dtype` and `quantization` that a folder of the native format holds; nothing of another format, which is cast and
+    quantized as it is loaded. Raises CommandError."""
+    with model_errors():
+        from jaxserve.checkpoints.description import resolve
+        from jaxserve.checkpoints.native_folder import DESCRIPTION, describe_folder
+
+        path = resolve(model)
+        if not (path / DESCRIPTION).exists():
+            return {}
+        _, _, dtype, quantization = describe_folder(path)
+        return {"dtype": dtype, "quantization": quantization}
 
 
 def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
     """The model's configuration, its tokenizer, and sizes under `config`. No weights are read. Raises CommandError."""
+    stored = stored_types(config.model).get("quantization", "none")
+    if stored not in ("none", config.quantization):
+        raise CommandError(
+            f"{config.model}: holds {stored} weights; quantization {config.quantization!r} was asked for"
+        )
     with model_errors():
         from jaxserve.checkpoints.description import describe_model
         from jaxserve.device.allocation import allocate, attention_needs, device_limit
@@ -27,8 +46,11 @@ def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
         placement.check(model)
         # On a CPU the form that needs no compiler: both hold a page in as many bytes.
         named = config.attention or ("cpu_xla" if placement.platform == "cpu" else None)
-        attention = select(placement.platform, named, attention_needs(model, config))
-        a_page = page_bytes(model, attention, config)
+        try:
+            attention = select(placement.platform, named, attention_needs(model, config))
+            a_page = page_bytes(model, attention, config)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
         weights = model_cost(model, config.dtype, config.quantization, a_page, config.tensor_parallel).weight_bytes
         allocation = allocate(model, attention, config, limit=device_limit(placement), weights=weights)
     arrays = named_parameters(params).values()

@@ -19,7 +19,7 @@ class ExitStatus(IntEnum):
 
     SUCCESS = 0
     REQUESTS_FAILED = 1
-    """Some requests were refused or failed; the others were done."""
+    """Some requests were refused or failed, and the others were done; or results could not be written."""
     UNUSABLE = 2
     """The command line, the configuration or the model is at fault. argparse returns the same."""
     DOES_NOT_FIT = 4
@@ -29,28 +29,41 @@ class ExitStatus(IntEnum):
 
 
 class CommandError(Exception):
-    """Ends a command with ExitStatus.UNUSABLE and this message, on one line."""
+    """Ends a command with this message, on one line, and with `status`."""
+
+    status = ExitStatus.UNUSABLE
+
+
+class OutputError(CommandError):
+    """Results cannot be written: the disk is full, say. The command line is not at fault."""
+
+    status = ExitStatus.REQUESTS_FAILED
+
+
+@contextmanager
+def output_errors(name: str = "standard output") -> Iterator[None]:
+    """Turns what keeps results from being written into an OutputError, but for a reader that has gone."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{name}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager
 def model_errors() -> Iterator[None]:
-    """Turns what is wrong with a model or its configuration into a CommandError."""
+    """Turns what is wrong with a model or its configuration, and what cannot be read, into a CommandError."""
     from jaxserve.checkpoints.tensors import CheckpointError
     from jaxserve.device.errors import AllocationError, PlacementError
-    from jaxserve.engine import EngineStartError
     from jaxserve.models.config import UnsupportedModel
     from jaxserve.tokenizing.token_bytes import TokenizerError
 
     try:
         yield
-    except (
-        AllocationError,
-        CheckpointError,
-        EngineStartError,
-        PlacementError,
-        TokenizerError,
-        UnsupportedModel,
-    ) as error:
+    except BrokenPipeError:  # of who reads the progress
+        raise
+    except (AllocationError, CheckpointError, OSError, PlacementError, TokenizerError, UnsupportedModel) as error:
         raise CommandError(str(error)) from error
 
 
@@ -63,10 +76,12 @@ def start_engine(config: EngineConfig) -> "Engine":
     try:
         with ProgressDisplay() as progress:
             progress("starting", None)  # the core, which imports JAX, tells of nothing for a second
-            with model_errors():
-                from jaxserve.engine import Engine
+            from jaxserve.engine import Engine, EngineStartError
 
+            try:
                 engine = Engine(config, progress=progress)
+            except EngineStartError as error:
+                raise CommandError(str(error)) from error
             progress.finish(f"{engine.model_name} is ready on {engine.device.device_kind}")
             return engine
     except KeyboardInterrupt:

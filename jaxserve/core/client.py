@@ -12,7 +12,7 @@ from dataclasses import asdict
 from jaxserve.config import EngineConfig
 from jaxserve.core.channel import Core, MessageSocket, Outbox
 from jaxserve.core.loop import StepLoop, build_step_loop
-from jaxserve.core.messages import Failed, Message, Shutdown, decode, encode
+from jaxserve.core.messages import Failed, Message, Progress, Shutdown, decode, encode
 from jaxserve.core.replicas import ReplicatedCore
 
 SEND_BUFFER_BYTES = 1 << 14
@@ -33,14 +33,21 @@ class CoreThread:
 
     def _run(self) -> None:
         try:
-            self._loop = build_step_loop(self._config, self._outbox.put, self._replica)
+            self._loop = build_step_loop(self._config, self._publish, self._replica)
         except Exception as error:
             self._outbox.put(Failed(str(error) or type(error).__name__))
         else:
             if not self._stopping:
                 self._outbox.put(self._loop.ready)
                 self._loop.run()
+        # Only now, when what a failed start held is let go: who reads to the end may leave the process.
         self._outbox.close()
+
+    def _publish(self, message: Message) -> float:
+        """Gives a message out. A core that is told to stop while it starts does so when it next tells of progress."""
+        if self._stopping and isinstance(message, Progress):
+            raise RuntimeError("the core was told to stop while it started")
+        return self._outbox.put(message)
 
     def send(self, command: Message) -> None:
         """Gives the core a command. Thread-safe. While it starts, Shutdown alone is heard."""
@@ -163,3 +170,25 @@ def start_threads(config: EngineConfig) -> Core:
     if config.replicas == 1:
         return CoreThread(config)
     return ReplicatedCore(config, [CoreThread(config, number) for number in range(config.replicas)])
+
+
+def end_core(core: Core, seconds: float) -> None:
+    """Ends a core that is starting or could not start: a process at once, a thread when it next tells of progress; one
+    that takes longer than so many seconds is given up.
+
+    A thread must not outlive the interpreter: native code that loads, compiles or frees arrays on it crashes then.
+    """
+
+    def read_to_end() -> None:  # a core waits while what it has said is unread
+        while core.receive() is not None:
+            pass
+
+    if isinstance(core, CoreProcess):
+        core.kill()
+    core.send(Shutdown())
+    reading = threading.Thread(target=read_to_end, name="jaxserve-core-end", daemon=True)
+    reading.start()
+    reading.join(seconds)
+    if reading.is_alive():
+        core.kill()
+    core.join()

@@ -55,9 +55,38 @@ def test_a_turn_that_does_not_fit_is_forgotten_and_the_next_is_answered(engine: 
     assert chat.output.getvalue() == expected(engine, "Hi") + "\n"
 
 
-def test_an_option_out_of_range_ends_the_command(engine: Engine):
-    with pytest.raises(CommandError, match="temperature: must be in"):
-        conversation(engine, temperature=-1.0).run(iter(["Hi"]))
+def test_an_answer_is_as_long_as_there_is_room_for_until_clear_makes_more():
+    with Engine(simulated_step_ms=0.1, slots=2, max_context=128) as engine:
+        chat = conversation(engine, StoppingParams(max_tokens=60, ignore_eos=True))
+        assert chat.run(iter(["A story.", "Another."])) == 0
+        answers = [len(engine.tokenizer.encode(turn["content"])) for turn in chat.turns[1::2]]
+        assert answers[0] > 40 and 0 < answers[1] < 40
+        assert chat.run(iter(["One more.", "/clear", "A story."])) == 1
+        assert len(chat.turns) == 2
+        assert "the limit is 127. /clear starts over.\n" in chat.errors.getvalue()
+
+
+def test_a_turn_that_leaves_no_room_for_the_least_answer_is_forgotten():
+    with Engine(simulated_step_ms=0.1, slots=2, max_context=128) as engine:
+        chat = conversation(engine, StoppingParams(max_tokens=120, min_tokens=120))
+        assert chat.run(iter(["A story."])) == 1
+        assert "min_tokens: must be in [0, " in chat.errors.getvalue()
+        assert chat.errors.getvalue().endswith("/clear starts over.\n")
+
+
+@pytest.mark.parametrize(
+    ("stopping", "temperature", "says"),
+    [
+        (TOKENS, -1.0, "temperature: must be in"),
+        (StoppingParams(max_tokens=2048), 0.0, "max_tokens: must be at most 2047 in a context of 2048, got 2048"),
+        (StoppingParams(min_tokens=2048), 0.0, "min_tokens: must be at most 2047"),
+    ],
+)
+def test_an_option_out_of_range_ends_the_command(
+    engine: Engine, stopping: StoppingParams, temperature: float, says: str
+):
+    with pytest.raises(CommandError, match=says):
+        conversation(engine, stopping, temperature=temperature).run(iter(["Hi"]))
 
 
 @pytest.mark.parametrize("interactive", [True, False])

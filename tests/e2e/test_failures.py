@@ -2,18 +2,22 @@
 
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxserve.core.loop import MAX_RESTARTS
-from jaxserve.engine import Engine
+from jaxserve.config import CoreKind, EngineConfig
+from jaxserve.core.loop import MAX_RESTARTS, Publish
+from jaxserve.core.messages import Progress, Ready
+from jaxserve.engine import Engine, EngineStartError, ProgressCallback
 from jaxserve.front.completion import collect
 from jaxserve.request import Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import EngineUnavailable
 from jaxserve.tokenizing.text_stream import TextStream
+from jaxserve.tokenizing.token_bytes import TokenizerError
 
 FAMILY = Path(__file__).parents[1] / "fixtures" / "families" / "llama2"
 POISON = 77
@@ -140,3 +144,60 @@ def test_a_request_that_cannot_be_delivered_ends_alone(monkeypatch: pytest.Monke
             assert completion.finish_reason == "error" or completion.token_ids == tokens
         assert [completion.token_ids for completion in engine.generate(requests(3))] == expected
         assert engine.is_healthy
+
+
+def core_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "jaxserve-core"]
+
+
+def test_a_core_that_cannot_start_has_let_go_of_what_it_loaded_when_the_engine_says_so(monkeypatch: pytest.MonkeyPatch):
+    awaited, await_ready = threading.Event(), Engine._await_ready
+    freed = []
+
+    class Weights:
+        def __del__(self) -> None:
+            time.sleep(0.2)  # large arrays take their time
+            freed.append(threading.current_thread().name)
+
+    def build(*_: object) -> None:
+        weights = Weights()
+        awaited.wait()
+        raise ValueError(f"no attention for {type(weights).__name__}")
+
+    def waiting(engine: Engine, progress: ProgressCallback) -> Ready:
+        awaited.set()
+        return await_ready(engine, progress)
+
+    before = core_threads()
+    monkeypatch.setattr("jaxserve.core.client.build_step_loop", build)
+    monkeypatch.setattr(Engine, "_await_ready", waiting)
+    with pytest.raises(EngineStartError, match="no attention"):
+        Engine(simulated_step_ms=1.0)
+    assert freed == ["jaxserve-core"]
+    assert core_threads() == before
+
+
+def test_a_core_stops_loading_where_the_engine_cannot_start_without_it(monkeypatch: pytest.MonkeyPatch):
+    def load_for_ever(_: EngineConfig, publish: Publish, __: int) -> None:
+        while True:
+            publish(Progress("loading weights", None))
+
+    def refuse(_: object) -> None:
+        raise TokenizerError("no vocabulary")
+
+    before = core_threads()
+    monkeypatch.setattr("jaxserve.core.client.build_step_loop", load_for_ever)
+    monkeypatch.setattr("jaxserve.engine.Tokenizer.from_source", refuse)
+    with pytest.raises(EngineStartError, match="no vocabulary"):
+        Engine(simulated_step_ms=1.0)
+    assert core_threads() == before
+
+
+@pytest.mark.parametrize("core", ["thread", "process"])
+def test_what_is_wrong_with_model_or_configuration_has_the_errors_that_the_constructor_documents(core: CoreKind):
+    with pytest.raises(EngineStartError, match="no-model is neither"):
+        Engine(model="no-model", core=core)
+    with pytest.raises(EngineStartError, match=r"x{5000}"):
+        Engine(model="x" * 5000, core=core)
+    with pytest.raises(ValueError, match="slots: must be at least 1, got 0"):
+        Engine(slots=0, core=core)
