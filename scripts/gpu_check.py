@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,8 +50,8 @@ class Section:
     """That it imports, JAX and what comes with JAX apart."""
     has_device: bool = True
     """Its process itself uses the device; otherwise its workers do, one at a time, and it must not hold any memory."""
-    quiet_seconds: float | None = None
-    """For which it may give nothing, where that is not --quiet-s."""
+    patience: float = 1.0
+    """As a part of --quiet-s, for how long it may give nothing."""
     xla_flags: str = ""
 
 
@@ -60,13 +61,19 @@ SECTIONS = {
     "roofline": Section("roofline", ("msgpack",)),
     "kernels": Section("kernels", KERNELS),
     "attention": Section("attention_speed", (*KERNELS, "msgpack")),
-    "steps": Section("steps", MODEL),
+    # A case compiles all layers of a model.
+    "steps": Section("steps", MODEL, patience=1.5),
     # Its values count and not its speed: tuning every product of every folder would take most of its time.
+    # The first case may build the CPU's kernels as well.
     "engine": Section(
-        "engine_tokens", (*MODEL, "tokenizers"), has_device=False, xla_flags="--xla_gpu_autotune_level=0"
+        "engine_tokens",
+        (*MODEL, "tokenizers"),
+        has_device=False,
+        patience=1.5,
+        xla_flags="--xla_gpu_autotune_level=0",
     ),
     # One benchmark, which compiles two engines before it has a figure.
-    "overlap": Section("overlap", (*MODEL, "tokenizers"), has_device=False, quiet_seconds=float("inf")),
+    "overlap": Section("overlap", (*MODEL, "tokenizers"), has_device=False, patience=float("inf")),
 }
 """In the order in which they run: those that others rest on and whose figures tell most first."""
 
@@ -78,7 +85,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=600.0, help="seconds for all sections together")
     parser.add_argument("--section-s", type=float, default=240.0, help="seconds for one section at most")
     parser.add_argument(
-        "--quiet-s", type=float, default=90.0, help="seconds for one case at most, what it compiles included"
+        "--quiet-s",
+        type=float,
+        default=90.0,
+        help="seconds for one case, compiling included; some sections take longer",
     )
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, to see that all of it runs")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the result here as well")
@@ -174,7 +184,7 @@ def run_section(name: str, options: Options, quiet_seconds: float, result: dict,
             break
         progress = Progress(result, save)
         told = json.dumps({**asdict(options), "skip": skip})
-        quiet = section.quiet_seconds or quiet_seconds
+        quiet = quiet_seconds * section.patience
         ending = run_group([*command, told], environment, progress.take, seconds=left, quiet_seconds=quiet)
         result["seconds"] = round(time.monotonic() - start, 1)
         if ending.failure is None:
@@ -239,9 +249,15 @@ def main() -> int:
     """Runs what the command line asks for."""
     arguments = parse_arguments()
     if arguments.run_one:
-        options = json.loads(arguments.options)
-        run_here(arguments.run_one, Options(**{**options, "skip": tuple(options.get("skip", ()))}))
-        return 0
+        options, code = json.loads(arguments.options), 0
+        try:
+            run_here(arguments.run_one, Options(**{**options, "skip": tuple(options.get("skip", ()))}))
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        # Without what is done at the end of a process: on a device that has failed that may take for ever.
+        sys.stderr.flush()
+        os._exit(code)
     if (missing := missing_packages(arguments.sections)) is not None:
         print(f"gpu_check: {missing}", file=sys.stderr)
         return 2

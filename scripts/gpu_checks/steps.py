@@ -33,7 +33,8 @@ PEAK_GB_PER_S = {"H100 80GB HBM3": 3350, "H200": 4800}
 def cases(options: Options) -> Iterator[Case]:
     """Decode at several batch sizes and steps with a prompt, each timed; then what each consists of."""
     model, context = (TINY, 128) if options.rehearse else (LLAMA_8B, 1024)
-    # Of the telling ones first: a section may end before it is through.
+    yield "weights", functools.partial(_shared, model, options.rehearse)
+    # The telling ones first: a section may end before it is through.
     decode, prompts = ((2,), (64,)) if options.rehearse else ((64, 32, 1), (2048, 512))
     for attention in ("xla", None) if options.beside_xla else (None,):
         steps = [Step(model, attention, rows, 0, context) for rows in decode]
@@ -70,26 +71,39 @@ def prompt_operations(model: ModelConfig, tokens: int) -> int:
     return layers + 2 * model.vocab_size * hidden
 
 
+def _peak_gb_per_s(rehearse: bool) -> float:
+    """Of the data sheet, or of a copy where that is not known."""
+    kind = jax.devices()[0].device_kind
+    known = (rate for name, rate in PEAK_GB_PER_S.items() if name in kind)
+    return next(known, roofline.rates(rehearse)["copy_gb_per_s"])
+
+
+def _shared(model: ModelConfig, rehearse: bool) -> dict:
+    weight_bytes = sum(leaf.nbytes for leaf in _weights(model))
+    return {
+        **roofline.rates(rehearse),
+        "weight_gb": weight_bytes / 1e9,
+        "peak_gb_per_s": _peak_gb_per_s(rehearse),
+    }
+
+
 def _timed(step: Step, rehearse: bool) -> dict:
-    rates, device = roofline.rates(rehearse), jax.devices()[0]
-    peak = next((rate for name, rate in PEAK_GB_PER_S.items() if name in device.device_kind), rates["copy_gb_per_s"])
-    weight_bytes = sum(leaf.nbytes for leaf in _weights(step.model))
-    attention = chosen_attention("bfloat16", name=step.attention).name
-    shared = {**rates, "weight_gb": weight_bytes / 1e9, "peak_gb_per_s": peak}
+    model = step.model
     call, first_carry = _prepared(step)
     seconds = seconds_per_call(call, first_carry(), calls=5)
-    case = {"attention": attention, "ms": seconds * 1e3}
+    case = {"attention": chosen_attention("bfloat16", name=step.attention).name, "ms": seconds * 1e3}
     if step.chunk:
-        rate = prompt_operations(step.model, step.chunk) / seconds / 1e12
-        case |= {"tokens": step.chunk, "tflop_per_s": rate, "of_matmul": rate / rates["bf16_tflop_per_s"]}
-        return {**shared, "prefill": [case]}
-    model = step.model
+        rate = prompt_operations(model, step.chunk) / seconds / 1e12
+        of_matmul = rate / roofline.rates(rehearse)["bf16_tflop_per_s"]
+        return {"prefill": [{**case, "tokens": step.chunk, "tflop_per_s": rate, "of_matmul": of_matmul}]}
+    weight_bytes = sum(leaf.nbytes for leaf in _weights(model))
     # A token's embedding is one row: the table is not read.
     read = weight_bytes - 2 * model.vocab_size * model.hidden_size * (not model.tie_embeddings)
     moved = read + step.live * step.context * 2 * model.num_layers * model.kv_size * 2
     gb_per_s = moved / seconds / 1e9
-    case |= {"rows": step.live, "context": step.context, "mbu": gb_per_s / peak, "tokens_per_s": step.live / seconds}
-    return {**shared, "decode": [case | roofline.of_bandwidths(gb_per_s, rehearse)]}
+    case |= {"rows": step.live, "context": step.context, "tokens_per_s": step.live / seconds}
+    parts = roofline.of_bandwidths(gb_per_s, rehearse)
+    return {"decode": [{**case, "mbu": gb_per_s / _peak_gb_per_s(rehearse), **parts}]}
 
 
 def _profile(step: Step) -> dict:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -106,7 +107,7 @@ def test_a_profiler_that_fails_costs_no_figure(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(timing, "trace_device", fails)
     names = [name for name, _ in steps.cases(Options(rehearse=True))]
-    assert names == ["2 rows", "prompt of 64", "profile of 2 rows", "profile of prompt of 64"]
+    assert names == ["weights", "2 rows", "prompt of 64", "profile of 2 rows", "profile of prompt of 64"]
     step = steps.Step(TINY, None, 2, 0, 128)
     monkeypatch.setattr(steps, "_prepared", lambda step: (lambda carry: carry, lambda: 0))
     (line,) = steps._profile(step)["profile"]
@@ -115,7 +116,7 @@ def test_a_profiler_that_fails_costs_no_figure(monkeypatch: pytest.MonkeyPatch):
 
 def test_whole_steps_are_measured_with_xla_first_where_a_kernel_failed():
     names = [name for name, _ in steps.cases(Options(rehearse=True, beside_xla=True))]
-    assert names[0] == "2 rows xla" and "2 rows" in names
+    assert names[1] == "2 rows xla" and "2 rows" in names
 
 
 def test_the_engine_is_compared_in_bfloat16_first_and_with_fewer_models_in_little_time(monkeypatch: pytest.MonkeyPatch):
@@ -165,33 +166,49 @@ def hangs():
 """
 
 
-def run_fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, quiet: float) -> tuple[dict, list, int]:
-    """The section above: its result, the hung worker's number and its folder, and how often the result was saved."""
-    package = tmp_path / "gpu_check.py"
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`gpu_check.py` with the section above in place of `kernels`; the hung worker's number and its folder go to
+    `notes.json` beside it."""
+    script = tmp_path / "gpu_check.py"
     (tmp_path / "gpu_checks_fake.py").write_text(FAKE)
-    package.write_text(
+    script.write_text(
         f"import sys; sys.path[:0] = [{str(SCRIPTS)!r}, {str(tmp_path)!r}]\n"
         "import importlib.util, gpu_checks_fake; sys.modules['gpu_checks.fake'] = gpu_checks_fake\n"
         f"spec = importlib.util.spec_from_file_location('gpu_check', {str(SCRIPTS / 'gpu_check.py')!r})\n"
         "check = importlib.util.module_from_spec(spec); sys.modules['gpu_check'] = check\n"
-        "spec.loader.exec_module(check)\n"
+        "spec.loader.exec_module(check); check.__file__ = __file__\n"
         "check.SECTIONS['kernels'] = check.Section('fake', (), has_device=False)\n"
         "sys.exit(check.main())\n"
     )
-    monkeypatch.setattr(gpu_check, "__file__", str(package))
     monkeypatch.setenv("FAKE_NOTES", str(tmp_path / "notes.json"))
+    return script
+
+
+def test_a_hang_ends_its_workers_and_costs_its_own_case_alone(fake: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_check, "__file__", str(fake))
     result, saves = {}, []
-    gpu_check.run_section("kernels", Options(rehearse=True, seconds=seconds), quiet, result, lambda: saves.append(1))
-    return result, json.loads((tmp_path / "notes.json").read_text()), len(saves)
-
-
-def test_a_hang_ends_its_workers_and_costs_its_own_case_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    result, (worker, folder), saves = run_fake(tmp_path, monkeypatch, seconds=300, quiet=20)
+    gpu_check.run_section("kernels", Options(rehearse=True, seconds=300), 20, result, lambda: saves.append(1))
+    worker, folder = json.loads(fake.with_name("notes.json").read_text())
     assert result["done"] == ["good", "stray", "last"] and result["passed"] is True
     assert result["failed"] == "hangs: gave nothing for 20 s; fails: ended with 1"
     assert "at work" in result["said"]["hangs"] and "no such shape" in result["said"]["fails"]
-    assert saves == 5
+    assert len(saves) == 5
     assert not running(worker) and not Path(folder).exists()
+
+
+def test_what_there_was_is_kept_and_all_is_ended_where_the_check_itself_is(fake: Path):
+    kept, notes = fake.with_name("kept.json"), fake.with_name("notes.json")
+    command = [sys.executable, str(fake), "--rehearse", "--sections", "kernels", "--json", str(kept)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as check:
+        end = time.monotonic() + 120
+        while not (notes.exists() and notes.read_text()) and time.monotonic() < end:
+            time.sleep(0.1)
+        check.terminate()
+        assert check.wait(timeout=60) == 128 + signal.SIGTERM
+    worker, folder = json.loads(notes.read_text())
+    assert not running(worker) and not Path(folder).exists()
+    assert json.loads(kept.read_text())["kernels"]["done"] == ["good", "stray"]
 
 
 def running(pid: int) -> bool:
