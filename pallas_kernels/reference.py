@@ -19,6 +19,9 @@ from pallas_kernels.interface import (
     stored_form,
 )
 
+BLOCK = 256
+"""Tokens whose scores dense attention holds at once."""
+
 
 def dense_attention(
     q: np.ndarray,
@@ -45,19 +48,27 @@ def dense_attention(
         float64 [token, q_head, head_dim].
     """
     q, keys, values = (np.asarray(array, np.float64) for array in (q, keys, values))
-    tokens, context, group = q.shape[0], keys.shape[0], q.shape[1] // keys.shape[1]
-    keys, values = np.repeat(keys, group, axis=1), np.repeat(values, group, axis=1)
-    scores = np.einsum("thd,chd->htc", q, keys) * scale
-    if softcap is not None:
-        scores = softcap * np.tanh(scores / softcap)
-    age = np.arange(context - tokens, context)[:, None] - np.arange(context)[None]
-    seen = (age >= 0) & (age < (sliding_window or context + 1))
-    scores = np.where(seen, scores, -np.inf)
-    sink = np.full(q.shape[1], -np.inf) if sinks is None else np.asarray(sinks, np.float64)
-    largest = np.maximum(scores.max(axis=-1, keepdims=True), sink[:, None, None])
-    weights = np.exp(scores - largest)
-    total = weights.sum(axis=-1, keepdims=True) + np.exp(sink[:, None, None] - largest)
-    return np.einsum("htc,chd->thd", weights / total, values)
+    tokens, context, kv_heads, window = q.shape[0], keys.shape[0], keys.shape[1], sliding_window or keys.shape[0]
+    sink = -np.inf if sinks is None else np.asarray(sinks, np.float64).reshape(kv_heads, -1, 1, 1)
+    out = np.empty(q.shape)
+    # Blocks of tokens, each over the keys that one of its tokens sees.
+    for start in range(0, tokens, BLOCK):
+        block = slice(start, min(start + BLOCK, tokens))
+        position = np.arange(context - tokens, context)[block]
+        held = slice(max(0, position[0] - window + 1), position[-1] + 1)
+        # [kv_head, group, token, head_dim] and [kv_head, 1, token, head_dim]: products of matrices, which BLAS has.
+        grouped = q[block].reshape(len(position), kv_heads, -1, q.shape[2]).transpose(1, 2, 0, 3)
+        k, v = (array[held].transpose(1, 0, 2)[:, None] for array in (keys, values))
+        scores = grouped @ k.swapaxes(2, 3) * scale
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        age = position[:, None] - np.arange(context)[held]
+        scores = np.where((age >= 0) & (age < window), scores, -np.inf)
+        largest = np.maximum(scores.max(axis=-1, keepdims=True), sink)
+        weights = np.exp(scores - largest)
+        total = weights.sum(axis=-1, keepdims=True) + np.exp(sink - largest)
+        out[block] = (weights / total @ v).transpose(2, 0, 1, 3).reshape(out[block].shape)
+    return out
 
 
 @dataclass(frozen=True)

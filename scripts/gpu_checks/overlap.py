@@ -1,6 +1,6 @@
 """Whether the device waits for the host: `bench_overlap` with a profiler's trace, on random weights."""
 
-import json
+import functools
 import subprocess
 import sys
 import tempfile
@@ -10,11 +10,17 @@ from pathlib import Path
 import jax.numpy as jnp
 from benchmarks.workers import SCRIPTS, module_environment
 
+from gpu_checks.cases import Case, Options, json_object
 from gpu_checks.random_model import Sizes, random_folder
+from jaxserve.config import EngineConfig
 
 
-def run(rehearse: bool) -> Iterator[dict]:
+def cases(options: Options) -> Iterator[Case]:
     """What the benchmark prints."""
+    yield "bench_overlap", functools.partial(_figures, options.rehearse)
+
+
+def _figures(rehearse: bool) -> dict:
     # Of Llama-3.1-8B: with a smaller model a card waits for any host.
     sizes = Sizes(2, 128, 2, 1, 256) if rehearse else Sizes(32, 4096, 32, 8, 14336)
     slots = "4" if rehearse else "64"
@@ -24,7 +30,9 @@ def run(rehearse: bool) -> Iterator[dict]:
         command += ["--trace", "--json", "--rounds", "1", "--probes", "0", "--max-context", "512"]
         # As few programs as can be: each takes long to compile.
         command += ["--dtype", "bfloat16", "--prefill-chunks", "128"]
-        done = subprocess.run(command, env=module_environment(), capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-        yield json.loads(done.stdout.splitlines()[-1])
+        # What it says on stderr is said here, also where it is killed.
+        done = subprocess.run(command, env=module_environment(), stdout=subprocess.PIPE)
+    found = [figures for line in done.stdout.splitlines() if (figures := json_object(line)) is not None]
+    if done.returncode or not found:
+        raise RuntimeError(f"{' '.join(command)}: ended with {done.returncode}")
+    return {"compile_cache": EngineConfig.compilation_cache, **found[-1]}

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpu_checks import roofline
+from gpu_checks.cases import Case, Options
+from gpu_checks.chosen_attention import chosen_attention
 from gpu_checks.random_model import LLAMA_8B, TINY, random_weights
 from gpu_checks.timing import profile, seconds_per_call
 from jaxserve.config import EngineConfig
@@ -21,52 +23,103 @@ from jaxserve.device.lowering import StepInputs
 from jaxserve.device.sharding import Placement
 from jaxserve.device.step import make_forward
 from jaxserve.device.vocabulary import search_on
+from jaxserve.models.config import ModelConfig
 from jaxserve.scheduling.sequence import EMITTED
-from pallas_kernels import AttentionNeeds, select
 
 PEAK_GB_PER_S = {"H100 80GB HBM3": 3350, "H200": 4800}
 """Of the data sheet, by a part of the device's name."""
 
 
-def run(rehearse: bool) -> Iterator[dict]:
-    """Decode at several batch sizes, then steps with a prompt chunk, and what each consists of."""
-    rates = roofline.rates(rehearse)
-    model = TINY if rehearse else LLAMA_8B
-    context = 128 if rehearse else 1024
-    device = jax.devices()[0]
-    platform = "cuda" if device.platform == "gpu" else device.platform
-    attention = select(platform, None, AttentionNeeds("bfloat16", device_kind=device.device_kind))
-    peak = next((rate for name, rate in PEAK_GB_PER_S.items() if name in device.device_kind), rates["copy_gb_per_s"])
-    weights = random_weights(model)
-    weight_bytes = sum(leaf.nbytes for leaf in weights)
-    # A token's embedding is one row: the table is not read.
-    read_bytes = weight_bytes - 2 * model.vocab_size * model.hidden_size * (not model.tie_embeddings)
-    kv_bytes = 2 * model.num_layers * model.kv_size * 2
-    results: dict = {**rates, "attention": attention.name, "weight_gb": weight_bytes / 1e9, "peak_gb_per_s": peak}
+def cases(options: Options) -> Iterator[Case]:
+    """Decode at several batch sizes and steps with a prompt, each timed; then what each consists of."""
+    model, context = (TINY, 128) if options.rehearse else (LLAMA_8B, 1024)
+    yield "weights", functools.partial(_shared, model, options.rehearse)
+    # The telling ones first: a section may end before it is through.
+    decode, prompts = ((2,), (64,)) if options.rehearse else ((64, 32, 1), (2048, 512))
+    for attention in ("xla", None) if options.beside_xla else (None,):
+        steps = [Step(model, attention, rows, 0, context) for rows in decode]
+        steps += [Step(model, attention, 1, chunk, chunk) for chunk in prompts]
+        for step in steps:
+            yield step.name, functools.partial(_timed, step, options.rehearse)
+        for step in steps:
+            yield f"profile of {step.name}", functools.partial(_profile, step)
 
-    results["decode"], results["prefill"], results["profile"] = [], [], []
-    for rows in (2,) if rehearse else (1, 32, 64):
-        call, carry = _step(weights, model, attention, rows, 0, context)
-        seconds = seconds_per_call(call, carry(), calls=5)
-        moved = read_bytes + rows * context * kv_bytes
-        results["decode"].append(
-            {
-                "rows": rows, "context": context, "ms": seconds * 1e3, "mbu": moved / seconds / 1e9 / peak,
-                "of_copy": moved / seconds / 1e9 / rates["copy_gb_per_s"], "tokens_per_s": rows / seconds,
-            }
-        )  # fmt: skip
-        results["profile"] += profile(f"{rows} rows", call, carry(), calls=5)
-        yield results
-    for chunk in (64,) if rehearse else (512, 2048):
-        call, carry = _step(weights, model, attention, 1, chunk, chunk)
-        seconds = seconds_per_call(call, carry(), calls=5)
-        operations = chunk * read_bytes + 4 * model.num_layers * model.q_size * chunk * (chunk + 1) // 2
-        rate = operations / seconds / 1e12
-        results["prefill"].append(
-            {"tokens": chunk, "ms": seconds * 1e3, "tflop_per_s": rate, "of_matmul": rate / rates["bf16_tflop_per_s"]}
-        )
-        results["profile"] += profile(f"prompt of {chunk}", call, carry(), calls=5)
-        yield results
+
+@dataclass(frozen=True)
+class Step:
+    """A step with `live` decode rows at `context`, or with one prompt of `chunk` tokens."""
+
+    model: ModelConfig
+    attention: str | None
+    """By its name; None is what an engine takes."""
+    live: int
+    chunk: int
+    context: int
+
+    @property
+    def name(self) -> str:
+        what = f"prompt of {self.chunk}" if self.chunk else f"{self.live} rows"
+        return f"{what} {self.attention}" if self.attention else what
+
+
+def prompt_operations(model: ModelConfig, tokens: int) -> int:
+    """Multiplications and additions of a prompt: of its layers for each token, of the head for the last one alone."""
+    hidden = model.hidden_size
+    layer = 2 * hidden * (model.q_size + model.kv_size) + 3 * hidden * model.intermediate_size
+    attended = tokens * (tokens + 1) // 2
+    layers = model.num_layers * (2 * tokens * layer + 4 * model.q_size * attended)
+    return layers + 2 * model.vocab_size * hidden
+
+
+def _peak_gb_per_s(rehearse: bool) -> float:
+    """Of the data sheet, or of a copy where that is not known."""
+    kind = jax.devices()[0].device_kind
+    known = (rate for name, rate in PEAK_GB_PER_S.items() if name in kind)
+    return next(known, roofline.rates(rehearse)["copy_gb_per_s"])
+
+
+def _shared(model: ModelConfig, rehearse: bool) -> dict:
+    weight_bytes = sum(leaf.nbytes for leaf in _weights(model))
+    return {
+        **roofline.rates(rehearse),
+        "weight_gb": weight_bytes / 1e9,
+        "peak_gb_per_s": _peak_gb_per_s(rehearse),
+    }
+
+
+def _timed(step: Step, rehearse: bool) -> dict:
+    model = step.model
+    call, first_carry = _prepared(step)
+    seconds = seconds_per_call(call, first_carry(), calls=5)
+    case = {"attention": chosen_attention("bfloat16", name=step.attention).name, "ms": seconds * 1e3}
+    if step.chunk:
+        rate = prompt_operations(model, step.chunk) / seconds / 1e12
+        of_matmul = rate / roofline.rates(rehearse)["bf16_tflop_per_s"]
+        return {"prefill": [{**case, "tokens": step.chunk, "tflop_per_s": rate, "of_matmul": of_matmul}]}
+    weight_bytes = sum(leaf.nbytes for leaf in _weights(model))
+    # A token's embedding is one row: the table is not read.
+    read = weight_bytes - 2 * model.vocab_size * model.hidden_size * (not model.tie_embeddings)
+    moved = read + step.live * step.context * 2 * model.num_layers * model.kv_size * 2
+    gb_per_s = moved / seconds / 1e9
+    case |= {"rows": step.live, "context": step.context, "tokens_per_s": step.live / seconds}
+    parts = roofline.of_bandwidths(gb_per_s, rehearse)
+    return {"decode": [{**case, "mbu": gb_per_s / _peak_gb_per_s(rehearse), **parts}]}
+
+
+def _profile(step: Step) -> dict:
+    call, first_carry = _prepared(step)
+    return {"profile": profile(step.name, call, first_carry(), calls=5)}
+
+
+@functools.cache
+def _weights(model: ModelConfig) -> tuple[jax.Array, ...]:
+    return random_weights(model)
+
+
+@functools.cache
+def _prepared(step: Step) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    attention = chosen_attention("bfloat16", name=step.attention)
+    return _step(_weights(step.model), step.model, attention, step.live, step.chunk, step.context)
 
 
 def _step(

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from gpu_checks.kernels import CASES, LIMIT, check
+from gpu_checks.kernels import CASES, check
 
 from pallas_kernels import AttentionNeeds, select
 
@@ -20,6 +20,5 @@ pytestmark = pytest.mark.gpu
 def test_attention_agrees_with_dense_attention_and_rows_do_not_depend_on_neighbours(case: str, length: int):
     shape = CASES[case]
     needs = AttentionNeeds(shape.kv_dtype or shape.dtype, device_kind=jax.devices("gpu")[0].device_kind)
-    errors, same_bits = check(select("cuda", None, needs), shape, length, seed=0)
-    assert max(errors.values()) < LIMIT
-    assert same_bits
+    outcome = check(select("cuda", None, needs), shape, length, seed=0)
+    assert outcome.passes(shape.dtype), outcome
