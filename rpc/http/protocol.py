@@ -15,7 +15,7 @@ MAX_HEAD_BYTES = 32 << 10
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. Its transport is `transport` in the scope's extensions, for what must end it at once."""
+    """One connection."""
 
     def __init__(self, *args: Any, head_timeout: float, on_lost: Callable[[], None], **kwargs: Any):
         """Makes one connection's.
@@ -61,11 +61,14 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(431)
 
+    def stalled(self, now: float) -> float:
+        """Seconds for which the client has been seen to take nothing of what it is sent. `now`: any clock's."""
+        return self._lingering.stalled(now)
+
     def on_message_begin(self) -> None:
-        """Gives the scope its transport."""
+        """A request has come so far."""
         self._in_message = True
         super().on_message_begin()
-        self.scope["extensions"] = {"transport": self.transport}  # pyright: ignore[reportGeneralTypeIssues]
 
     def on_headers_complete(self) -> None:
         """The head is there in time, but may be too long all the same."""
