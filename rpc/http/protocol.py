@@ -6,12 +6,15 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from rpc.http.lingering import LingeringTransport
 
 MAX_HEAD_BYTES = 32 << 10
 """Of a request line and its headers together."""
+MAX_PIPELINED = 8
+"""Requests that wait for the one before them; past these nothing is read, and a client that leaves is not noticed."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -33,6 +36,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_message = False
         """Of the request that comes, or will not be read, some was read."""
         self._head_timer: asyncio.TimerHandle | None = None
+        self._answered: RequestResponseCycle | None = None
+        """The request that is answered; `cycle` is the latest that has come."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Starts the time of the first head."""
@@ -44,6 +49,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Stops the clocks."""
         self._stop_timer()
         self._lingering.stop()
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
         self._on_lost()
 
@@ -79,6 +87,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(431)
             return
         super().on_headers_complete()
+        if 0 < len(self.pipeline) < MAX_PIPELINED:
+            self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         """Drops the body of a request that is refused by its head."""
@@ -92,6 +102,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         if self.cycle is not None and not self.transport.is_closing():
             super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self._head_timeout, self._on_late_head)

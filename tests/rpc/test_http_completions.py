@@ -1,10 +1,11 @@
 """`/v1/completions` with the openai package's client."""
 
 import asyncio
+import json
 
 import openai
 import pytest
-from http_serving import openai_serving
+from http_serving import http_serving, openai_serving, request_bytes
 from scripted_engine import LETTERS, ScriptedEngine
 from serving import back_to_the_start, eventually
 
@@ -89,6 +90,28 @@ async def test_a_closed_connection_cancels_every_sequence_of_the_request() -> No
         await eventually(lambda: engine.loads().running == 1)
         waiting.cancel()
         await eventually(lambda: (engine.loads().running, len(server.calls)) == (0, 0))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_closed_connection_ends_its_request_though_others_wait_behind_it(
+    stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = ScriptedEngine(step_time=0.01)
+    asked = json.dumps({"prompt": "x", "stream": stream}).encode()
+    behind = b"GET /health HTTP/1.1\r\nhost: test\r\n\r\n"
+    async with http_serving(engine) as (server, address):
+        for later in (b"", behind):  # sent at once, or once the first is answered
+            _, writer = await asyncio.open_connection(*address.split(":"))
+            request = request_bytes("/v1/completions", asked).replace(b"connection: close\r\n", b"")
+            writer.write(request + (b"" if later else behind))
+            await eventually(lambda: engine.loads().running == 1)
+            writer.write(later)
+            await writer.drain()
+            await asyncio.sleep(0.1)
+            writer.transport.abort()
+            await eventually(lambda: (engine.loads().running, len(server.calls)) == (0, 0))
+        await back_to_the_start(engine, server)
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
 
 
 async def test_refusals_raise_the_clients_own_classes() -> None:
