@@ -122,9 +122,11 @@ class HttpFront:
     # Beside generating
 
     async def _live(self, request: Request) -> Response:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        if request.method == "HEAD":  # whose answer ends at once
+            return StreamingResponse(iter(()), headers=headers, media_type="text/event-stream")
         frames = self._feed.frames()
         first = await anext(frames)  # what refuses a viewer must do so before the status is sent
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(_chain(first, frames), headers=headers, media_type="text/event-stream")
 
     async def _openapi(self, request: Request) -> Response:
