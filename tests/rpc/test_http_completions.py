@@ -6,8 +6,13 @@ import json
 import openai
 import pytest
 from http_serving import http_serving, openai_serving, request_bytes
-from scripted_engine import LETTERS, ScriptedEngine
+from scripted_engine import LETTERS, ByteTokenizer, ScriptedEngine
 from serving import back_to_the_start, eventually
+
+from jaxserve.events import Delta, Finished, FinishReason, Timings, TokenLogprob, Usage
+from jaxserve.request import OutputParams, Request
+from rpc.http.answers import LEAST_LOGPROB, CompletionAnswer
+from rpc.http.schema import Asked
 
 pytestmark = pytest.mark.asyncio
 
@@ -90,6 +95,24 @@ async def test_a_closed_connection_cancels_every_sequence_of_the_request() -> No
         await eventually(lambda: engine.loads().running == 1)
         waiting.cancel()
         await eventually(lambda: (engine.loads().running, len(server.calls)) == (0, 0))
+
+
+def completion_logprobs(*entries: TokenLogprob) -> dict[str, list]:
+    """As shown for a completion of these tokens."""
+    request = Request(prompt="x", output=OutputParams(logprobs=5))
+    asked = Asked((request,), stream=False, include_usage=False, return_token_ids=False)
+    answer = CompletionAnswer(asked, "1", "scripted", ByteTokenizer())
+    answer.add_delta(0, Delta("1", logprobs=entries))
+    answer.add_finished(0, Finished("1", 0, FinishReason.LENGTH, Usage(1, 0, len(entries)), Timings(0, 0, 0, 0)))
+    return json.loads(answer.whole())["choices"][0]["logprobs"]
+
+
+async def test_parts_of_characters_have_names_of_their_own_and_of_one_name_the_likeliest_counts() -> None:
+    first, second = "🙂".encode()[:2]
+    top = ((first, -0.5), (second, -1.5), (65, -2.5), (65, -3.5), (66, float("-inf")))
+    shown = completion_logprobs(TokenLogprob(first, -0.5, top))
+    assert shown["tokens"] == [r"bytes:\xf0"]
+    assert shown["top_logprobs"] == [{r"bytes:\xf0": -0.5, r"bytes:\x9f": -1.5, "A": -2.5, "B": LEAST_LOGPROB}]
 
 
 @pytest.mark.parametrize("stream", [False, True])
