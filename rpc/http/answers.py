@@ -192,11 +192,12 @@ class CompletionAnswer(Answer):
         return {"text": "".join(choice.texts)}
 
     def _logprobs(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, object]:
-        """Lists over the tokens. `text_offset` is in characters from the beginning of the text."""
+        """Lists over the tokens. `text_offset` is in characters from the beginning of the text, of which special tokens
+        are no part."""
         offsets = []
         for entry in logprobs:
             offsets.append(choice.characters)
-            choice.characters += len(choice.decoder.decode(self._tokenizer.token_bytes(entry.token_id)))
+            choice.characters += len(choice.decoder.decode(self._tokenizer.text_bytes[entry.token_id]))
         return {
             "tokens": [self._token_name(entry.token_id) for entry in logprobs],
             "token_logprobs": [max(entry.logprob, LEAST_LOGPROB) for entry in logprobs],

@@ -40,7 +40,9 @@ def expected_ids(count: int) -> list[int]:
 
 
 class ByteTokenizer:
-    """Token ids are UTF-8 bytes."""
+    """Token ids are UTF-8 bytes; 0, which ends a sequence, is a special token."""
+
+    text_bytes = (b"", *(bytes([byte]) for byte in range(1, 256)))
 
     def start(self) -> None:
         pass

@@ -115,6 +115,12 @@ async def test_parts_of_characters_have_names_of_their_own_and_of_one_name_the_l
     assert shown["top_logprobs"] == [{r"bytes:\xf0": -0.5, r"bytes:\x9f": -1.5, "A": -2.5, "B": LEAST_LOGPROB}]
 
 
+async def test_special_tokens_which_are_no_text_move_no_offset() -> None:
+    shown = completion_logprobs(*(TokenLogprob(token, -0.5, ()) for token in (0, 65, 0, 66)))
+    assert shown["text_offset"] == [0, 0, 1, 1]
+    assert shown["tokens"] == ["\0", "A", "\0", "B"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_closed_connection_ends_its_request_though_others_wait_behind_it(
     stream: bool, caplog: pytest.LogCaptureFixture
