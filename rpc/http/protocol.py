@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -65,9 +66,39 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_timer is None:
                 self._await_head()
-        super().data_received(data)
+        self._feed(data)
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(431)
+
+    def _feed(self, data: bytes) -> None:
+        """Parses, as uvicorn does, but requests that ask for another protocol are answered as if they had not, which a
+        server may do (RFC 9110, 7.8). The parser takes what follows such a head for that protocol; a new one reads the
+        head once more without the wish, and then what follows."""
+        self._unset_keepalive_if_required()
+        pieces = [memoryview(data)]
+        while pieces and not self.transport.is_closing():
+            piece = pieces.pop()
+            try:
+                self.parser.feed_data(piece)
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._asks_to_upgrade:
+                    return
+                pieces += [piece[upgrade.args[0] :], memoryview(self._head_without_upgrade())]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+            except httptools.HttpParserError:
+                self.logger.warning("Invalid HTTP request received.")
+                self.send_400_response("Invalid HTTP request received.")
+
+    def _head_without_upgrade(self) -> bytes:
+        line = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        fields = [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([line, *fields, b"", b""])
+
+    @property
+    def _asks_to_upgrade(self) -> bool:
+        """The head that was parsed is read once more. CONNECT, which no route has, is an upgrade for the parser too."""
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
     def stalled(self, now: float) -> float:
         """Seconds for which the client has been seen to take nothing of what it is sent. `now`: any clock's."""
@@ -86,6 +117,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if size > MAX_HEAD_BYTES:
             self._refuse(431)
             return
+        if self._asks_to_upgrade:
+            return
         super().on_headers_complete()
         if 0 < len(self.pipeline) < MAX_PIPELINED:
             self.flow.resume_reading()
@@ -97,6 +130,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The next head begins."""
+        if self._asks_to_upgrade:
+            return
         self._in_head = True
         self._in_message = False
         self._head_bytes = 0

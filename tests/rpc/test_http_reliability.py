@@ -210,6 +210,30 @@ async def test_a_body_past_the_limit_is_refused_with_413_however_it_is_sent_and_
 
 
 @pytest.mark.asyncio
+async def test_a_request_that_asks_for_http2_is_answered_as_it_is() -> None:
+    """Java's HttpClient asks so in its first request to a server."""
+    wish = ("connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAMAAABkAAQAAP__")
+    asked = request_bytes(COMPLETIONS, b'{"prompt": "a", "max_tokens": 3}', *wish)
+    open_ended = asked.replace(b"connection: close\r\n", b"")
+    get = b"GET /health HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
+    async with http_serving(ScriptedEngine()) as (_, address):
+        assert (await exchange(address, asked)).status == 200
+        assert (await exchange(address, get.replace(b"/health", b"http://["))).status == 400
+        several = await exchange(address, open_ended + get * 50 + open_ended + GET_HEALTH)
+        assert several.status == 200
+        assert several.body.count(b"HTTP/1.1 200 OK") == 52
+        assert several.body.count(b'"abc"') == 2
+        host, port = address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        for part in (asked[:-40], asked[-40:-20], asked[-20:]):
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.02)
+        assert b'"abc"' in await reader.read()
+        writer.close()
+
+
+@pytest.mark.asyncio
 async def test_a_client_that_never_stops_sending_is_reset() -> None:
     async with http_serving(ScriptedEngine()) as (server, address):
         host, port = address.split(":")
