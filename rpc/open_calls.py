@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 
 from rpc.served_engine import EventStream
 
@@ -13,14 +12,14 @@ logger = logging.getLogger(__name__)
 class OpenCall:
     """One call that generates, whatever its protocol."""
 
-    __slots__ = ("disconnect", "request_id", "stream", "write_began")
+    __slots__ = ("request_id", "stream", "write_began")
 
-    def __init__(self, request_id: str, disconnect: Callable[[], object]):
+    def __init__(self, request_id: str):
         self.request_id = request_id
-        self.disconnect = disconnect
         self.stream: EventStream | None = None
         self.write_began: float | None = None
-        """`time.monotonic()` seconds when the write in progress began; None between writes."""
+        """`time.monotonic()` seconds when the write in progress began; None between writes, and for a call over HTTP,
+        whose connection is watched instead."""
 
 
 class OpenCalls:
@@ -36,12 +35,9 @@ class OpenCalls:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def open(self, request_id: str, disconnect: Callable[[], object] = lambda: None) -> OpenCall:
-        """Takes up a call until it is closed.
-
-        `disconnect`: ends the connection of a client that reads nothing, where that leaves no other call without one.
-        """
-        call = OpenCall(request_id, disconnect)
+    def open(self, request_id: str) -> OpenCall:
+        """Takes up a call until it is closed."""
+        call = OpenCall(request_id)
         self._calls.add(call)
         self._idle.clear()
         return call
@@ -76,5 +72,4 @@ class OpenCalls:
                     extra={"request_id": call.request_id},
                 )
                 call.stream.cancel()
-                call.disconnect()
                 self.close(call)

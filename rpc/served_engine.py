@@ -61,6 +61,11 @@ class TextTokenizer(Protocol):
         """The bytes that a token stands for."""
         ...
 
+    @property
+    def text_bytes(self) -> Sequence[bytes]:
+        """By id, the bytes that a token adds to a text; a special one adds none."""
+        ...
+
 
 class Device(Protocol):
     """Where the engine runs."""

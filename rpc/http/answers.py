@@ -166,9 +166,6 @@ class Answer:
     def _logprobs(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, object]:
         raise NotImplementedError
 
-    def _token_text(self, token_id: int) -> str:
-        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
-
     def _usage(self) -> dict[str, object]:
         n = self.asked.n
         usages = [choice.finished.usage for choice in self.choices if choice.finished is not None]
@@ -195,20 +192,34 @@ class CompletionAnswer(Answer):
         return {"text": "".join(choice.texts)}
 
     def _logprobs(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, object]:
-        """Lists over the tokens. `text_offset` is in characters from the beginning of the text."""
+        """Lists over the tokens. `text_offset` is in characters from the beginning of the text, of which special tokens
+        are no part."""
         offsets = []
         for entry in logprobs:
             offsets.append(choice.characters)
-            choice.characters += len(choice.decoder.decode(self._tokenizer.token_bytes(entry.token_id)))
+            choice.characters += len(choice.decoder.decode(self._tokenizer.text_bytes[entry.token_id]))
         return {
-            "tokens": [self._token_text(entry.token_id) for entry in logprobs],
+            "tokens": [self._token_name(entry.token_id) for entry in logprobs],
             "token_logprobs": [max(entry.logprob, LEAST_LOGPROB) for entry in logprobs],
-            "top_logprobs": [
-                {self._token_text(token): max(logprob, LEAST_LOGPROB) for token, logprob in entry.top}
-                for entry in logprobs
-            ],
+            "top_logprobs": [self._top(entry) for entry in logprobs],
             "text_offset": offsets,
         }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """By name; of tokens that share one, the likeliest."""
+        top: dict[str, float] = {}
+        for token, logprob in entry.top:
+            name = self._token_name(token)
+            top[name] = max(logprob, top.get(name, LEAST_LOGPROB))
+        return top
+
+    def _token_name(self, token_id: int) -> str:
+        r"""The text of a token; of one that is a part of a character, which has none, its bytes: `bytes:\xf0\x9f`."""
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 LOGPROBS_NULL = ',"logprobs":null'

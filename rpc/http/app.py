@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.log import set_request_id
 from jaxserve.request_errors import RequestError
@@ -44,6 +44,9 @@ _PAGE_HEADERS = {
     "cache-control": "no-cache",
     "x-content-type-options": "nosniff",
 }
+
+PIECE_BYTES = 64 << 10
+"""Of a whole answer, sent at once."""
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,100}")
 """An `x-request-id` that is taken over: visible ASCII, short enough for the engine's ids."""
@@ -119,9 +122,11 @@ class HttpFront:
     # Beside generating
 
     async def _live(self, request: Request) -> Response:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        if request.method == "HEAD":  # whose answer ends at once
+            return StreamingResponse(iter(()), headers=headers, media_type="text/event-stream")
         frames = self._feed.frames()
         first = await anext(frames)  # what refuses a viewer must do so before the status is sent
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(_chain(first, frames), headers=headers, media_type="text/event-stream")
 
     async def _openapi(self, request: Request) -> Response:
@@ -174,8 +179,7 @@ class GenerateEndpoint:
         set_trace_parent(request.headers.get("traceparent"), request.headers.get("tracestate"))
         front, request_id = self._front, request_id_of(request)
         set_request_id(request_id)
-        disconnect = scope["extensions"]["transport"].abort
-        generation = Generation(front.runner, front.calls, request_id, disconnect)
+        generation = Generation(front.runner, front.calls, request_id)
         try:
             engine = front.lifecycle.ready_engine()
             asked = self._parse(await read_object(request, front.max_body_bytes, front.body_timeout), engine)
@@ -195,8 +199,19 @@ class GenerateEndpoint:
 
 
 async def _send(response: Response, request_id: str, request: Request, send: Send) -> None:
+    """Sends a whole answer in pieces, each when there is room: a connection does not see what TLS has taken, so that
+    one that had all at once could not tell a client that reads from one that does not."""
     response.headers["x-request-id"] = request_id
-    await response(request.scope, request.receive, send)
+
+    async def send_pieces(message: Message) -> None:
+        body = memoryview(message.get("body", b""))
+        while len(body) > PIECE_BYTES:
+            await send({**message, "body": body[:PIECE_BYTES], "more_body": True})
+            body = body[PIECE_BYTES:]
+            message = {**message, "body": body}
+        await send(message)
+
+    await response(request.scope, request.receive, send_pieces)
 
 
 async def _on_refusal(request: Request, error: Exception) -> Response:

@@ -1,7 +1,6 @@
 """One HTTP request that generates, from admission to its last byte."""
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 
@@ -26,11 +25,9 @@ _EVENT_STREAM = [
 class Generation:
     """The calls that answer one HTTP request: one for each prompt. `admit`, then `stream` or `whole`, then `close`."""
 
-    def __init__(self, runner: CallRunner, calls: OpenCalls, request_id: str, disconnect: Callable[[], object]):
-        """`disconnect`: ends the connection of a client that reads nothing."""
+    def __init__(self, runner: CallRunner, calls: OpenCalls, request_id: str):
         self._runner = runner
         self._open_calls = calls
-        self._disconnect = disconnect
         self._calls: list[OpenCall] = []
         self._streams: Sequence[EventStream] = ()
         self._watching: asyncio.Task[None] | None = None
@@ -51,7 +48,7 @@ class Generation:
             replace(request, request_id=name, deadline=deadline)
             for request, name in zip(asked.requests, names, strict=True)
         ]
-        self._calls = [self._open_calls.open(name, self._disconnect) for name in names]
+        self._calls = [self._open_calls.open(name) for name in names]
         try:
             self._streams = await self._runner.admit(requests, self._calls)
         except InvalidRequest as error:
@@ -116,9 +113,7 @@ class Generation:
                 else:
                     continue
                 if data:
-                    call.write_began = time.monotonic()
                     await write(data)
-                    call.write_began = None
             self._raise_for(last, call, answer)
 
         try:

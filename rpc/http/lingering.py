@@ -1,4 +1,4 @@
-"""Closing a connection so that the last answer on it arrives (RFC 9112, 9.6).
+"""Closing a connection so that the last answer on it arrives (RFC 9112, 9.6), and knowing whether any answer does.
 
 A socket that is closed with bytes unread resets its connection, and the reset takes what the peer has not read yet with
 it: who is refused in the middle of a large body would see a broken pipe instead of the refusal.
@@ -27,6 +27,10 @@ class LingeringTransport(asyncio.Transport):
         self._in_message = in_message
         self._timer: asyncio.TimerHandle | None = None
         self._room = LINGER_BYTES
+        self._written = 0
+        self._taken: int | None = None
+        """Bytes that the system had taken when it was last asked."""
+        self._moved = 0.0
 
     @property
     def is_lingering(self) -> bool:
@@ -66,8 +70,18 @@ class LingeringTransport(asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Sends, unless closing."""
-        if not self.is_lingering:
-            self._transport.write(data)
+        if self.is_lingering:
+            return
+        self._written += len(data)
+        self._transport.write(data)
+
+    def stalled(self, now: float) -> float:
+        """Seconds for which the peer has been seen to take nothing of what it is sent. `now`: any clock's."""
+        left = self._transport.get_write_buffer_size()
+        taken = self._written - left
+        if not left or taken != self._taken:
+            self._taken, self._moved = taken, now
+        return now - self._moved
 
     def pause_reading(self) -> None:
         """Reads no more for now."""

@@ -23,6 +23,8 @@ ACCEPT_PAUSE = 1.0
 SEND_BUFFER_BYTES = 32 << 10
 """Of the system's, for what a client has not taken; Linux doubles it. Left alone it grows to megabytes a connection, so
 that a reader that reads nothing is noticed late."""
+STALL_LOOKS = 8
+"""At each connection within the stall limit; it is kept to an eighth."""
 FLUSH_TIME = 0.5
 """Seconds that responses may take to end when the listener stops; what they answer has ended before."""
 
@@ -57,6 +59,7 @@ class HttpListener:
         self._open = 0
         self._handshakes: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._ticking: asyncio.Task[None] | None = None
 
     @property
@@ -79,6 +82,7 @@ class HttpListener:
         await self._server.startup(sockets=[])  # accepts nothing: uvicorn caps no connections
         listening.setblocking(False)
         self._accepting = asyncio.create_task(self._accept(listening))
+        self._watching = asyncio.create_task(self._watch())
         self._ticking = asyncio.create_task(self._server.main_loop())
 
     async def _accept(self, listening: socket.socket) -> None:
@@ -113,14 +117,27 @@ class HttpListener:
             self._on_lost()  # the protocol was never told of it
             logger.debug("a connection was given up before its first request: %s", error)
 
+    async def _watch(self) -> None:
+        """Cuts off clients that take nothing of what they are sent, whatever it is: a stream would hold its pages, and
+        a connection that closes would wait for ever."""
+        limit = self._config.stall_limit
+        while True:
+            await asyncio.sleep(limit / STALL_LOOKS)
+            now = time.monotonic()
+            for connection in list(self._server.server_state.connections):
+                assert isinstance(connection, BoundedProtocol)
+                if connection.stalled(now) > limit:
+                    logger.warning("a connection was cut off: its client read nothing for %g s", limit)
+                    connection.transport.abort()
+
     def _on_lost(self) -> None:
         self._open -= 1
 
     async def stop(self) -> None:
         """Closes the port and every connection. Idempotent."""
-        if self._ticking is None or self._accepting is None:
+        if self._ticking is None or self._accepting is None or self._watching is None:
             return
-        for task in (self._accepting, *self._handshakes):
+        for task in (self._accepting, self._watching, *self._handshakes):
             task.cancel()
         ticking, self._ticking = self._ticking, None
         self._server.should_exit = True

@@ -6,16 +6,20 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+import httptools
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from rpc.http.lingering import LingeringTransport
 
 MAX_HEAD_BYTES = 32 << 10
 """Of a request line and its headers together."""
+MAX_PIPELINED = 8
+"""Requests that wait for the one before them; past these nothing is read, and a client that leaves is not noticed."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. Its transport is `transport` in the scope's extensions, for what must end it at once."""
+    """One connection."""
 
     def __init__(self, *args: Any, head_timeout: float, on_lost: Callable[[], None], **kwargs: Any):
         """Makes one connection's.
@@ -33,6 +37,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_message = False
         """Of the request that comes, or will not be read, some was read."""
         self._head_timer: asyncio.TimerHandle | None = None
+        self._answered: RequestResponseCycle | None = None
+        """The request that is answered; `cycle` is the latest that has come."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Starts the time of the first head."""
@@ -44,6 +50,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Stops the clocks."""
         self._stop_timer()
         self._lingering.stop()
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
         self._on_lost()
 
@@ -57,15 +66,48 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_timer is None:
                 self._await_head()
-        super().data_received(data)
+        self._feed(data)
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(431)
 
+    def _feed(self, data: bytes) -> None:
+        """Parses, as uvicorn does, but requests that ask for another protocol are answered as if they had not, which a
+        server may do (RFC 9110, 7.8). The parser takes what follows such a head for that protocol; a new one reads the
+        head once more without the wish, and then what follows."""
+        self._unset_keepalive_if_required()
+        pieces = [memoryview(data)]
+        while pieces and not self.transport.is_closing():
+            piece = pieces.pop()
+            try:
+                self.parser.feed_data(piece)
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._asks_to_upgrade:
+                    return
+                pieces += [piece[upgrade.args[0] :], memoryview(self._head_without_upgrade())]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+            except httptools.HttpParserError:
+                self.logger.warning("Invalid HTTP request received.")
+                self.send_400_response("Invalid HTTP request received.")
+
+    def _head_without_upgrade(self) -> bytes:
+        line = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        fields = [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([line, *fields, b"", b""])
+
+    @property
+    def _asks_to_upgrade(self) -> bool:
+        """The head that was parsed is read once more. CONNECT, which no route has, is an upgrade for the parser too."""
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+
+    def stalled(self, now: float) -> float:
+        """Seconds for which the client has been seen to take nothing of what it is sent. `now`: any clock's."""
+        return self._lingering.stalled(now)
+
     def on_message_begin(self) -> None:
-        """Gives the scope its transport."""
+        """A request has come so far."""
         self._in_message = True
         super().on_message_begin()
-        self.scope["extensions"] = {"transport": self.transport}  # pyright: ignore[reportGeneralTypeIssues]
 
     def on_headers_complete(self) -> None:
         """The head is there in time, but may be too long all the same."""
@@ -75,7 +117,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if size > MAX_HEAD_BYTES:
             self._refuse(431)
             return
+        if self._asks_to_upgrade:
+            return
         super().on_headers_complete()
+        if 0 < len(self.pipeline) < MAX_PIPELINED:
+            self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         """Drops the body of a request that is refused by its head."""
@@ -84,11 +130,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The next head begins."""
+        if self._asks_to_upgrade:
+            return
         self._in_head = True
         self._in_message = False
         self._head_bytes = 0
         if self.cycle is not None and not self.transport.is_closing():
             super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self._head_timeout, self._on_late_head)

@@ -40,7 +40,9 @@ def expected_ids(count: int) -> list[int]:
 
 
 class ByteTokenizer:
-    """Token ids are UTF-8 bytes."""
+    """Token ids are UTF-8 bytes; 0, which ends a sequence, is a special token."""
+
+    text_bytes = (b"", *(bytes([byte]) for byte in range(1, 256)))
 
     def start(self) -> None:
         pass
@@ -135,6 +137,8 @@ class ScriptedEngine:
     """Steps every `step_time` seconds; every running request gets one token a step.
 
     Prompts with an effect: "raise" makes submit raise what nobody expects, "break" fails at its third token.
+
+    `text_size`: how often the text of a token has its letter.
     """
 
     def __init__(
@@ -144,6 +148,7 @@ class ScriptedEngine:
         max_context: int = 4096,
         step_time: float = 0.002,
         stream_buffer_tokens: int = 8192,
+        text_size: int = 1,
     ):
         self.config = EngineConfig(slots=slots, max_waiting=max_waiting, stream_buffer_tokens=stream_buffer_tokens)
         self.model_name = "scripted"
@@ -152,6 +157,7 @@ class ScriptedEngine:
         self.tokenizer = ByteTokenizer()
         self.max_context = max_context
         self.step_time = step_time
+        self.text_size = text_size
         self.is_healthy = True
         self.total_pages = 4096
         self.may_submit = threading.Event()
@@ -325,7 +331,8 @@ class ScriptedEngine:
         if wanted.logprobs is not None:
             logprobs = [TokenLogprob(token, -0.5, tuple((rank, -0.5 - rank) for rank in range(wanted.logprobs)))]
         ids = [token] if wanted.return_token_ids else []
-        unread = active.stream.push(0, ids, chr(token) if wanted.return_text else "", logprobs)
+        text = chr(token) * self.text_size if wanted.return_text else ""
+        unread = active.stream.push(0, ids, text, logprobs)
         if unread > self.config.stream_buffer_tokens:
             active.cancelled = True
 

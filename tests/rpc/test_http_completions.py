@@ -1,12 +1,18 @@
 """`/v1/completions` with the openai package's client."""
 
 import asyncio
+import json
 
 import openai
 import pytest
-from http_serving import openai_serving
-from scripted_engine import LETTERS, ScriptedEngine
+from http_serving import http_serving, openai_serving, request_bytes
+from scripted_engine import LETTERS, ByteTokenizer, ScriptedEngine
 from serving import back_to_the_start, eventually
+
+from jaxserve.events import Delta, Finished, FinishReason, Timings, TokenLogprob, Usage
+from jaxserve.request import OutputParams, Request
+from rpc.http.answers import LEAST_LOGPROB, CompletionAnswer
+from rpc.http.schema import Asked
 
 pytestmark = pytest.mark.asyncio
 
@@ -89,6 +95,52 @@ async def test_a_closed_connection_cancels_every_sequence_of_the_request() -> No
         await eventually(lambda: engine.loads().running == 1)
         waiting.cancel()
         await eventually(lambda: (engine.loads().running, len(server.calls)) == (0, 0))
+
+
+def completion_logprobs(*entries: TokenLogprob) -> dict[str, list]:
+    """As shown for a completion of these tokens."""
+    request = Request(prompt="x", output=OutputParams(logprobs=5))
+    asked = Asked((request,), stream=False, include_usage=False, return_token_ids=False)
+    answer = CompletionAnswer(asked, "1", "scripted", ByteTokenizer())
+    answer.add_delta(0, Delta("1", logprobs=entries))
+    answer.add_finished(0, Finished("1", 0, FinishReason.LENGTH, Usage(1, 0, len(entries)), Timings(0, 0, 0, 0)))
+    return json.loads(answer.whole())["choices"][0]["logprobs"]
+
+
+async def test_parts_of_characters_have_names_of_their_own_and_of_one_name_the_likeliest_counts() -> None:
+    first, second = "🙂".encode()[:2]
+    top = ((first, -0.5), (second, -1.5), (65, -2.5), (65, -3.5), (66, float("-inf")))
+    shown = completion_logprobs(TokenLogprob(first, -0.5, top))
+    assert shown["tokens"] == [r"bytes:\xf0"]
+    assert shown["top_logprobs"] == [{r"bytes:\xf0": -0.5, r"bytes:\x9f": -1.5, "A": -2.5, "B": LEAST_LOGPROB}]
+
+
+async def test_special_tokens_which_are_no_text_move_no_offset() -> None:
+    shown = completion_logprobs(*(TokenLogprob(token, -0.5, ()) for token in (0, 65, 0, 66)))
+    assert shown["text_offset"] == [0, 0, 1, 1]
+    assert shown["tokens"] == ["\0", "A", "\0", "B"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_closed_connection_ends_its_request_though_others_wait_behind_it(
+    stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = ScriptedEngine(step_time=0.01)
+    asked = json.dumps({"prompt": "x", "stream": stream}).encode()
+    behind = b"GET /health HTTP/1.1\r\nhost: test\r\n\r\n"
+    async with http_serving(engine) as (server, address):
+        for later in (b"", behind):  # sent at once, or once the first is answered
+            _, writer = await asyncio.open_connection(*address.split(":"))
+            request = request_bytes("/v1/completions", asked).replace(b"connection: close\r\n", b"")
+            writer.write(request + (b"" if later else behind))
+            await eventually(lambda: engine.loads().running == 1)
+            writer.write(later)
+            await writer.drain()
+            await asyncio.sleep(0.1)
+            writer.transport.abort()
+            await eventually(lambda: (engine.loads().running, len(server.calls)) == (0, 0))
+        await back_to_the_start(engine, server)
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
 
 
 async def test_refusals_raise_the_clients_own_classes() -> None:

@@ -108,6 +108,18 @@ async def test_viewers_are_bounded_and_one_that_leaves_makes_room() -> None:
 
 
 @pytest.mark.asyncio
+async def test_the_head_of_the_feed_ends_at_once_and_makes_no_viewer() -> None:
+    head = b"HEAD /live HTTP/1.1\r\nhost: test\r\n\r\n"
+    last = b"GET /health HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
+    async with http_serving(ScriptedEngine()) as (_, address):
+        answer = await exchange(address, head * (MAX_VIEWERS + 1) + last)
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    answers = answer.body.split(b"\r\n\r\n")
+    assert [one.startswith(b"HTTP/1.1 200 OK") for one in answers] == [True] * (MAX_VIEWERS + 1) + [False]
+    assert json.loads(answers[-1]) == {"status": "ready"}
+
+
+@pytest.mark.asyncio
 async def test_the_page_is_one_file_that_fetches_nothing_from_elsewhere() -> None:
     async with http_serving(ScriptedEngine()) as (_, address):
         answer = await exchange(address, b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")

@@ -4,10 +4,14 @@ import asyncio
 import gzip
 import json
 import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
 import pytest
+from certificates import Authority
 from http_serving import RawAnswer, exchange, http_serving, openai_client, post, request_bytes
 from running_time import RunningTime, forget_peak, peak_resident_bytes, resident_bytes
 from scripted_engine import ScriptedEngine
@@ -206,6 +210,30 @@ async def test_a_body_past_the_limit_is_refused_with_413_however_it_is_sent_and_
 
 
 @pytest.mark.asyncio
+async def test_a_request_that_asks_for_http2_is_answered_as_it_is() -> None:
+    """Java's HttpClient asks so in its first request to a server."""
+    wish = ("connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAMAAABkAAQAAP__")
+    asked = request_bytes(COMPLETIONS, b'{"prompt": "a", "max_tokens": 3}', *wish)
+    open_ended = asked.replace(b"connection: close\r\n", b"")
+    get = b"GET /health HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
+    async with http_serving(ScriptedEngine()) as (_, address):
+        assert (await exchange(address, asked)).status == 200
+        assert (await exchange(address, get.replace(b"/health", b"http://["))).status == 400
+        several = await exchange(address, open_ended + get * 50 + open_ended + GET_HEALTH)
+        assert several.status == 200
+        assert several.body.count(b"HTTP/1.1 200 OK") == 52
+        assert several.body.count(b'"abc"') == 2
+        host, port = address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        for part in (asked[:-40], asked[-40:-20], asked[-20:]):
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.02)
+        assert b'"abc"' in await reader.read()
+        writer.close()
+
+
+@pytest.mark.asyncio
 async def test_a_client_that_never_stops_sending_is_reset() -> None:
     async with http_serving(ScriptedEngine()) as (server, address):
         host, port = address.split(":")
@@ -220,20 +248,69 @@ async def test_a_client_that_never_stops_sending_is_reset() -> None:
         writer.close()
 
 
+def with_small_buffer(address: str) -> socket.socket:
+    """A connection that takes little of what is not read."""
+    host, port = address.split(":")
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    made.connect((host, int(port)))
+    return made
+
+
+@contextmanager
+def asks_and_reads_nothing(address: str, path: str, body: object) -> Iterator[None]:
+    """A client that sends one request."""
+    with with_small_buffer(address) as stuck:
+        stuck.sendall(request_bytes(path, json.dumps(body).encode()))
+        yield
+
+
 @pytest.mark.asyncio
 async def test_a_reader_that_reads_nothing_is_cut_off_and_its_pages_are_free() -> None:
     engine = ScriptedEngine(step_time=0.0, max_context=1 << 22, stream_buffer_tokens=1 << 20)
     async with http_serving(engine, ServerConfig(stall_limit=0.5)) as (server, address):
-        host, port = address.split(":")
-        stuck = socket.create_connection((host, int(port)))
-        stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        stuck.sendall(request_bytes(COMPLETIONS, json.dumps({"prompt": "x", "stream": True}).encode()))
+        with asks_and_reads_nothing(address, COMPLETIONS, {"prompt": "x", "stream": True}):
+            await eventually(lambda: engine.submitted == 1)
+            await back_to_the_start(engine, server)
+            assert (await post(address, COMPLETIONS, {"prompt": "y", "max_tokens": 3})).status == 200
+            assert server.http is not None
+            await eventually(lambda: server.http is not None and not server.http.connections)
+
+
+@pytest.mark.asyncio
+async def test_a_stream_whose_last_words_nobody_reads_ends_at_the_stall_limit() -> None:
+    engine = ScriptedEngine(text_size=16 << 10)
+    engine.tokenizer.chat_template = "{{ tools }}<tool_call>"
+    # A forced call is shown at its end: one chunk that fills every buffer, and then the end of the stream.
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    asked = {**BODIES[CHAT], "max_tokens": 64, "stream": True, "tools": tools, "tool_choice": "required"}
+    async with http_serving(engine, ServerConfig(stall_limit=0.5)) as (server, address):
+        with asks_and_reads_nothing(address, CHAT, asked):
+            await eventually(lambda: engine.submitted == 1)
+            await back_to_the_start(engine, server)
+            await eventually(lambda: server.http is not None and not server.http.connections)
+
+
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.asyncio
+async def test_who_reads_nothing_of_a_whole_answer_keeps_no_connection(
+    tls: bool, connection: str, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path / "authority")
+    security = authority.server() if tls else SecurityConfig()
+    trusting = ssl.create_default_context(cafile=str(authority.certificate))
+    secure = {"ssl": trusting, "server_hostname": "localhost"} if tls else {}
+    engine = ScriptedEngine(text_size=16 << 10)
+    asked = request_bytes(COMPLETIONS, b'{"prompt": "x", "max_tokens": 128}')
+    asked = asked.replace(b"connection: close", b"connection: %s" % connection.encode())
+    async with http_serving(engine, ServerConfig(stall_limit=0.5, security=security)) as (server, address):
+        _, writer = await asyncio.open_connection(sock=with_small_buffer(address), **secure)
+        writer.write(asked)
         await eventually(lambda: engine.submitted == 1)
-        await back_to_the_start(engine, server)
-        assert (await post(address, COMPLETIONS, {"prompt": "y", "max_tokens": 3})).status == 200
-        assert server.http is not None
         await eventually(lambda: server.http is not None and not server.http.connections)
-        stuck.close()
+        await back_to_the_start(engine, server)
+        writer.transport.abort()
 
 
 @pytest.mark.asyncio
