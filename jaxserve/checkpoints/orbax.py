@@ -36,7 +36,7 @@ def save_orbax(
     quantization: Quantization,
     source: TokenizerSource,
 ) -> None:
-    """Writes a folder, which must not exist. It appears under its name only when it is complete."""
+    """Writes a folder, which must not exist, under its name only when it is complete. Raises CheckpointError."""
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +47,8 @@ def save_orbax(
         write_description(partial, config, dtype, quantization, source)
         partial.chmod(0o755)
         partial.rename(folder)
+    except (OSError, ValueError) as error:  # TensorStore raises a bare ValueError where a disk is full
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
