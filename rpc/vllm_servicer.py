@@ -104,7 +104,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
             uptime_seconds=time.monotonic() - self._began,
             server_type="jaxserve",
             data_parallel_size=1,
-            kv_cache_dtype=engine.config.dtype,
+            kv_cache_dtype=engine.config.kv_dtype or engine.config.dtype,
             model_dtype=engine.config.dtype,
             block_size=engine.config.page_size,
             attention_backend=engine.device.attention,

@@ -145,7 +145,7 @@ def test_a_constraint_goes_with_everything_else(engine: Engine):
             {"regex": "[ab]{12}", "logprobs": 3},
             {"regex": "[ab]{12}", "stop": ["ab"], "include_stop": True},
             {"regex": "[ab]{12}", "logit_bias": {81: -100.0}, "presence_penalty": 2.0, "temperature": 0.5, "seed": 1},
-            {"regex": "[0-9]{3}", "stop_token_ids": list(range(32, 39)), "min_tokens": 2, "max_tokens": 9},
+            {"regex": "[0-9]{3}", "stop_token_ids": list(range(32, 38)), "min_tokens": 2, "max_tokens": 9},
         ],
     )
     assert reported.token_ids == plain.token_ids
