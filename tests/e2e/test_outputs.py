@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from engine_at_rest import all_pages_are_back
@@ -76,15 +77,12 @@ def test_a_stream_has_one_start_and_an_end_for_each_index(engine: Engine):
 
 
 def test_a_stop_string_ends_its_own_sequence_alone(engine: Engine):
-    free = collect(engine.submit(asking(3, tokens=24)))
+    stopping = StoppingParams(max_tokens=24, ignore_eos=True)
+    request = Request(token_ids=PROMPT, sampling=SamplingParams(n=3, seed=7), stopping=stopping)
+    free = collect(engine.submit(request))
     stop = free.outputs[1].text[5:12]
     assert stop not in free.outputs[0].text + free.outputs[2].text
-    request = Request(
-        token_ids=PROMPT,
-        sampling=SamplingParams(n=3, seed=7),
-        stopping=StoppingParams(max_tokens=24, stop=(stop,)),
-    )
-    stopped = collect(engine.submit(request))
+    stopped = collect(engine.submit(replace(request, request_id="stopped", stopping=replace(stopping, stop=(stop,)))))
     assert [output.matched_stop for output in stopped.outputs] == [None, stop, None]
     assert stopped.outputs[1].text == free.outputs[1].text[: free.outputs[1].text.index(stop)]
 

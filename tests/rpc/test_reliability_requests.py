@@ -240,7 +240,7 @@ async def test_a_prompt_at_the_limit_succeeds_and_one_more_is_refused_with_nothi
                     await back_to_the_start(engine, one.server)
                     before = engine.loads()
                     for ask, named in (
-                        (Ask(limit, 1), ("token_ids", "tokenized.input_ids")),
+                        (Ask(limit, 1), ("token_ids", "tokenized.input_ids", "prompt")),
                         (Ask(limit - 1, 2), ("stopping.max_tokens", "sampling_params.max_tokens", "max_tokens")),
                         (Ask(text="word " * (2 * limit), max_tokens=1), ("text", "prompt")),
                     ):
