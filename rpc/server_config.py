@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from rpc.security.config import SecurityConfig
 
 LAST_PORT = 65535
+"""Of TCP."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, TokenType, quants
 
 from jaxserve.checkpoints.gguf_header import Header, TensorInfo, Value, read_header
 from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError, StoredBlocks, StoredTensor, read_bytes
@@ -17,6 +17,7 @@ from jaxserve.models.config import (
     RopeScaling,
     UnsupportedModel,
 )
+from jaxserve.request import MAX_STOP_TOKEN_IDS
 from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer, TokenizerSource
 
 TYPES = tuple(
@@ -59,10 +60,8 @@ _ENDINGS = frozenset(
 """Control tokens that end a text, a turn or a message, whether or not the metadata names them: llama.cpp stops at them
 (`special_eog_ids` in `src/llama-vocab.cpp`). Left out are those of architectures that are not read, and those of
 fill-in-the-middle prompts, after which code goes on."""
-_CONTROL = 3
-"""As in `GGUFTokenizer.token_types`."""
-_MAX_ENDINGS = 4
-"""Most ids that end a sequence: half of a request's `MAX_STOP_TOKEN_IDS` are left to its client."""
+_MAX_ENDINGS = MAX_STOP_TOKEN_IDS // 2
+"""Most ids that end a sequence: the other half are left to a request's client."""
 
 
 def open_gguf(file: Path) -> Checkpoint:
@@ -153,7 +152,7 @@ def _eos_ids(metadata: _Metadata) -> tuple[int, ...]:
     known = [
         id
         for id, (token, kind) in enumerate(zip(tokens, types, strict=False))
-        if kind == _CONTROL and token in _ENDINGS
+        if kind == TokenType.CONTROL and token in _ENDINGS
     ]
     ids = dict.fromkeys([*(id for id in named if id is not None), *known])
     return tuple(ids)[:_MAX_ENDINGS]

@@ -26,7 +26,8 @@ def convert_checkpoint(source: str, folder: str, dtype: str, quantization: Quant
 
 def _check_place(folder: Path) -> None:
     """Finds before anything is loaded that a folder cannot be made. Raises CommandError or OSError."""
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    place = folder.absolute()
+    parent = next(parent for parent in (place, *place.parents) if parent.exists())
     if not parent.is_dir():
         raise CommandError(f"{folder}: cannot be made: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):

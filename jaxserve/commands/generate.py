@@ -277,8 +277,8 @@ async def _read_in_thread(lines: Iterable[bytes]) -> AsyncIterator[bytes]:
 
 
 def run_batch(engine: "Engine", lines: Iterable[bytes], output: BinaryIO) -> ExitStatus:
-    """Serves every line, and says on standard error what came of them. Raises CommandError, and OSError
-    where a result cannot be written."""
+    """Serves every line, and says on standard error what came of them. Raises CommandError, and OSError where a
+    result cannot be written."""
     began = time.monotonic()
     summary = asyncio.run(_run(engine, lines, line_writer(output)))
     seconds = time.monotonic() - began

@@ -61,6 +61,7 @@ def _checked_schema(value: str | bool | Mapping[str, Any], max_bytes: int) -> Ma
         _check_size("json_schema", text, max_bytes)
         schema = json.loads(text)
         wrong = unsupported_keyword(schema)
+        plain = with_plain_names(schema)
     except json.JSONDecodeError as error:
         raise InvalidRequest("json_schema", f"is not JSON: {error}") from None
     except (TypeError, ValueError) as error:
@@ -71,6 +72,6 @@ def _checked_schema(value: str | bool | Mapping[str, Any], max_bytes: int) -> Ma
         raise InvalidRequest("json_schema", wrong)
     if isinstance(schema, bool):
         return {} if schema else {"anyOf": []}
-    if not isinstance(schema, dict):
+    if not isinstance(plain, dict):
         raise InvalidRequest("json_schema", f"must be an object, true or false, got {schema!r:.100}")
-    return with_plain_names(schema)
+    return plain

@@ -65,6 +65,20 @@ def test_further_names_are_all_but_those_that_are_named():
             assert accepts(schema, json.dumps({name: None}, ensure_ascii=False)), (named, name)
 
 
+def test_a_schema_of_any_depth_is_taken_or_refused_by_name():
+    schema: dict[str, Any] = {}
+    depths = list[int]()
+    for depth in range(1, 1000):
+        schema = {"items": schema}
+        if depth % 20 == 0:
+            try:
+                grammar_of(Constraint(json_schema=schema), 1 << 20)
+            except InvalidRequest as error:
+                assert error.reason == "is nested too deeply"
+                depths.append(depth)
+    assert depths and depths[0] > 100 and depths[-1] == 980
+
+
 def test_patterns_beside_further_properties_are_refused_by_name():
     schema = {"items": {"patternProperties": {"^a": {"type": "integer"}}}}
     with pytest.raises(InvalidRequest, match=r"'patternProperties' at \$\.items is supported beside"):
