@@ -16,6 +16,7 @@ the server's gauges are back at their baseline afterwards. Exit status 1 where a
 
 import argparse
 import asyncio
+import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,13 @@ from benchmarks.load.clients import Clients, Run, processes_for
 from benchmarks.load.drawing import draw
 from benchmarks.load.figures import LIMITS, Limits, figures_of
 from benchmarks.load.gauges import Gauges, Sample, open_gauges
-from benchmarks.load.lengths import Lengths
 from benchmarks.load.plan import Load, Mix
-from benchmarks.load.sweep import Trial, highest_rate
+from benchmarks.load.sweep import Trial, highest_rate, parse_range
 from benchmarks.load.targets import Address
 from benchmarks.plots import require_plots
 from benchmarks.summary import Figure, report
+
+from jaxserve.request_errors import EngineUnavailable
 
 DEFAULT_URL = "grpc://127.0.0.1:50051"
 
@@ -46,14 +48,21 @@ def parse_arguments() -> argparse.Namespace:
     what = parser.add_argument_group("load")
     what.add_argument("--load", nargs="+", default=[], metavar="LOAD", help="see above (default: closed:8)")
     what.add_argument("--sweep", metavar="LOW:HIGH", help="find the highest Poisson rate that keeps the limits")
-    what.add_argument("--duration", type=float, default=30.0, help="seconds of a load (default: %(default)s)")
+    what.add_argument("--duration", type=float, default=30.0, help="seconds of a load, but of a trace (%(default)s)")
     what.add_argument("--requests", type=int, help="most requests of a load (default: as many as the duration gives)")
     what.add_argument("--prompt-len", default="128", metavar="LENGTHS", help="(default: %(default)s)")
     what.add_argument("--output-len", default="64", metavar="LENGTHS", help="(default: %(default)s)")
-    what.add_argument("--longest", type=int, default=2048, help="tokens of prompt and output (default: %(default)s)")
+    what.add_argument(
+        "--longest",
+        type=int,
+        default=2048,
+        help="tokens of prompt and output together, whereat what was drawn is cut (default: %(default)s)",
+    )
     what.add_argument("--text", metavar="FILE", help="cut prompts from this text (default: random token ids)")
     what.add_argument("--vocab-size", type=int, default=32000, help="of random ids (default: %(default)s)")
-    what.add_argument("--seed", type=int, default=1)
+    what.add_argument(
+        "--seed", type=int, help="(default: another each time, as a server that has seen a prompt may remember it)"
+    )
     what.add_argument("--processes", type=int, help="clients (default: one for 256 streams, at most one a core)")
     mix = parser.add_argument_group("requests that do not behave, as shares of all")
     mix.add_argument("--cancel-share", type=float, default=0.0, help="the client leaves after some of the tokens")
@@ -99,9 +108,14 @@ class LoadTest:
             arguments.slow_pace,
         )
         self.loads = [Load.parse(word) for word in arguments.load]
-        for word in (arguments.prompt_len, arguments.output_len):
-            Lengths.parse(word, arguments.longest)
+        self.sweep = None if arguments.sweep is None else parse_range(arguments.sweep)
+        self.seed: int = random.randrange(1 << 32) if arguments.seed is None else arguments.seed
         self.results: list[Result] = []
+        # What the clients would fail at: the text, lengths and traces.
+        if arguments.text is not None:
+            Path(arguments.text).read_text(encoding="utf-8")
+        for load in self.loads or [Load.parse("closed:1")]:
+            next(self._part(load).plan(), None)
 
     async def run(self) -> dict[str, object]:
         """Runs everything; the report."""
@@ -111,46 +125,52 @@ class LoadTest:
             for load in self.loads:
                 await self._run_load(load, clients, gauges)
             loads = [{"load": result.load.word, **result.figures} for result in self.results]
-            if self.arguments.sweep is None:
-                return {"url": self.address.url, "processes": count, "loads": loads}
-            rate, trials = await self._sweep(clients, gauges)
+            done = {"url": self.address.url, "processes": count, "seed": self.seed, "loads": loads}
+            if self.sweep is None:
+                return done
+            rate, trials = await self._sweep(*self.sweep, clients, gauges)
             swept = [{"rate": trial.rate, "kept": trial.kept, **trial.figures} for trial in trials]
-            return {"url": self.address.url, "processes": count, "loads": loads, "highest_rate": rate, "trials": swept}
+            return {**done, "highest_rate": rate, "trials": swept}
+
+    def _part(self, load: Load) -> Part:
+        """The whole of a load, with prompts that no load before it had."""
+        options = self.arguments
+        return Part(
+            load=load.word,
+            start=0.0,
+            duration=options.duration,
+            requests=options.requests,
+            prompt_len=options.prompt_len,
+            output_len=options.output_len,
+            longest=options.longest,
+            mix=vars(self.mix),
+            seed=self.seed + len(self.results),
+            vocab_size=options.vocab_size,
+            text=options.text,
+            part=0,
+            parts=1,
+        )
 
     async def _run_load(self, load: Load, clients: Clients, gauges: Gauges | None) -> Result:
-        options = self.arguments
-        if gauges is not None:
-            await gauges.start()
-        run = await clients.run(
-            Part(
-                load=load.word,
-                start=0.0,
-                duration=options.duration,
-                requests=options.requests,
-                prompt_len=options.prompt_len,
-                output_len=options.output_len,
-                longest=options.longest,
-                mix=vars(self.mix),
-                seed=options.seed + len(self.results),
-                vocab_size=options.vocab_size,
-                text=options.text,
-                part=0,
-                parts=1,
-            )
-        )
-        leaked: list[str] = []
-        if gauges is not None:
-            await gauges.stop()
-            leaked = await gauges.await_baseline()
+        run, leaked = Run(), []
+        try:
+            if gauges is not None:
+                await gauges.start()
+            run = await clients.run(self._part(load))
+            if gauges is not None:
+                await gauges.stop()
+                leaked = await gauges.await_baseline()
+        except EngineUnavailable as error:
+            leaked = [f"the server no longer tells its gauges: {error}"]
         samples = [] if gauges is None else gauges.samples
         figures = {**figures_of(run, self.limits, leaked), "gauges_read": gauges is not None}
         result = Result(load, run, samples, figures)
         self.results.append(result)
         return result
 
-    async def _sweep(self, clients: Clients, gauges: Gauges | None) -> tuple[float | None, list[Trial]]:
-        low, high = map(float, self.arguments.sweep.split(":"))
-
+    async def _sweep(
+        self, low: float, high: float, clients: Clients, gauges: Gauges | None
+    ) -> tuple[float | None, list[Trial]]:
         async def attempt(rate: float) -> Trial:
             figures = (await self._run_load(Load.parse(f"poisson:{rate:.4g}"), clients, gauges)).figures
             share = figures["good_share"]
@@ -171,7 +191,11 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"load_test: {error}", file=sys.stderr)
         return 2
-    result = asyncio.run(test.run())
+    try:
+        result = asyncio.run(test.run())
+    except OSError as error:
+        print(f"load_test: {test.address.url}: {str(error) or 'was not ready in time'}", file=sys.stderr)
+        return 2
     if arguments.plot is not None:
         draw(arguments.plot, [(one.load, one.run, one.samples) for one in test.results])
     report(result, arguments.json)  # pyright: ignore[reportArgumentType]

@@ -1,29 +1,29 @@
-"""The load test: its plans are what they say, what a server breaks is seen, and runs on a real server are clean."""
+"""The load test: what a server breaks is seen, and runs on a real server are clean."""
 
-import argparse
 import asyncio
 import json
-import random
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import load_test  # noqa: E402
+from benchmarks.load.client import Part, make_request  # noqa: E402
 from benchmarks.load.clients import Run  # noqa: E402
 from benchmarks.load.figures import Limits, figures_of  # noqa: E402
-from benchmarks.load.gauges import parse_metrics  # noqa: E402
-from benchmarks.load.lengths import Lengths  # noqa: E402
+from benchmarks.load.gauges import Gauges, Sample, open_gauges, parse_metrics  # noqa: E402
 from benchmarks.load.outcome import Outcome, run_planned  # noqa: E402
-from benchmarks.load.plan import Load, Mix, Planned, make_plan  # noqa: E402
+from benchmarks.load.plan import Load, Planned  # noqa: E402
 from benchmarks.load.sweep import Trial, highest_rate  # noqa: E402
-from benchmarks.load.trace import TraceError, read_trace  # noqa: E402
+from benchmarks.load.targets import Address, connect  # noqa: E402
 from benchmarks.plots import Bar, _in_lanes  # noqa: E402
 from benchmarks.server import ServerProcess  # noqa: E402
 from benchmarks.workload import greedy_request  # noqa: E402
@@ -39,82 +39,7 @@ from jaxserve.events import (  # noqa: E402
     Usage,
 )
 from jaxserve.request import Request  # noqa: E402
-from jaxserve.request_errors import QueueFull  # noqa: E402
-
-FIXED = Lengths.parse("8", 100)
-BEHAVED = Mix()
-
-
-def plan(word: str, duration: float = 10.0, requests: int | None = None, mix: Mix = BEHAVED, seed: int = 1):
-    return list(make_plan(Load.parse(word), duration, requests, FIXED, FIXED, mix, seed))
-
-
-# Plans
-
-
-def test_a_plan_follows_from_its_seed():
-    mix = Mix(cancel=0.3)
-    assert plan("poisson:20", mix=mix) == plan("poisson:20", mix=mix)
-    assert plan("poisson:20", mix=mix) != plan("poisson:20", mix=mix, seed=2)
-
-
-def test_a_poisson_load_has_its_rate_and_a_ramp_grows():
-    times = [one.at for one in plan("poisson:50", duration=100.0)]
-    assert len(times) == 5000 and times == sorted(times)
-    assert times[-1] == pytest.approx(100.0, rel=0.06)
-    ramp = [one.at for one in plan("ramp:0-40", duration=100.0)]
-    assert len(ramp) == pytest.approx(2000, rel=0.1)
-    assert sum(at < 50 for at in ramp) == pytest.approx(500, rel=0.2)
-
-
-def test_a_burst_comes_at_once_and_again():
-    assert [one.at for one in plan("burst:3/4", duration=9.0)] == [0, 0, 0, 4, 4, 4, 8, 8, 8]
-
-
-def test_shares_of_requests_do_not_behave():
-    mix = Mix(cancel=0.2, deadline=0.1, slow=0.05, deadline_seconds=0.4)
-    planned = plan("closed:1", requests=4000, mix=mix)
-    shares = {kind: sum(one.behaviour == kind for one in planned) / 4000 for kind in ("cancel", "deadline", "slow")}
-    assert shares == pytest.approx({"cancel": 0.2, "deadline": 0.1, "slow": 0.05}, abs=0.02)
-    assert {one.amount for one in planned if one.behaviour == "deadline"} == {0.4}
-    assert all(0 <= one.amount < one.output_tokens for one in planned if one.behaviour == "cancel")
-    with pytest.raises(ValueError, match="at most 1"):
-        Mix(cancel=0.8, slow=0.3)
-
-
-def test_lengths_have_their_distribution_and_bounds():
-    random_ = random.Random(1)
-    drawn = [Lengths.parse("lognormal:40,0.5", 1000).draw(random_) for _ in range(4001)]
-    assert sorted(drawn)[2000] == pytest.approx(40, abs=2)
-    uniform = [Lengths.parse("uniform:3-9", 7).draw(random_) for _ in range(1000)]
-    assert (min(uniform), max(uniform)) == (3, 7)
-
-
-@pytest.mark.parametrize("word", ["", "closed", "closed:x", "closed:0", "poisson:-1", "trace:", "flood:3", "ramp:1"])
-def test_a_word_that_is_no_load_is_refused(word: str):
-    with pytest.raises(ValueError, match="must be"):
-        Load.parse(word)
-
-
-def test_traces_of_the_usual_kinds_are_read(tmp_path: Path):
-    azure = tmp_path / "azure.csv"
-    azure.write_text(
-        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-        "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n"
-    )
-    mooncake = tmp_path / "mooncake.jsonl"
-    mooncake.write_text('{"timestamp": 3000, "input_length": 6755, "output_length": 500}\n')
-    ours = tmp_path / "ours.jsonl"
-    ours.write_text(
-        '{"timestamp": 9, "prompt_tokens": 3, "output_tokens": 4}\n{"timestamp": 7.5, "prompt_tokens": 1, "output_tokens": 2}\n'
-    )
-    assert [(round(at, 3), *rest) for at, *rest in read_trace(azure)] == [(0.0, 374, 44), (4.315, 396, 109)]
-    assert read_trace(mooncake) == [(0.0, 6755, 500)]
-    assert read_trace(ours) == [(0.0, 1, 2), (1.5, 3, 4)]
-    ours.write_text('{"timestamp": 1, "prompt_tokens": 3}\n')
-    with pytest.raises(TraceError, match=r"entry 1: .*output_tokens"):
-        read_trace(ours)
-
+from jaxserve.request_errors import EngineUnavailable, QueueFull  # noqa: E402
 
 # What a server breaks
 
@@ -238,6 +163,95 @@ def test_gauges_are_read_from_prometheus_text():
     assert (sample.running, sample.waiting, sample.pages_used) == (3.0, 2.0, 0.25)
 
 
+# What the program makes of its options, and of servers that fail
+
+
+def load_test_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> load_test.LoadTest:
+    monkeypatch.setattr(sys, "argv", ["load_test", *words])
+    return load_test.LoadTest(load_test.parse_arguments())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--sweep", "8"], "LOW:HIGH"),
+        (["--sweep", "8:2"], "less than HIGH"),
+        (["--load", "trace:/nowhere.csv"], "/nowhere.csv"),
+        (["--text", "/nowhere.txt"], "/nowhere.txt"),
+        (["--prompt-len", "2000"], "2000 and an output of 64 tokens are over 2048"),
+        (["--output-len", "uniform:9-3"], "uniform:9-3"),
+        (["--sweep", "1:2", "--prompt-len", "0"], "'0': must be"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_sent(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], says: str
+):
+    with pytest.raises((ValueError, OSError), match=says):
+        load_test_of(monkeypatch, *words)
+
+
+def test_a_second_run_sends_other_prompts_unless_it_is_told_the_seed(monkeypatch: pytest.MonkeyPatch):
+    def prompt(*words: str) -> tuple[int, ...] | None:
+        part = load_test_of(monkeypatch, *words)._part(Load.parse("closed:1"))
+        return make_request(Planned(0, None, 8, 8), part, None).token_ids
+
+    assert prompt() != prompt()
+    assert prompt("--seed", "3") == prompt("--seed", "3")
+
+
+async def test_a_server_that_is_gone_is_reported_with_what_was_seen_of_it(monkeypatch: pytest.MonkeyPatch):
+    reads = iter([Sample(0.0, 0, 0, 8, 0)])
+
+    async def read() -> Sample:
+        for sample in reads:
+            return sample
+        raise EngineUnavailable("connection refused")
+
+    class Sent:
+        async def run(self, part: Part) -> Run:
+            return Run([timed(0.1, 0.02)])
+
+    test = load_test_of(monkeypatch)
+    for requests in (1, 0):  # gone in a load, and before one
+        result = await test._run_load(Load.parse("closed:1"), Sent(), Gauges(read))  # type: ignore[arg-type]
+        assert (result.figures["requests"], result.figures["broken"]) == (requests, 1)
+        assert "connection refused" in result.figures["broken_first"][0]
+
+
+async def test_a_connection_that_the_server_closes_is_a_refusal():
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, connect(Address(f"http://127.0.0.1:{port}")) as target:
+        outcome = await run_planned(target, Planned(7, None, 1, 3), greedy_request((1,), 3), 0.0)
+    assert (outcome.ending, outcome.broken) == ("refused", [])
+
+
+async def test_gauges_are_read_by_https_from_a_server_of_a_trusted_authority_alone(tmp_path: Path):
+    authority = trustme.CA()
+    trusted = tmp_path / "authority.pem"
+    authority.cert_pem.write_to_path(str(trusted))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    text = "jaxserve:num_requests_running 3\n"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {len(text)}\r\n\r\n{text}".encode())
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+    url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server:
+        async with open_gauges(Address(url, root_certificates=str(trusted))) as gauges:
+            assert gauges is not None
+            await gauges.start()
+            await gauges.stop()
+            assert gauges.samples[0].running == 3
+        with pytest.raises(OSError, match="certificate"):
+            async with open_gauges(Address(url)):
+                pass
+
+
 # A real server, which simulates its device
 
 
@@ -288,13 +302,9 @@ def test_it_sweeps(server: ServerProcess):
 
 def test_a_page_that_does_not_come_back_fails_the_test(server: ServerProcess, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("benchmarks.load.gauges.PATIENCE", 0.0)
-    arguments = argparse.Namespace(
-        **dict.fromkeys(("api_key_file", "root_certificates", "sweep", "processes", "text", "plot")),
-        url=f"grpc://{server.address}", load=["closed:2"], limit=[], good_share=0.99, json=False,
-        cancel_share=0.0, deadline_share=0.0, slow_share=0.0, deadline=1.0, slow_pace=0.1,
-        duration=30.0, requests=4, prompt_len="4", output_len="4", longest=64, vocab_size=1000, seed=1,
-    )  # fmt: skip
-    test = load_test.LoadTest(arguments)
+    lengths = ["--prompt-len", "4", "--output-len", "4", "--longest", "64", "--vocab-size", "1000"]
+    url = ["--url", f"grpc://{server.address}"]
+    test = load_test_of(monkeypatch, *url, "--load", "closed:2", "--requests", "4", *lengths)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, server.address], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

@@ -53,13 +53,15 @@ class Part:
 
     def plan(self) -> Iterator[Planned]:
         """This client's requests."""
-        load, half = Load.parse(self.load), self.longest // 2
-        prompts, outputs = Lengths.parse(self.prompt_len, half), Lengths.parse(self.output_len, half)
-        plan = make_plan(load, self.duration, self.requests, prompts, outputs, Mix(**self.mix), self.seed)
+        load = Load.parse(self.load)
+        prompts, outputs = Lengths.parse(self.prompt_len), Lengths.parse(self.output_len)
+        plan = make_plan(load, self.duration, self.requests, prompts, outputs, self.longest, Mix(**self.mix), self.seed)
+        # A client without a stream sends nothing.
+        parts = min(self.parts, round(load.amount)) if load.kind == "closed" else self.parts
         for planned in plan:
             if planned.at is None and time.monotonic() > self.start + self.duration:
                 return
-            if planned.index % self.parts == self.part:
+            if planned.index % parts == self.part:
                 yield planned
 
 

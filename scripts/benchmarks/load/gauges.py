@@ -4,11 +4,12 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.load.targets import Address
+from benchmarks.load.targets import Address, http_errors, http_session
+from jaxserve.request_errors import EngineUnavailable
 
 if TYPE_CHECKING:
     import aiohttp
@@ -62,7 +63,8 @@ class Gauges:
             await asyncio.gather(self._sampling, return_exceptions=True)
 
     async def await_baseline(self) -> list[str]:
-        """Waits until the server is where it was before; what is not after PATIENCE seconds."""
+        """Waits until the server is where it was before; what is not after PATIENCE seconds. Raises EngineUnavailable
+        where it does not answer."""
         baseline, deadline = self.samples[0], time.monotonic() + PATIENCE
         while True:
             now = await self._read()
@@ -80,7 +82,7 @@ class Gauges:
 @asynccontextmanager
 async def open_gauges(address: Address) -> AsyncGenerator[Gauges | None]:
     """The gauges of a server that is ready; None where it has none that can be read. Raises TimeoutError where none is
-    ready in time."""
+    ready in time, and OSError where its certificate is not trusted."""
     if address.is_grpc:
         async with address.grpc_client() as client:
             await client.wait_until_ready(READY_TIMEOUT)
@@ -92,32 +94,28 @@ async def open_gauges(address: Address) -> AsyncGenerator[Gauges | None]:
 
             yield Gauges(by_grpc)
         return
-    import aiohttp
-
-    headers = {} if address.api_key is None else {"authorization": f"Bearer {address.api_key}"}
-    async with aiohttp.ClientSession(headers=headers) as session:
+    async with http_session(address) as session:
         base = address.url.rstrip("/")
         await _await_health(session, base + "/health")
         url = base + "/metrics"
 
         async def by_http() -> Sample:
-            async with session.get(url) as response:
-                return parse_metrics(await response.text())
+            with http_errors():
+                async with session.get(url) as response:
+                    return parse_metrics(await response.text())
 
         async with session.get(url) as response:
-            has_metrics = response.status == 200
-        yield Gauges(by_http) if has_metrics else None
+            has_gauges = response.status == 200 and "num_requests_running" in await response.text()
+        yield Gauges(by_http) if has_gauges else None
 
 
 async def _await_health(session: "aiohttp.ClientSession", url: str) -> None:
     async with asyncio.timeout(READY_TIMEOUT):
         while True:
-            try:
+            with suppress(EngineUnavailable), http_errors():  # it does not listen yet
                 async with session.get(url) as response:
                     if response.status == 200:
                         return
-            except OSError:
-                pass  # it does not listen yet
             await asyncio.sleep(INTERVAL)
 
 

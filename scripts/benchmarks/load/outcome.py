@@ -35,11 +35,6 @@ class Outcome:
     error: str = ""
 
     @property
-    def first_token(self) -> float | None:
-        """Seconds to the first token; None where none came."""
-        return self.arrivals[0] - self.sent if self.arrivals else None
-
-    @property
     def gaps(self) -> list[float]:
         """Seconds between messages."""
         return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]

@@ -10,13 +10,13 @@ A load is written as one word:
 """
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.latency import poisson_times
 from benchmarks.load.lengths import Lengths
 from benchmarks.load.trace import read_trace
 
@@ -35,10 +35,6 @@ class Planned:
     behaviour: Behaviour = "complete"
     amount: float = 0.0
     """Of `cancel` the tokens after which the client leaves, of `deadline` seconds, of `slow` seconds a message."""
-
-    def to_json(self) -> dict[str, object]:
-        """For the client's process."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -87,11 +83,13 @@ class Load:
         kind, _, rest = word.partition(":")
         try:
             match kind:
-                case "closed" | "poisson":
+                case "closed":
+                    load = Load(word, kind, int(rest))
+                case "poisson":
                     load = Load(word, kind, float(rest))
                 case "burst":
                     size, _, every = rest.partition("/")
-                    load = Load(word, kind, float(size), float(every or 10))
+                    load = Load(word, kind, int(size), float(every or 10))
                 case "ramp":
                     first, _, last = rest.partition("-")
                     load = Load(word, kind, float(last), float(first))
@@ -104,7 +102,8 @@ class Load:
         except ValueError as error:
             forms = "closed:N, poisson:RATE, burst:N/SECONDS, ramp:A-B or trace:FILE"
             raise ValueError(f"{word!r}: must be {forms}") from error
-        if load.amount <= 0 or load.other < 0:
+        is_finite = 0 < load.amount < math.inf and 0 <= load.other < math.inf
+        if not is_finite or (kind == "burst" and load.other == 0):
             raise ValueError(f"{word!r}: must be positive")
         return load
 
@@ -117,9 +116,7 @@ class Load:
                 yield from itertools.repeat(None, requests or 1_000_000)
                 return
             case "poisson":
-                count = requests or max(1, round(self.amount * duration))
-                yield from poisson_times(0.0, self.amount, count, seed)
-                return
+                places = _ramp(self.amount, self.amount, duration, random_)
             case "burst":
                 places = (turn * self.other for turn in itertools.count() for _ in range(round(self.amount)))
             case "ramp":
@@ -142,16 +139,29 @@ def _ramp(first: float, last: float, duration: float, random_: random.Random) ->
 
 
 def make_plan(
-    load: Load, duration: float, requests: int | None, prompts: Lengths, outputs: Lengths, mix: Mix, seed: int
+    load: Load,
+    duration: float,
+    requests: int | None,
+    prompts: Lengths,
+    outputs: Lengths,
+    longest: int,
+    mix: Mix,
+    seed: int,
 ) -> Iterator[Planned]:
-    """The requests of a load. The same seed gives the same plan. Raises TraceError."""
+    """The requests of a load. Of one that is longer than `longest` tokens the prompt is cut until the shortest output
+    has room, and then the output. The same seed gives the same plan. Raises ValueError where no request has room, and
+    TraceError."""
     random_ = random.Random(seed)
     if load.kind == "trace":
         entries = read_trace(Path(load.file))[:requests]
         for index, (at, prompt, output) in enumerate(entries):
-            prompt, output = min(prompt, prompts.longest), min(output, outputs.longest)
+            prompt = min(prompt, longest - 1)
+            output = min(output, longest - prompt)
             yield Planned(index, at, prompt, output, *mix.draw(random_, output))
         return
+    if prompts.least + outputs.least > longest:
+        raise ValueError(f"a prompt of {prompts.least} and an output of {outputs.least} tokens are over {longest}")
     for index, at in enumerate(load.times(duration, requests, seed)):
-        prompt, output = prompts.draw(random_), outputs.draw(random_)
+        prompt = prompts.draw(random_, longest - outputs.least)
+        output = outputs.draw(random_, longest - prompt)
         yield Planned(index, at, prompt, output, *mix.draw(random_, output))

@@ -18,6 +18,18 @@ class Trial:
     figures: dict[str, Figure | list[str]]
 
 
+def parse_range(word: str) -> tuple[float, float]:
+    """Reads LOW:HIGH. Raises ValueError."""
+    low, _, high = word.partition(":")
+    try:
+        rates = float(low), float(high)
+    except ValueError as error:
+        raise ValueError(f"{word!r}: must be LOW:HIGH") from error
+    if not 0 < rates[0] < rates[1]:
+        raise ValueError(f"{word!r}: LOW must be less than HIGH, and more than 0")
+    return rates
+
+
 async def highest_rate(
     attempt: Callable[[float], Awaitable[Trial]], low: float, high: float
 ) -> tuple[float | None, list[Trial]]:

@@ -3,8 +3,8 @@
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
@@ -114,6 +114,20 @@ def _vllm_request(request: Request) -> vllm_engine_pb2.GenerateRequest:
     return message
 
 
+@contextmanager
+def http_errors() -> Iterator[None]:
+    """Raises EngineUnavailable where a server gives no answer, or breaks off in one. That its certificate is not
+    trusted stays aiohttp's own error, an OSError."""
+    import aiohttp
+
+    try:
+        yield
+    except (TimeoutError, aiohttp.ClientSSLError):
+        raise
+    except aiohttp.ClientError as error:
+        raise EngineUnavailable(f"{type(error).__name__}: {error}") from error
+
+
 class HttpTarget:
     """`POST /v1/completions`, streamed, with token ids and usage."""
 
@@ -123,7 +137,7 @@ class HttpTarget:
 
     async def send(self, request: Request, timeout: float | None) -> AsyncGenerator[Event]:
         """As `Target.send`; a deadline is a client that leaves."""
-        try:
+        with http_errors():
             async with asyncio.timeout(timeout), self._session.post(self._url, json=_body(request)) as response:
                 if response.status != 200:
                     raise _refusal(response.status, (await response.read()).decode(errors="replace")[:500])
@@ -141,10 +155,6 @@ class HttpTarget:
                         reason = choice["finish_reason"] or reason
                     if chunk.get("usage") is not None and reason is not None:
                         yield _finished(request.request_id, reason, chunk["usage"])
-        except TimeoutError:
-            raise  # an OSError, too
-        except OSError as error:  # of which aiohttp's errors of connections are a kind
-            raise EngineUnavailable(f"{type(error).__name__}: {error}") from error
 
 
 def _body(request: Request) -> dict[str, object]:
@@ -178,7 +188,8 @@ def _finished(request_id: str, reason: str, usage: dict[str, int]) -> Finished:
 
 
 @asynccontextmanager
-async def _http_target(address: Address) -> AsyncGenerator[Target]:
+async def http_session(address: Address) -> AsyncGenerator["aiohttp.ClientSession"]:
+    """A session that shows the address's key, and trusts its authorities."""
     try:
         import aiohttp
     except ImportError as error:
@@ -190,6 +201,12 @@ async def _http_target(address: Address) -> AsyncGenerator[Target]:
     connector = aiohttp.TCPConnector(limit=0, ssl=context or True)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
+        yield session
+
+
+@asynccontextmanager
+async def _http_target(address: Address) -> AsyncGenerator[Target]:
+    async with http_session(address) as session:
         yield HttpTarget(session, address.url)
 
 
