@@ -7,9 +7,7 @@ repeated and medians taken. With --json the last line is one JSON object.
 """
 
 import argparse
-import json
 import os
-import random
 import statistics
 import sys
 import time
@@ -20,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.engine_arguments import add_engine_arguments, add_run_arguments, engine_config
 from benchmarks.matmul_floor import MatmulFloor
+from benchmarks.summary import report
+from benchmarks.workload import greedy_request, random_prompts
 
 from jaxserve import Engine
 from jaxserve.core.messages import StepRecord
-from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request import Request
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,17 +39,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_requests(arguments: argparse.Namespace, vocab_size: int, seed: int) -> list[Request]:
     """Prompts that share no prefix, and are not in the prefix cache."""
-    random_ = random.Random(seed)
-    length = arguments.output_len
-    return [
-        Request(
-            token_ids=tuple(random_.randrange(vocab_size) for _ in range(arguments.prompt_len)),
-            sampling=SamplingParams(temperature=0.0),
-            stopping=StoppingParams(max_tokens=length, ignore_eos=True),
-            output=OutputParams(return_text=False),
-        )
-        for _ in range(arguments.requests)
-    ]
+    prompts = random_prompts(arguments.requests, arguments.prompt_len, vocab_size, seed)
+    return [greedy_request(prompt, arguments.output_len) for prompt in prompts]
 
 
 def run_round(engine: Engine, arguments: argparse.Namespace, seed: int) -> tuple[float, float, list[StepRecord]]:
@@ -130,10 +121,7 @@ def main() -> int:
         "device": engine.device.device_kind,
     }
     engine.shutdown()
-    for name, value in result.items():
-        print(f"{name:24} {value}")
-    if arguments.json:
-        print(json.dumps(result))
+    report(result, arguments.json)
     return 0
 
 
