@@ -5,7 +5,9 @@ import json
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import load_test  # noqa: E402
-from benchmarks.load.client import Part, make_request  # noqa: E402
+from benchmarks.load.client import Client, Part, make_request  # noqa: E402
 from benchmarks.load.clients import Run  # noqa: E402
 from benchmarks.load.figures import Limits, figures_of  # noqa: E402
 from benchmarks.load.gauges import Gauges, Sample, open_gauges, parse_metrics  # noqa: E402
@@ -115,6 +117,15 @@ def test_a_refusal_and_a_deadline_that_was_set_are_no_fault():
     assert outcome_of(QueueFull(3, 1.0)).ending == "refused"
     deadline = outcome_of(STARTED, TimeoutError(), behaviour="deadline", amount=0.1)
     assert (deadline.ending, deadline.broken) == ("deadline", [])
+
+
+async def test_a_closed_loop_that_is_refused_does_not_ask_again_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("benchmarks.load.client.REFUSED_PAUSE", 0.1)
+    part = load_test_of(monkeypatch, "--load", "closed:2", "--duration", "0.25")._part(Load.parse("closed:2"))
+    await Client(Script(QueueFull(3, 1.0))).run(replace(part, start=time.monotonic()))
+    assert 2 <= capsys.readouterr().out.count('"ending": "refused"') <= 6
 
 
 # Figures

@@ -26,6 +26,9 @@ from rpc.event_loop import new_event_loop
 
 PROGRESS_INTERVAL = 0.5
 """Seconds between progress lines."""
+REFUSED_PAUSE = 1.0
+"""Seconds after which a stream of a closed loop comes again that was refused: asking without a pause would take the
+server's time from the requests that it serves, and the share of refusals would be that of how fast it says no."""
 CHARACTERS_A_TOKEN = 4
 """Of English text, about."""
 
@@ -85,6 +88,8 @@ class Client:
             self._counts["open"] -= 1
             self._counts["tokens"] += outcome.tokens
             tell("outcome", vars(outcome))
+            if outcome.ending == "refused" and load.kind == "closed":
+                await asyncio.sleep(REFUSED_PAUSE)
 
         reporting = asyncio.create_task(self._report())
         await asyncio.sleep(max(0.0, part.start - time.monotonic()))
