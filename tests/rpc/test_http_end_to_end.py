@@ -180,8 +180,10 @@ async def test_a_forced_call_is_a_call_whatever_its_schema_leaves_out(
         patch.setattr(type(engine.tokenizer), "chat_template", "{{ tools }}<tool_call>")
         async with openai_serving(lent(engine)) as (_, client):
             one = {"tool_choice": {"type": "function", "function": {"name": "f"}}, "parallel_tool_calls": False}
-            answers = [await client.chat.completions.create(**asked, **one)]
-            answers += [await client.chat.completions.create(**asked, tool_choice="required")]
+            answers = await asyncio.gather(
+                client.chat.completions.create(**asked, **one),
+                client.chat.completions.create(**asked, tool_choice="required"),
+            )
     called = Counter[str]()
     for choice in (choice for answer in answers for choice in answer.choices):
         if choice.finish_reason == "length":
@@ -230,10 +232,13 @@ async def test_what_the_client_parses_into_classes_is_held_to_them(engine: "Engi
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(engine.tokenizer), "chat_template", "{{ tools }}<tool_call>")
         async with openai_serving(lent(engine)) as (_, client):
-            said = await client.chat.completions.parse(**asked, response_format=Paint, n=3, seed=1)
-            called = await client.chat.completions.parse(**asked, tools=tools, tool_choice="required", seed=2)
+            whole = asyncio.gather(
+                client.chat.completions.parse(**asked, response_format=Paint, n=3, seed=1),
+                client.chat.completions.parse(**asked, tools=tools, tool_choice="required", seed=2),
+            )
             async with client.chat.completions.stream(**asked, tools=tools, tool_choice="required", seed=2) as stream:
                 streamed = await stream.get_final_completion()
+            said, called = await whole
     assert all(isinstance(choice.message.parsed, Paint) for choice in said.choices) and len(said.choices) == 3
     for answer in (called, streamed):
         (call,) = answer.choices[0].message.tool_calls
