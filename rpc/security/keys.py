@@ -70,10 +70,12 @@ def add_key(path: Path, tenant: str, is_admin: bool = False) -> str:
     """Makes a key, adds its line to a file, which is made if need be, and returns the key. Raises KeyFileError."""
     if not _TENANT.fullmatch(tenant):
         raise KeyFileError(f"tenant: must be 1 to 64 letters, digits, dots, dashes or underscores, got {tenant!r}")
-    if path.exists():
-        read_keys(path)
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     line = f"{tenant}  {hash_of(key).hex()}{'  admin' if is_admin else ''}\n"
+    if path.exists():
+        read_keys(path)
+        if not path.read_bytes().endswith(b"\n"):
+            line = "\n" + line  # an editor may leave the last line without its end
     try:
         with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8") as file:
             file.write(line)

@@ -31,6 +31,15 @@ def test_a_tenant_may_have_two_keys_while_one_replaces_the_other(tmp_path: Path)
     assert keys.principal_of(old) == keys.principal_of(new) == Principal("acme")
 
 
+def test_a_key_is_added_after_a_last_line_that_has_no_end(tmp_path: Path):
+    file = tmp_path / "keys"
+    old = add_key(file, "acme")
+    file.write_text(file.read_text().removesuffix("\n"))
+    new = add_key(file, "beta")
+    keys = KeyFile(file)
+    assert (keys.principal_of(old), keys.principal_of(new)) == (Principal("acme"), Principal("beta"))
+
+
 @pytest.mark.parametrize(
     "line", ["acme", "acme 1234", "a/b " + 64 * "0", "acme " + 64 * "0" + " root", "acme " + 64 * "0" + " admin x"]
 )
