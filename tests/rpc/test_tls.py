@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 from certificates import Authority
+from cryptography.hazmat.primitives import serialization
 from scripted_engine import ScriptedEngine
 from serving import serving
 
 from jaxserve.request_errors import EngineUnavailable
 from rpc.client import AsyncClient, Client, Credentials
 from rpc.security.config import SecurityConfig
-from rpc.security.tls import TlsError
+from rpc.security.tls import TlsError, TlsFiles
 from rpc.server import Server
 from rpc.server_config import ServerConfig
 
@@ -89,6 +90,18 @@ async def test_files_that_do_not_belong_together_are_refused_before_the_port_is_
     with pytest.raises(ValueError, match="both or neither"):
         SecurityConfig(tls_cert=cert)
     await server.stop(0.0)
+
+
+def test_a_private_key_that_is_encrypted_is_refused_and_nobody_is_asked_for_its_passphrase(tmp_path: Path):
+    cert, plain = Authority(tmp_path / "authority").issue("server")
+    encrypted = tmp_path / "encrypted.key"
+    cipher = serialization.BestAvailableEncryption(b"a passphrase")
+    key = serialization.load_pem_private_key(Path(plain).read_bytes(), None)
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    encrypted.write_bytes(key.private_bytes(encoding, form, cipher))
+    for use in (TlsFiles.grpc_credentials, TlsFiles.ssl_context):
+        with pytest.raises(TlsError, match=r"encrypted\.key: the private key is encrypted"):
+            use(TlsFiles(Path(cert), encrypted))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.test"])
