@@ -73,8 +73,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _feed(self, data: bytes) -> None:
         """Parses, as uvicorn does, but requests that ask for another protocol are answered as if they had not, which a
         server may do (RFC 9110, 7.8). The parser takes what follows such a head for that protocol; a new one reads the
-        head once more without the wish, and then what follows."""
-        self._unset_keepalive_if_required()
+        head once more without the wish, and then what follows. Only a new request counts as life of a connection that
+        waits for one: the rest of a body that no route has read does not."""
         pieces = [memoryview(data)]
         while pieces and not self.transport.is_closing():
             piece = pieces.pop()
@@ -107,6 +107,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request has come so far."""
         self._in_message = True
+        self._unset_keepalive_if_required()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:

@@ -104,6 +104,29 @@ async def test_those_who_take_their_time_are_closed_and_hold_up_nobody(tls: bool
         await back_to_the_start(engine, server)
 
 
+async def test_the_rest_of_a_body_that_was_answered_unread_keeps_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpc.http.listener.KEEP_ALIVE", 1.0)
+    health, length = b"GET /health HTTP/1.1\r\nhost: test\r\n", b"content-length: 2\r\n\r\n"
+    async with http_serving(ScriptedEngine()) as (server, address):
+
+        async def answered(request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            reader, writer = await asyncio.open_connection(*address.split(":"))
+            writer.write(request)
+            assert await reader.readuntil(b'{"status":"ready"}')
+            return reader, writer
+
+        trickling, complete = await answered(health + length), await answered(health + length)
+        again = await answered(health + length)
+        trickling[1].write(b"0")
+        complete[1].write(b"00")
+        again[1].write(b"00" + health + b"\r\n")  # the rest, and a further request behind it
+        assert await again[0].readuntil(b'{"status":"ready"}')
+        for reader, writer in (trickling, complete, again):
+            assert await asyncio.wait_for(reader.read(), 60) == b""
+            writer.close()
+        await eventually(lambda: server.http is not None and not server.http.connections)
+
+
 def ask_and_leave(address: str, count: int) -> None:
     """So many connections at a time, each of which comes so far with a request, and is then reset."""
     asked = [
