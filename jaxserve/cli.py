@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ from jaxserve.request import SamplingParams, StoppingParams
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 SERVED = {"core": "process"}
 """What a served engine has other than EngineConfig says: its loop shares no GIL with the protocol."""
@@ -147,8 +150,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     def report(event: dict[str, object]) -> None:
         nonlocal listening
         listening = listening or event["event"] == "listening"
-        with output_errors():
-            print_report(event)
+        try:
+            with output_errors():
+                print_report(event)
+        except (BrokenPipeError, OutputError) as error:
+            if event["event"] not in ("draining", "stopped"):
+                raise
+            # Whoever read that the server was ready may have gone since: it still leaves in good order.
+            logger.warning("%s is not told: %r", event["event"], error)
 
     def start() -> "Engine":
         engine = start_engine(config)

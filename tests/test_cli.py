@@ -363,6 +363,21 @@ def test_serve_refuses_a_port_that_is_none(field: str, capsys: pytest.CaptureFix
         assert f"{field}: must be in [0, 65535], got {port}" in error
 
 
+def test_serve_leaves_in_good_order_though_nobody_reads_its_reports_any_more():
+    command = [sys.executable, "-m", "jaxserve", "serve", "--grpc-port", "0", "--simulated-step-ms", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None and server.stderr is not None
+            assert [json.loads(server.stdout.readline())["event"] for _ in range(2)] == ["listening", "ready"]
+            server.stdout.close()
+            server.send_signal(signal.SIGTERM)
+            errors = server.stderr.read()
+            assert server.wait(timeout=PATIENCE) == 0, errors
+        finally:
+            server.kill()
+    assert "draining is not told: BrokenPipeError" in errors
+
+
 def test_serve_reports_its_states_and_leaves_in_good_order_at_sigterm():
     command = [sys.executable, "-m", "jaxserve", "serve", "--grpc-port", "0", "--simulated-step-ms", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
