@@ -137,6 +137,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    # gRPC reads this as it is imported, and has no other setting for it. Left alone it tells of every failed handshake
+    # on standard error, in lines that are no JSON.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from rpc.lifecycle import PortUnavailable
     from rpc.security.config import SecurityConfig
     from rpc.serve import print_report, serve

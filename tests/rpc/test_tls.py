@@ -1,6 +1,10 @@
 """Reliability 31: no handshake, no call. Certificates are made here."""
 
 import asyncio
+import json
+import socket
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import pytest
 from certificates import Authority
 from cryptography.hazmat.primitives import serialization
 from scripted_engine import ScriptedEngine
-from serving import serving
+from serving import PATIENCE, serving
 
 from jaxserve.request_errors import EngineUnavailable
 from rpc.client import AsyncClient, Client, Credentials
@@ -102,6 +106,25 @@ def test_a_private_key_that_is_encrypted_is_refused_and_nobody_is_asked_for_its_
     for use in (TlsFiles.grpc_credentials, TlsFiles.ssl_context):
         with pytest.raises(TlsError, match=r"encrypted\.key: the private key is encrypted"):
             use(TlsFiles(Path(cert), encrypted))
+
+
+def test_handshakes_that_fail_write_nothing_among_the_logs(authority: Authority):
+    cert, key = authority.issue("server")
+    command = [sys.executable, "-m", "jaxserve", "serve", "--grpc-port", "0", "--simulated-step-ms", "1"]
+    command += ["--tls-cert", cert, "--tls-key", key]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            port = json.loads(server.stdout.readline())["port"]
+            for garbage in (b"GET / HTTP/1.1\r\n\r\n", bytes(range(200))):
+                with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
+                    connection.sendall(garbage)
+                    assert connection.recv(1) == b""
+            server.terminate()
+            _, errors = server.communicate(timeout=PATIENCE)
+        finally:
+            server.kill()
+    assert server.returncode == 0 and "andshake" not in errors, errors
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.test"])
