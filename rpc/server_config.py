@@ -51,11 +51,13 @@ class ServerConfig:
     """Keys and certificates."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a port that is none, and where the address would let others in without keys or TLS."""
+        """Raises ValueError for a port or endpoint that is none, and where others are let in without keys or TLS."""
         for name in ("grpc_port", "http_port", "metrics_port"):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= LAST_PORT:  # gRPC would listen on another one
                 raise ValueError(f"{name}: must be in [0, {LAST_PORT}], got {port}")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_endpoint: must be a URL, as http://127.0.0.1:4318, got {self.otlp_endpoint!r}")
         self.security.check_host(self.host)
 
     @property

@@ -118,6 +118,12 @@ async def test_each_request_is_one_span_under_its_senders_with_the_conventions_a
     }
 
 
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:4318", "grpc://127.0.0.1:4317", ""])
+def test_an_endpoint_that_is_no_url_is_refused_and_not_tried_for_ever(endpoint: str) -> None:
+    with pytest.raises(ValueError, match="otlp_endpoint: must be a URL"):
+        ServerConfig(otlp_endpoint=endpoint)
+
+
 @pytest.mark.asyncio
 async def test_times_of_requests_are_histograms_by_operation_and_failure() -> None:
     engine = ScriptedEngine(step_time=0.01)
