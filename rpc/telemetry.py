@@ -1,5 +1,6 @@
 """OpenTelemetry's exporters: spans and histograms by OTLP over HTTP. Needs the extra `otel`."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -58,8 +59,11 @@ class Telemetry:
 
     def close(self) -> None:
         """Exports what is left, for at most twice `EXPORT_TIMEOUT`. Blocks."""
-        self._tracers.force_flush(round(1000 * EXPORT_TIMEOUT))
+        # It exports batch after batch, however many there are, whatever timeout it is given.
+        flushing = threading.Thread(target=self._tracers.force_flush, name="jaxserve-spans", daemon=True)
+        flushing.start()
         self._meters.shutdown(timeout_millis=1000 * EXPORT_TIMEOUT)
+        flushing.join(EXPORT_TIMEOUT)
 
 
 def telemetry_to(endpoint: str) -> Telemetry:

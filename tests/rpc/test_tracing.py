@@ -13,10 +13,11 @@ from http_serving import openai_client
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from scripted_engine import ScriptedEngine
-from serving import back_to_the_start
+from serving import PATIENCE, back_to_the_start
 
 from rpc.server import Server
 from rpc.server_config import ServerConfig
+from rpc.telemetry import telemetry_to
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
@@ -116,6 +117,22 @@ async def test_each_request_is_one_span_under_its_senders_with_the_conventions_a
         "gen_ai.server.time_to_first_token",
         "gen_ai.server.time_per_output_token",
     }
+
+
+def test_spans_that_no_collector_takes_do_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpc.telemetry.EXPORT_TIMEOUT", 0.1)
+    telemetry = telemetry_to("http://127.0.0.1:9")
+    closed, flushed = threading.Event(), threading.Event()
+
+    def flush(*_: object) -> None:
+        """Batch after batch, each to its timeout."""
+        if closed.wait(PATIENCE):
+            flushed.set()
+
+    monkeypatch.setattr(telemetry._tracers, "force_flush", flush)
+    telemetry.close()
+    closed.set()
+    assert flushed.wait(PATIENCE)
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:4318", "grpc://127.0.0.1:4317", ""])
