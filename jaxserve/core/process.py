@@ -28,7 +28,9 @@ ORPHAN_SECONDS = 1.0
 def main() -> int:
     """Runs a core, or the replicas of one, until the other end says Shutdown or goes away."""
     share_one_arena()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front decides when to stop
+    # A terminal interrupts, and a service manager ends, every process of a server; the front decides when to stop.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     configure_logging()
     # What JAX's allocator takes of a GPU; JAX reads it when it first looks for one, and has no other setting for it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))

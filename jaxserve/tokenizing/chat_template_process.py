@@ -85,7 +85,9 @@ def answer(render: Callable[[], str], max_characters: int) -> dict[str, str]:
 
 def main() -> None:
     """Answers lines until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's interrupt is for the server, which ends this program
+    # What a terminal or a service manager sends to every process is for the server, which ends this program.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # would be inherited where the server ignores it
     lines = sys.stdin.buffer
     settings = json.loads(lines.readline())

@@ -54,6 +54,15 @@ def test_a_verdict_is_found_out_once(checker: ConstraintChecker):
         os.kill(process_of(checker), signal.SIGCONT)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_for_the_whole_server_ends_no_check(checker: ConstraintChecker, number: signal.Signals):
+    checker.grammar(Constraint(regex=f"before {number}"))
+    process = process_of(checker)
+    os.kill(process, number)
+    checker.grammar(Constraint(regex=f"after {number}"))
+    assert process_of(checker) == process
+
+
 def test_after_its_process_has_died_the_next_is_compiled_in_a_new_one(checker: ConstraintChecker):
     checker.grammar(Constraint(regex="before"))
     dead = process_of(checker)

@@ -182,7 +182,8 @@ async def test_sigterm_by_every_protocol_turns_health_first_and_within_100_ms_an
             for speaker in late:
                 assert await speaker.is_serving()  # they are connected
             assert (await jetstream.HealthCheck(orchestrator_pb2.HealthCheckRequest())).is_live
-            server.signal(signal.SIGTERM)
+            for pid in process_tree(server.process.pid):  # as a service manager does
+                os.kill(pid, signal.SIGTERM)
             signalled = clock.seconds
 
             async def refused(speaker: Speaker) -> None:

@@ -120,6 +120,17 @@ def test_a_template_is_usable_after_it_was_ended():
         assert template.render([], add_generation_prompt=False) == "False"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_for_the_whole_server_ends_no_renderer(number: signal.Signals):
+    template = ChatTemplate("{{ messages | length }}", {}, LIMITS)
+    assert template.render([]) == "0"
+    process = template._renderer.process
+    assert process is not None
+    os.kill(process.pid, number)
+    assert template.render(MESSAGES) == "2"
+    assert template._renderer.process is process
+
+
 def test_a_renderer_that_was_killed_is_started_again():
     template = ChatTemplate("{{ messages | length }}", {}, LIMITS)
     assert template.render([]) == "0"
