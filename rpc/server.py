@@ -204,7 +204,7 @@ class Server:
         await self._server.stop(FLUSH_TIME)
         for listener in (self.http, self.metrics):
             if listener is not None:
-                await listener.stop()
+                await listener.stop(lambda: drained and time.monotonic() < deadline and not self._hurry.is_set())
         if self._telemetry is not None:
             await _in_daemon_thread(self._telemetry.close, "jaxserve-telemetry")
         for threads in (self._tokenizing, self._compiling):

@@ -75,9 +75,13 @@ class LingeringTransport(asyncio.Transport):
         self._written += len(data)
         self._transport.write(data)
 
+    def get_write_buffer_size(self) -> int:
+        """Bytes that the system has not taken yet; under TLS not all of them are seen."""
+        return self._transport.get_write_buffer_size()
+
     def stalled(self, now: float) -> float:
         """Seconds for which the peer has been seen to take nothing of what it is sent. `now`: any clock's."""
-        left = self._transport.get_write_buffer_size()
+        left = self.get_write_buffer_size()
         taken = self._written - left
         if not left or taken != self._taken:
             self._taken, self._moved = taken, now

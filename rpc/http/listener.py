@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Callable
 from functools import partial
 
 import uvicorn
@@ -26,7 +27,7 @@ that a reader that reads nothing is noticed late."""
 STALL_LOOKS = 8
 """At each connection within the stall limit; it is kept to an eighth."""
 FLUSH_TIME = 0.5
-"""Seconds that responses may take to end when the listener stops; what they answer has ended before."""
+"""Seconds that connections may take to close when the listener stops; what they answer has ended before."""
 
 
 class HttpListener:
@@ -133,11 +134,15 @@ class HttpListener:
     def _on_lost(self) -> None:
         self._open -= 1
 
-    async def stop(self) -> None:
-        """Closes the port and every connection. Idempotent."""
+    async def stop(self, is_patient: Callable[[], bool]) -> None:
+        """Closes the port and every connection. Idempotent.
+
+        Args:
+            is_patient: whether clients that read still have time to take what they were sent.
+        """
         if self._ticking is None or self._accepting is None or self._watching is None:
             return
-        for task in (self._accepting, self._watching, *self._handshakes):
+        for task in (self._accepting, *self._handshakes):
             task.cancel()
         ticking, self._ticking = self._ticking, None
         self._server.should_exit = True
@@ -145,9 +150,13 @@ class HttpListener:
         connections = self._server.server_state.connections
         for connection in list(connections):
             connection.shutdown()
-        deadline = time.monotonic() + FLUSH_TIME
-        while connections and time.monotonic() < deadline:
+        closed = time.monotonic() + FLUSH_TIME
+        while connections and (
+            time.monotonic() < closed
+            or (is_patient() and any(one.transport.get_write_buffer_size() for one in connections))
+        ):
             await asyncio.sleep(0.01)
+        self._watching.cancel()
         for connection in list(connections):
             assert isinstance(connection, BoundedProtocol)
             connection.transport.abort()  # its reader reads nothing

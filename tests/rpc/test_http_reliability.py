@@ -15,7 +15,7 @@ from certificates import Authority
 from http_serving import RawAnswer, exchange, http_serving, openai_client, post, request_bytes
 from running_time import RunningTime, forget_peak, peak_resident_bytes, resident_bytes
 from scripted_engine import ScriptedEngine
-from serving import ServerProcess, back_to_the_start, eventually, server_process
+from serving import PATIENCE, ServerProcess, back_to_the_start, eventually, server_process
 
 from rpc.http.lingering import LINGER_BYTES
 from rpc.security.config import SecurityConfig
@@ -289,6 +289,32 @@ async def test_a_stream_whose_last_words_nobody_reads_ends_at_the_stall_limit() 
             await eventually(lambda: engine.submitted == 1)
             await back_to_the_start(engine, server)
             await eventually(lambda: server.http is not None and not server.http.connections)
+
+
+@pytest.mark.asyncio
+async def test_a_drain_leaves_a_slow_reader_the_grace_to_take_the_end_of_its_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rpc.http.listener.FLUSH_TIME", 0.0)
+    loop = asyncio.get_running_loop()
+    async with http_serving(ScriptedEngine(step_time=0.0, text_size=2000)) as (server, address):
+        with with_small_buffer(address) as reader:
+            reader.setblocking(False)
+            await loop.sock_sendall(reader, request_bytes(COMPLETIONS, b'{"prompt": "x", "max_tokens": 200}'))
+            answer = bytearray(await loop.sock_recv(reader, 4096))
+            stopping = asyncio.create_task(server.stop(grace=PATIENCE))
+            while len(server.calls):
+                answer += await loop.sock_recv(reader, 4096)
+            # The server has given all away, and the buffers on the way are full of it.
+            listener = server.http
+            assert listener is not None
+            await eventually(lambda: listener._ticking is None)
+            await asyncio.wait((stopping,), timeout=0.2)
+            while piece := await loop.sock_recv(reader, 1 << 16):
+                answer += piece
+        assert await stopping
+    head, _, whole = bytes(answer).partition(b"\r\n\r\n")
+    assert f"content-length: {len(whole)}".encode() in head
 
 
 @pytest.mark.parametrize("connection", ["close", "keep-alive"])
