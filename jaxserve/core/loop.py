@@ -307,6 +307,7 @@ class StepLoop:
             return
         self._unpublished = NOTHING
         gauges = self._scheduler.gauges(self._runner.compiles_after_warmup)
+        record = record and replace(record, waiting=gauges.waiting)
         outputs = retired.outputs + ended
         for output in outputs:
             if output.finish_reason is not None:

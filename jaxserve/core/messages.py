@@ -195,6 +195,8 @@ class StepRecord:
     """Computing what they might choose, part of `host_seconds`; the device computes the forward meanwhile."""
     replica: int = 0
     """Whose step it was; each counts its own."""
+    waiting: int = 0
+    """Requests that waited in this replica when it told of the step."""
 
 
 @dataclass(frozen=True, slots=True)

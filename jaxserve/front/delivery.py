@@ -98,7 +98,7 @@ class Delivery:
                     self.gauges = gauges
                     if record is not None:
                         self.step_records.append(record)
-                        self.statistics.on_step(record, gauges)
+                        self.statistics.on_step(record)
                     # A sequence may be gone: a stop string ended it, and the core had not heard of that yet.
                     for handle, token in zip(handles, tokens, strict=True):
                         if (sequence := self._requests.get(handle)) is not None:

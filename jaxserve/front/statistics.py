@@ -4,10 +4,10 @@ Plain numbers without a format; `rpc.metrics` gives them to Prometheus. One thre
 """
 
 from bisect import bisect_left
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
-from jaxserve.core.messages import Gauges, StepRecord
+from jaxserve.core.messages import StepRecord
 from jaxserve.events import Finished, FinishReason
 
 IDLE_WINDOW = 60.0
@@ -18,7 +18,6 @@ _BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.
 _HOST_STEP = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _LAGS = (1, 2, 3, 4, 6, 8, 16)
-
 
 _PLANNED_AHEAD = 2
 """Steps that are planned when one is told of: they may have given slots, not free yet, to the last who waited."""
@@ -51,6 +50,27 @@ class Distribution:
         return low
 
 
+class _SlotReuse:
+    """The slots of one replica, from a sequence's last token to the slot's next owner."""
+
+    def __init__(self) -> None:
+        self._freed: dict[int, int] = {}
+        """By slot: the step that freed it."""
+        self._waiting: deque[int] = deque(maxlen=_PLANNED_AHEAD)
+        """After the latest steps."""
+
+    def lags(self, record: StepRecord) -> list[int]:
+        """Of the slots that a step found with new owners, where requests waited for them: how many steps after their
+        last token."""
+        freed = [self._freed.pop(slot, None) for slot in record.given_slots]
+        if not record.waiting:
+            self._freed.clear()  # nobody waits: a slot that stays free is no lag
+        if record.waiting or any(self._waiting):
+            self._freed.update(dict.fromkeys(record.freed_slots, record.step))
+        self._waiting.append(record.waiting)
+        return [record.step - step for step in freed if step is not None]
+
+
 class Statistics:
     """Counters and distributions. Times are in seconds."""
 
@@ -75,26 +95,17 @@ class Statistics:
         """As `Usage.completion_tokens` counts them."""
         self.finished = {reason.value: 0 for reason in FinishReason}
         """Sequences that ended, by reason."""
-        self._freed: dict[int, int] = {}
-        """By slot: the step that freed it."""
-        self._waiting: deque[int] = deque(maxlen=_PLANNED_AHEAD)
-        """After the latest steps."""
+        self._reuse: defaultdict[int, _SlotReuse] = defaultdict(_SlotReuse)
+        """By replica."""
 
     # Called by the one thread that delivers
 
-    def on_step(self, record: StepRecord, gauges: Gauges) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """A step is done."""
         self.iteration_tokens.observe(record.sequences + record.chunk_tokens)
         self.host_step.observe(record.host_seconds)
-        for slot in record.given_slots:
-            freed = self._freed.pop(slot, None)
-            if freed is not None:
-                self.slot_reuse_lag.observe(record.step - freed)
-        if not gauges.waiting:
-            self._freed.clear()  # nobody waits: a slot that stays free is no lag
-        if gauges.waiting or any(self._waiting):
-            self._freed.update(dict.fromkeys(record.freed_slots, record.step))
-        self._waiting.append(gauges.waiting)
+        for lag in self._reuse[record.replica].lags(record):
+            self.slot_reuse_lag.observe(lag)
 
     def on_start(self, prompt_tokens: int) -> None:
         """A request holds a slot."""

@@ -2,19 +2,14 @@
 
 import pytest
 
-from jaxserve.core.messages import Gauges, StepRecord
+from jaxserve.core.messages import StepRecord
 from jaxserve.events import Finished, FinishReason, Timings, Usage
 from jaxserve.front.statistics import Distribution, Statistics, device_idle_ratio
 
 
-def record(step: int, dispatched: float, retired: float, host: float = 0.0, **slots: list[int]) -> StepRecord:
-    changed = {"given_slots": [], "taken_slots": [], "freed_slots": [], **slots}
+def record(step: int, dispatched: float, retired: float, host: float = 0.0, **fields: object) -> StepRecord:
+    changed = {"given_slots": [], "taken_slots": [], "freed_slots": [], **fields}
     return StepRecord(step, 2, 16, dispatched, retired, host, 0.0, **changed)
-
-
-def gauges(waiting: int) -> Gauges:
-    values = dict.fromkeys(Gauges.__dataclass_fields__, 0)
-    return Gauges(**{**values, "waiting": waiting})
 
 
 def test_a_value_is_counted_at_the_first_bound_that_is_not_below_it() -> None:
@@ -59,11 +54,20 @@ def test_a_request_that_never_ran_has_no_prefill_and_no_decode() -> None:
 
 def test_reuse_lag_counts_only_while_requests_wait() -> None:
     statistics = Statistics()
-    statistics.on_step(record(1, 0, 1, freed_slots=[0, 1]), gauges(waiting=1))
-    statistics.on_step(record(3, 1, 2, given_slots=[0]), gauges(waiting=0))
-    statistics.on_step(record(9, 2, 3, given_slots=[1]), gauges(waiting=0))
+    statistics.on_step(record(1, 0, 1, freed_slots=[0, 1], waiting=1))
+    statistics.on_step(record(3, 1, 2, given_slots=[0]))
+    statistics.on_step(record(9, 2, 3, given_slots=[1]))
     assert statistics.slot_reuse_lag.sum == 2
     assert sum(statistics.slot_reuse_lag.counts) == 1
+
+
+def test_reuse_lag_counts_only_while_requests_wait_in_the_same_replica() -> None:
+    statistics = Statistics()
+    statistics.on_step(record(1, 0, 1, freed_slots=[0], waiting=1))
+    statistics.on_step(record(1, 0, 1, freed_slots=[1], replica=1))
+    statistics.on_step(record(2, 1, 2, given_slots=[0]))
+    statistics.on_step(record(9, 1, 2, given_slots=[1], replica=1))
+    assert (statistics.slot_reuse_lag.sum, sum(statistics.slot_reuse_lag.counts)) == (1, 1)
 
 
 def test_the_device_is_idle_where_the_host_worked_between_steps_and_not_where_there_was_nothing_to_do() -> None:

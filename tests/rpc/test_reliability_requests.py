@@ -19,7 +19,7 @@ from running_time import RunningTime
 from serving import back_to_the_start, eventually, lent
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm_pb
 
-from jaxserve.core.messages import Gauges, StepRecord
+from jaxserve.core.messages import StepRecord
 from jaxserve.engine import Engine
 from jaxserve.request import Constraint, Request, StoppingParams
 from rpc.v1 import jaxserve_pb2 as pb
@@ -61,9 +61,9 @@ def steps(small: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     found: list[Step] = []
     on_step = small.statistics.on_step
 
-    def noted(record: StepRecord, gauges: Gauges) -> None:
-        found.append(Step(record.retired, gauges.available_pages))
-        on_step(record, gauges)
+    def noted(record: StepRecord) -> None:
+        found.append(Step(record.retired, small.loads().available_pages))
+        on_step(record)
 
     monkeypatch.setattr(small.statistics, "on_step", noted)
     return found
