@@ -17,6 +17,9 @@ from rpc.served_engine import ServedEngine
 
 FRAME_INTERVAL = 0.2
 """Seconds between frames."""
+MAX_STEPS = 200
+"""Steps that one frame tells of: those of a millisecond since the frame before. A page that is opened, for which the
+event loop of every stream follows all of them at once, begins with as many."""
 MAX_VIEWERS = 16
 """Pages that may look at once."""
 WINDOW = 10.0
@@ -40,20 +43,20 @@ class Lanes:
     def __init__(self, slots: int, replicas: int = 1):
         self.kinds = [EMPTY] * (slots * replicas)
         self.owners = [0] * (slots * replicas)
-        self._slots = slots
         self._owners = 0
+        self._latest: list[tuple[set[int], set[int]]] = [(set(), set())] * replicas
+        """By replica: the slots that still had work after its latest step, and those that had a prompt's in it."""
 
     def follow(self, records: Iterable[StepRecord], epoch: float) -> list[Change]:
         """The changes that steps made, in order. `epoch`: monotonic seconds at which time begins."""
         changes: list[Change] = []
         for record in records:
             start, end = record.dispatched - epoch, record.retired - epoch
-            prompts = set(record.prompt_slots)
-            taken = set(record.taken_slots)
-            working = dict.fromkeys(record.slots, DECODE) | dict.fromkeys(prompts, PROMPT)
-            first = record.replica * self._slots
-            for slot in range(first, first + self._slots):
-                kind = working.get(slot, EMPTY)
+            working, prompts, taken = set(record.slots), set(record.prompt_slots), set(record.taken_slots)
+            before, prompts_before = self._latest[record.replica]
+            # Of a thousand slots, those that may do something else than in the step before.
+            for slot in sorted((working ^ before) | prompts | prompts_before | taken):
+                kind = PROMPT if slot in prompts else DECODE if slot in working else EMPTY
                 if slot in taken:
                     self._owners += 1
                     self.owners[slot] = self._owners
@@ -61,6 +64,7 @@ class Lanes:
                     self._change(changes, slot, kind, start)
             for slot in record.freed_slots:
                 self._change(changes, slot, EMPTY, end)
+            self._latest[record.replica] = working.difference(record.freed_slots), prompts
         return changes
 
     def clear(self, now: float) -> list[Change]:
@@ -69,6 +73,7 @@ class Lanes:
         for slot, kind in enumerate(self.kinds):
             if kind != EMPTY:
                 self._change(changes, slot, EMPTY, now)
+        self._latest = [(set(), set())] * len(self._latest)
         return changes
 
     def _change(self, changes: list[Change], slot: int, kind: int, when: float) -> None:
@@ -210,9 +215,9 @@ def _event(frame: dict[str, object]) -> bytes:
 
 
 def _since(records: Sequence[StepRecord], seen: StepRecord | None) -> list[StepRecord]:
-    """The records after one of them, oldest first."""
+    """The records after one of them, oldest first, or the latest."""
     found: list[StepRecord] = []
-    for record in islice(reversed(list(records)), 1000):
+    for record in islice(reversed(list(records)), MAX_STEPS):
         if record is seen:
             break
         found.append(record)

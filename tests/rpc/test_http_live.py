@@ -10,7 +10,7 @@ from http_serving import exchange, http_serving
 from scripted_engine import ScriptedEngine
 
 from jaxserve.core.messages import StepRecord
-from rpc.http.live import DECODE, EMPTY, MAX_VIEWERS, PROMPT, Lanes
+from rpc.http.live import DECODE, EMPTY, MAX_STEPS, MAX_VIEWERS, PROMPT, Lanes
 
 
 def step(number: int, slots: list[int], **changes: list[int]) -> StepRecord:
@@ -84,6 +84,18 @@ async def test_the_feed_begins_with_the_whole_picture_and_goes_on_with_what_chan
         assert [change[:3] for change in frame["changes"]] == [[2, PROMPT, 1], [2, DECODE, 1], [2, EMPTY, 1]]
         assert frame["pages"] == [0, 0, engine.total_pages]
         assert (await viewer.frame())["changes"] == []
+
+
+@pytest.mark.asyncio
+async def test_a_page_that_is_opened_begins_with_the_latest_steps_and_not_with_all_that_are_known() -> None:
+    engine = ScriptedEngine()
+    engine.step_records = [step(number, [number % 8]) for number in range(4096)]
+    async with http_serving(engine) as (_, address), Viewer(address) as viewer:
+        await viewer.frame()
+        changes = (await viewer.frame())["changes"]
+    assert isinstance(changes, list)
+    # Each step has one slot more and one less than the step before; the last one's is cleared, for nothing runs.
+    assert len(changes) == 2 * MAX_STEPS
 
 
 @pytest.mark.asyncio
