@@ -18,6 +18,11 @@ class EventStream(Protocol):
 
     request_id: str
 
+    @property
+    def origin(self) -> object:
+        """The same for every reader of one request."""
+        ...
+
     def __aiter__(self) -> AsyncIterator[Event]: ...
 
     def cancel(self) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from typing import cast
+from weakref import WeakKeyDictionary, finalize
 
 import grpc
 import grpc.aio
@@ -46,6 +47,8 @@ class _TracedEngine:
     def __init__(self, engine: ServedEngine, telemetry: Telemetry):
         self._engine = engine
         self._telemetry = telemetry
+        self._kept: WeakKeyDictionary[object, _Trace] = WeakKeyDictionary()
+        """Of requests whose streams outlive their readers, by the stream."""
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._engine, name)
@@ -53,34 +56,45 @@ class _TracedEngine:
     def submit_all(self, requests: Sequence[Request]) -> Sequence[EventStream]:
         began = time.time_ns()
         streams, model = self._engine.submit_all(requests), self._engine.model_name
-        return [
-            _TracedStream(stream, self._telemetry, request, model, began)
-            for stream, request in zip(streams, requests, strict=True)
-        ]
+        traces = [_Trace(self._telemetry, request, model, began) for request in requests]
+        for stream, trace in zip(streams, traces, strict=True):
+            if trace.request.output.resumable:
+                self._kept[stream.origin] = trace
+                finalize(stream.origin, trace.end).atexit = False  # nobody has read its end
+        return [_TracedStream(stream, trace) for stream, trace in zip(streams, traces, strict=True)]
+
+    def attach(self, request_id: str, from_token: int) -> EventStream:
+        stream = self._engine.attach(request_id, from_token)
+        trace = self._kept.get(stream.origin)
+        if trace is None:  # of a request that was not submitted here
+            return stream
+        trace.left = None
+        return _TracedStream(stream, trace)
+
+    def shutdown(self, grace: float = 0.0) -> bool:
+        finished = self._engine.shutdown(grace)
+        for trace in list(self._kept.values()):
+            trace.end()
+        return finished
 
 
 class _TracedStream:
     """The events of a request; its last one ends the span."""
 
-    def __init__(self, stream: EventStream, telemetry: Telemetry, request: Request, model: str, began: int):
+    def __init__(self, stream: EventStream, trace: "_Trace"):
         self.request_id = stream.request_id
+        self.origin = stream.origin
         self._stream = stream
-        self._telemetry = telemetry
-        self._request = request
-        self._model = model
-        self._began = began
-        self._parent = _parent.get()
-        self._finished: list[Finished] = []
-        self._ended = False
+        self._trace = trace
 
     def leave(self) -> None:
-        if not self._ended:
-            self._end()  # nobody may read on
+        self._trace.left = time.time_ns()
+        if not self._trace.request.output.resumable:
+            self._trace.end()  # nobody may read on
         self._stream.leave()
 
     def cancel(self) -> None:
-        if not self._ended:
-            self._end()  # nobody may read on
+        self._trace.end()  # nobody may read on
         self._stream.cancel()
 
     def __aiter__(self) -> AsyncIterator[Event]:
@@ -89,17 +103,40 @@ class _TracedStream:
     async def __anext__(self) -> Event:
         event = await self._stream.__anext__()  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(event, Finished):
-            self._finished.append(event)
-            if len(self._finished) == self._request.sampling.n and not self._ended:
-                self._end()
+            self._trace.add(event)
         return event
 
-    def _end(self) -> None:
+
+class _Trace:
+    """What becomes a request's span and its values of the histograms."""
+
+    def __init__(self, telemetry: Telemetry, request: Request, model: str, began: int):
+        self.request = request
+        self.left: int | None = None
+        """Nanoseconds of the epoch since when nobody reads."""
+        self._telemetry = telemetry
+        self._model = model
+        self._began = began
+        self._parent = _parent.get()
+        self._finished: dict[int, Finished] = {}
+        """By index: each reader of a stream is told of every sequence's end."""
+        self._ended = False
+
+    def add(self, finished: Finished) -> None:
+        """A sequence has ended."""
+        self._finished.setdefault(finished.index, finished)
+        if len(self._finished) == self.request.sampling.n:
+            self.end()
+
+    def end(self) -> None:
+        """The request has ended, or nobody will know when. Idempotent."""
         from opentelemetry.trace import SpanKind, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+        if self._ended:
+            return
         self._ended = True
-        request, finished = self._request, self._finished
+        request, finished = self.request, list(self._finished.values())
         operation = "text_completion" if request.messages is None else "chat"
         common = {
             "gen_ai.operation.name": operation,
@@ -121,8 +158,9 @@ class _TracedStream:
         errors = [one.error for one in finished if one.finish_reason is FinishReason.ERROR]
         if errors:
             span.set_status(StatusCode.ERROR, errors[0])
-        span.end()
-        times.setdefault(DURATION, (time.time_ns() - self._began) / 1e9)  # its reader left before its end
+        ended = self.left or time.time_ns()
+        span.end(ended)
+        times.setdefault(DURATION, (ended - self._began) / 1e9)  # its reader left before its end
         for name, seconds in times.items():
             self._telemetry.histograms[name].record(seconds, common)
 

@@ -52,6 +52,11 @@ class RequestStream:
         self._finished: deque[Finished] = deque()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
+    @property
+    def origin(self) -> "RequestStream":
+        """Where the events come from, to be told apart from other requests'."""
+        return self
+
     def cancel(self) -> None:
         """Aborts the request; the stream then ends with FinishReason.ABORT. No-op once it has ended."""
         self._cancel()

@@ -127,6 +127,11 @@ class StreamReader:
         self._next = 0
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
+    @property
+    def origin(self) -> ResumableStream:
+        """Where the events come from: the same for each reader of a request."""
+        return self._stream
+
     def cancel(self) -> None:
         """Ends the request, not only the reading."""
         self._stream.cancel()

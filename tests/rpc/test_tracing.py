@@ -13,8 +13,10 @@ from http_serving import openai_client
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from scripted_engine import ScriptedEngine
-from serving import PATIENCE, back_to_the_start
+from serving import PATIENCE, back_to_the_start, lent, serving
+from test_attach import broken_after, fields
 
+from jaxserve.engine import Engine
 from rpc.server import Server
 from rpc.server_config import ServerConfig
 from rpc.telemetry import telemetry_to
@@ -117,6 +119,27 @@ async def test_each_request_is_one_span_under_its_senders_with_the_conventions_a
         "gen_ai.server.time_to_first_token",
         "gen_ai.server.time_per_output_token",
     }
+
+
+@pytest.mark.asyncio
+async def test_a_request_whose_stream_is_taken_up_again_is_one_span_that_ends_with_it() -> None:
+    with (
+        collector() as (endpoint, spans, histograms),
+        Engine(simulated_step_ms=4.0, slots=8, max_context=256) as engine,
+    ):
+        async with serving(lent(engine), ServerConfig(grpc_port=0, otlp_endpoint=endpoint)) as (_, client):
+            taken_up, deltas = await broken_after(client, 10, fields())
+            left, _ = await broken_after(client, 10, fields())
+            await client.attach(taken_up, sum(len(delta.token_ids) for delta in deltas)).text()
+            await back_to_the_start(engine)
+            await client.attach(taken_up).text()  # which has ended
+    ends = {attributes["gen_ai.response.id"]: attributes for attributes in map(attributes_of, spans)}
+    assert len(spans) == 2
+    assert ends[taken_up]["gen_ai.response.finish_reasons"] == ["length"] and "error.type" not in ends[taken_up]
+    assert ends[taken_up]["gen_ai.usage.output_tokens"] == 60
+    assert ends[left]["gen_ai.response.finish_reasons"] == ["abort"]
+    points = histograms["gen_ai.server.request.duration"].histogram.data_points
+    assert {(attributes_of(point).get("error.type"), point.count) for point in points} == {(None, 1), ("abort", 1)}
 
 
 def test_spans_that_no_collector_takes_do_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
