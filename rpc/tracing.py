@@ -125,6 +125,7 @@ class _Trace:
     def add(self, finished: Finished) -> None:
         """A sequence has ended."""
         self._finished.setdefault(finished.index, finished)
+        self.left = None  # who left was not the last to read
         if len(self._finished) == self.request.sampling.n:
             self.end()
 

@@ -1,6 +1,7 @@
 """Spans and histograms as a collector gets them, from gRPC and from HTTP."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from serving import PATIENCE, back_to_the_start, lent, serving
 from test_attach import broken_after, fields
 
 from jaxserve.engine import Engine
+from jaxserve.request_errors import StreamTaken
 from rpc.server import Server
 from rpc.server_config import ServerConfig
 from rpc.telemetry import telemetry_to
@@ -133,13 +135,26 @@ async def test_a_request_whose_stream_is_taken_up_again_is_one_span_that_ends_wi
             await client.attach(taken_up, sum(len(delta.token_ids) for delta in deltas)).text()
             await back_to_the_start(engine)
             await client.attach(taken_up).text()  # which has ended
+            moved = client.generate("Once", **fields())
+            before = aiter(moved)
+            await anext(before)
+            after = aiter(client.attach(moved.request_id))
+            await anext(after)  # before the first connection is known to be broken
+            with pytest.raises(StreamTaken):
+                async for _ in before:
+                    pass
+            moved_on = time.time_ns()
+            async for _ in after:
+                pass
     ends = {attributes["gen_ai.response.id"]: attributes for attributes in map(attributes_of, spans)}
-    assert len(spans) == 2
+    assert len(spans) == 3
+    (last,) = [span for span in spans if attributes_of(span)["gen_ai.response.id"] == moved.request_id]
+    assert last.end_time_unix_nano > moved_on
     assert ends[taken_up]["gen_ai.response.finish_reasons"] == ["length"] and "error.type" not in ends[taken_up]
     assert ends[taken_up]["gen_ai.usage.output_tokens"] == 60
     assert ends[left]["gen_ai.response.finish_reasons"] == ["abort"]
     points = histograms["gen_ai.server.request.duration"].histogram.data_points
-    assert {(attributes_of(point).get("error.type"), point.count) for point in points} == {(None, 1), ("abort", 1)}
+    assert {(attributes_of(point).get("error.type"), point.count) for point in points} == {(None, 2), ("abort", 1)}
 
 
 def test_spans_that_no_collector_takes_do_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
