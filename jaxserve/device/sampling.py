@@ -106,15 +106,26 @@ def _draw(weights: Weights, thresholds: Thresholds, rows: Upload) -> Tokens:
         return jnp.where(weights >= jnp.expand_dims(thresholds, range(1, weights.ndim)), weights, 0.0)
 
     table = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % COLUMN))).reshape(weights.shape[0], COLUMN, -1)
-    sums = jnp.cumsum(row_sums(table, within), axis=-1)
-    # Just under 1, so that rounding cannot carry the target past the last token.
-    target = _uniform(rows.seed, rows.length) * (1 - 2**-20) * sums[:, -1]
-    column = jnp.minimum(jnp.sum(sums <= target[:, None], axis=-1), sums.shape[1] - 1)
+    columns = row_sums(table, within)
+    sums = jnp.cumsum(columns, axis=-1)
+    target = _uniform(rows.seed, rows.length) * sums[:, -1]
+    column = _first_beyond(columns, sums, target)
     inside = within(jnp.take_along_axis(table, column[:, None, None], axis=2)[:, :, 0])
     before = jnp.where(column > 0, jnp.take_along_axis(sums, jnp.maximum(column - 1, 0)[:, None], axis=1)[:, 0], 0.0)
-    place = jnp.sum(jnp.cumsum(inside, axis=-1) <= (target - before)[:, None], axis=-1)
-    last = jnp.max(jnp.where(inside > 0, jnp.arange(COLUMN), 0), axis=-1)
-    return (jnp.minimum(place, last) * table.shape[2] + column).astype(jnp.int32)
+    place = _first_beyond(inside, jnp.cumsum(inside, axis=-1), target - before)
+    return (place * table.shape[2] + column).astype(jnp.int32)
+
+
+def _first_beyond(
+    weights: Float[Array, "row weighed"], sums: Float[Array, "row weighed"], target: Float[Array, " row"]
+) -> Int32[Array, " row"]:
+    """The first of each row's weights whose running sum is beyond the target, or the last: of those that are not 0.
+
+    Running sums are made in parallel and rounded on different ways: they may rise, or fall, where a weight is 0.
+    """
+    places, weighs = jnp.arange(weights.shape[1]), weights > 0
+    first = jnp.min(jnp.where(weighs & (sums > target[:, None]), places, weights.shape[1]), axis=-1)
+    return jnp.minimum(first, jnp.max(jnp.where(weighs, places, 0), axis=-1))
 
 
 def _uniform(seed: Int32[Array, " row"], position: Int32[Array, " row"]) -> Float[Array, " row"]:

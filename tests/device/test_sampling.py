@@ -157,6 +157,21 @@ def test_what_a_constraint_leaves_is_drawn_as_often_as_it_is_likely_in_it():
     assert_drawn_from(shares, expected(np.where(allowed, LOGITS, -np.inf), top_k=12))
 
 
+def test_what_is_not_allowed_is_not_drawn_where_rounding_of_running_sums_leaves_a_gap_for_it():
+    """Of the 2^24 numbers that a draw may take, those of these seeds at this position fall into such gaps."""
+    random = np.random.default_rng(7)
+    allowed = random.random(49_152) < 0.001
+    weights = jnp.asarray(np.where(allowed, random.random(len(allowed)), 0), jnp.float32)
+    seeds = jnp.asarray([5168952, 3429781, 12542764, 4780129], jnp.int32)
+    rows = Upload.unpack(jnp.zeros(Upload.size(len(seeds), 0, 1), jnp.int32), len(seeds), 0)
+    rows = replace(rows, features=jnp.full_like(seeds, SAMPLES), seed=seeds, length=jnp.full_like(seeds, 9))
+    unused = jnp.zeros(len(seeds))
+    tokens = jax.jit(draw_tokens)(
+        jnp.broadcast_to(weights, (len(seeds), len(weights))), unused, unused.astype(int), rows
+    )
+    assert allowed[tokens].all()
+
+
 def test_features_of_other_rows_change_no_token():
     rows = Upload.unpack(jnp.zeros(Upload.size(3, 0, 1), jnp.int32), 3, 0)
     asked = [0, SAMPLES, SAMPLES | TOP_P]
