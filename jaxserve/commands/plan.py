@@ -144,7 +144,8 @@ def plan_text(plan: Plan) -> str:
     device = plan["device"]
     lines = [
         f"{plan['replicas']} x {plan['tensor_parallel']} {device['kind']}, each {_size(device['memory'])} of memory "
-        f"for programs, {device['bandwidth'] / 1e9:,.0f} GB/s, {device['flops'] / 1e12:,.0f} TFLOP/s in bfloat16",
+        f"for programs, {device['bandwidth'] / 1e9:,.0f} GB/s, {device['flops'] / 1e12:,.0f} TFLOP/s in bfloat16, "
+        f"{device['int8_ops'] / 1e12:,.0f} in int8",
         f"weights {_size(plan['weights_bytes'])}; cache {plan['cache_bytes_per_token'] / 1024:,.1f} KiB a token; "
         f"attention {plan['attention']}",
     ]

@@ -38,6 +38,13 @@ class ModelCost:
     """Of keys, values and their scales over all layers."""
     sliding_window: int | None
     """Positions that a token attends to at most."""
+    products_in_int8: bool
+    """Both sides of the products with weights are int8. Those of int4 are not: its activations stay as they are."""
+
+    def products(self, device: Device, tokens: int, logits: int) -> float:
+        """Seconds that the products with weights take at the device's rate: of tokens, and of rows that get logits."""
+        rate = device.int8_ops if self.products_in_int8 else device.flops
+        return (tokens * self.flops_per_token + logits * self.flops_per_logits) / rate
 
     def attended(self, context: int) -> int:
         """Positions that the last token of a context attends to."""
@@ -56,16 +63,15 @@ class ModelCost:
         """Seconds. Attention reads its cache before and after the products read theirs, and neither can hide the other:
         rows x cache / bandwidth + max(products / rate, weights / bandwidth)."""
         cache = rows * self.attended(context) * self.cache_bytes_per_token / device.bandwidth
-        products = rows * (self.flops_per_token + self.flops_per_logits) / device.flops
-        return cache + max(products, self.read_bytes / device.bandwidth)
+        return cache + max(self.products(device, rows, rows), self.read_bytes / device.bandwidth)
 
     def prefill_floor(self, device: Device, tokens: int) -> float:
         """Seconds for a prompt of `tokens` tokens alone: products and attention at full rate, or the weights' bytes."""
         window = self.attended(tokens)
         # Token i attends to min(i + 1, window) positions.
         pairs = window * (window + 1) / 2 + (tokens - window) * window
-        flops = tokens * self.flops_per_token + self.flops_per_logits + pairs * self.flops_per_pair
-        return max(flops / device.flops, self.read_bytes / device.bandwidth)
+        seconds = self.products(device, tokens, 1) + pairs * self.flops_per_pair / device.flops
+        return max(seconds, self.read_bytes / device.bandwidth)
 
 
 def model_cost(
@@ -96,6 +102,7 @@ def model_cost(
         flops_per_pair=4 * model.q_size * model.num_layers / tensor_parallel,
         cache_bytes_per_token=cache_bytes_per_token,
         sliding_window=model.sliding_window,
+        products_in_int8=quantization == "int8",
     )
 
 

@@ -53,6 +53,19 @@ def test_llama_8b_on_one_v6e_has_the_floors_done_by_hand(capsys: pytest.CaptureF
         assert row["tokens_per_s"] == pytest.approx(rows / seconds, rel=1e-9)
 
 
+@pytest.mark.parametrize(("quantization", "rate"), [("none", 918e12), ("int8", 1836e12), ("int4", 918e12)])
+def test_products_of_int8_have_the_floor_of_their_own_rate(
+    capsys: pytest.CaptureFixture[str], quantization: str, rate: float
+):
+    options = ("--device", "v6e-1", "--context", "8192", "--attention", "xla", "--quantization", quantization)
+    _, found = plan(capsys, "--model", "llama-3.1-8b", *options)
+    head, norms = 128256 * 4096, (2 * 32 + 1) * 4096
+    products = 2 * (8192 * (8_030_261_248 - norms - 2 * head) + head)
+    attention = 4 * 32 * 4096 * 8192 * 8193 / 2
+    floor = products / rate + attention / 918e12
+    assert found["prefill"]["floor_ms"] == pytest.approx(floor * 1e3, rel=1e-9)
+
+
 def test_shares_divide_weights_and_cache_and_replicas_multiply_the_rate(capsys: pytest.CaptureFixture[str]):
     common = ("--model", "qwen3-8b", "--slots", "8", "--context", "4096", "--attention", "xla")
     _, one = plan(capsys, *common, "--device", "h100-1")
