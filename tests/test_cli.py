@@ -341,6 +341,24 @@ def test_info_for_people_has_a_fact_a_line(capsys: pytest.CaptureFixture[str]):
     assert (facts["parameters"], facts["context_pages"], facts["page_bytes"]) == ("134,515,008", "128", "368,640")
 
 
+def test_info_counts_the_parameters_of_the_model_however_they_are_stored(capsys: pytest.CaptureFixture[str]):
+    counted = []
+    for quantization in ("none", "int8", "int4"):
+        assert main(["info", "--model", str(FAMILY), "--quantization", quantization, "--json"]) == 0
+        counted.append(json.loads(capsys.readouterr().out)["weights"]["parameters"])
+    assert counted == counted[:1] * 3
+
+
+def test_info_tells_the_context_that_an_engine_would_serve(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    folder = shutil.copytree(FAMILY, tmp_path / "long")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 131072}))
+    assert main(["info", "--model", str(folder), "--slots", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cache"]["context_tokens"] == 8192
+    assert found["allocation"]["pages_for_all_slots"] == 4 * found["cache"]["context_pages"]
+
+
 def test_serve_says_that_its_port_is_taken(capsys: pytest.CaptureFixture[str]):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

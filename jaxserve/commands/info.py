@@ -30,7 +30,7 @@ def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
         )
     with model_errors():
         from jaxserve.checkpoints.description import describe_model
-        from jaxserve.device.allocation import allocate, attention_needs, device_limit
+        from jaxserve.device.allocation import allocate, attention_needs, device_limit, full_context
         from jaxserve.device.kv_cache import page_bytes
         from jaxserve.device.roofline import model_cost
         from jaxserve.device.sharding import Placement
@@ -41,6 +41,8 @@ def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
 
         model, source = describe_model(config.model)
         tokenizer = Tokenizer.from_source(source)
+        # Quantized weights have scales, a head of their own and, of 4 bits, two in an element: those are no parameters.
+        _, floating = abstract_llama(model, config.dtype)
         _, params = abstract_llama(model, config.dtype, config.quantization)
         placement = Placement.of_replica(0, config.replicas, config.tensor_parallel)
         placement.check(model)
@@ -54,7 +56,7 @@ def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
         weights = model_cost(model, config.dtype, config.quantization, a_page, config.tensor_parallel).weight_bytes
         allocation = allocate(model, attention, config, limit=device_limit(placement), weights=weights)
     arrays = named_parameters(params).values()
-    context = min(config.max_context or model.max_context, model.max_context)
+    context = full_context(model, config)
     pages = math.ceil(context / config.page_size)
     return {
         "model": asdict(model),
@@ -68,7 +70,7 @@ def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
         "weights": {
             "dtype": config.dtype,
             "quantization": config.quantization,
-            "parameters": sum(math.prod(array.shape) for array in arrays),
+            "parameters": sum(math.prod(array.shape) for array in named_parameters(floating).values()),
             "bytes": sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays),
         },
         "cache": {
