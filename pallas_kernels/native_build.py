@@ -82,8 +82,9 @@ def build(arch: str = "native", folder: Path | None = None, compilers: Sequence[
         raise NativeUnavailable(f"no C++ compiler found; looked for {', '.join(compilers)}")
     arm = platform.machine().lower() in ("aarch64", "arm64")
     command = [compiler, *_FLAGS, f"-mcpu={arch}" if arm else f"-march={arch}", f"-I{jax.ffi.include_dir()}"]
-    folder = _cache_folder() if folder is None else folder
-    library = folder / f"kernels-{_key(command)}.so"
+    name = f"kernels-{_key(command)}.so"
+    folder = _cache_folder(name) if folder is None else folder
+    library = folder / name
     if not library.exists():
         started = time.monotonic()
         try:
@@ -147,12 +148,12 @@ def _processor() -> str:
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _cache_folder() -> Path:
-    """The user's own folder, or a private temporary one where there is no writable home."""
+def _cache_folder(library: str) -> Path:
+    """The user's own folder, or a private temporary one where that lacks the library and cannot be written."""
     try:
         folder = Path.home() / ".cache" / "jaxserve" / "native"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        if (folder / library).exists() or os.access(folder, os.W_OK):
             return folder
     except (OSError, RuntimeError):
         pass

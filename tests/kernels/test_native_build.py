@@ -1,5 +1,6 @@
 """Building the native kernels: once, whole, and with the reason where it cannot be done."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_each_source_is_compiled_once_and_the_library_kept(tmp_path):
     assert build(folder=tmp_path / "cache", compilers=(program,)) == library
     assert len((tmp_path / "runs").read_text().splitlines()) == runs
     assert list((tmp_path / "cache").iterdir()) == [library]
+
+
+def test_a_library_that_is_there_is_used_where_its_folder_is_read_only(tmp_path, monkeypatch):
+    """As in a container whose image was started once while it was made."""
+    program = compiler(tmp_path, WORKS)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    library = build(compilers=(program,))
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and allowed(path, mode))
+    assert build(compilers=(program,)) == library
 
 
 def test_processors_do_not_share_a_library(tmp_path):
