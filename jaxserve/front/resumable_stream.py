@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 
 from jaxserve.events import Delta, Event, Finished, Started, TokenLogprob
@@ -81,13 +81,12 @@ class ResumableStream:
 
     def start(self, started: Started) -> None:
         """Gives `Started`."""
-        self._add(started, 0, 0)
+        self._add(started, 0, _size(started.prompt_logprobs))
 
     def push(self, index: int, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None) -> int:
         """Gives a Delta; returns the number of tokens that count as unread."""
         delta = Delta(self.request_id, index, tuple(token_ids), text, None if logprobs is None else tuple(logprobs))
-        size = 4 * len(text) + LOGPROB_BYTES * sum(1 + len(entry.top) for entry in logprobs or ())
-        return self._add(delta, len(token_ids), size)
+        return self._add(delta, len(token_ids), 4 * len(text) + _size(logprobs))
 
     def finish(self, finished: Finished) -> None:
         """Gives a sequence's terminal event."""
@@ -297,6 +296,10 @@ class ResumableStreams:
                 self._forget(stream)
         if total > self._limit_bytes:
             max(self._streams.values(), key=lambda stream: stream.bytes).cancel()
+
+
+def _size(logprobs: Sequence[TokenLogprob] | None) -> int:
+    return LOGPROB_BYTES * sum(1 + len(entry.top) for entry in logprobs or ())
 
 
 def _wake_one(waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None) -> None:

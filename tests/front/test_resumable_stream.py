@@ -10,7 +10,7 @@ import pytest
 from jaxserve.config import EngineConfig
 from jaxserve.core.messages import Submit
 from jaxserve.engine import Engine
-from jaxserve.events import Delta, Finished, FinishReason, Timings, TokenLogprob, Usage
+from jaxserve.events import Delta, Finished, FinishReason, Started, Timings, TokenLogprob, Usage
 from jaxserve.front import resumable_stream
 from jaxserve.front.admission import Admission
 from jaxserve.front.resumable_stream import EVENT_BYTES, LOGPROB_BYTES, ResumableStream, ResumableStreams, StreamReader
@@ -142,12 +142,14 @@ def test_a_request_without_a_reader_runs_on_its_time_whichever_of_its_sequences_
     assert kept.cancelled == ["a"]
 
 
-def test_text_and_log_probabilities_count_in_the_size():
+def test_text_and_log_probabilities_those_of_the_prompt_too_count_in_the_size():
     kept = Kept()
     stream = kept.add("a")
     entry = TokenLogprob(1, -1.0, ((1, -1.0), (2, -2.0)))
     stream.push(0, [1], "four", [entry])
     assert stream.bytes == EVENT_BYTES + 4 * len("four") + 3 * LOGPROB_BYTES
+    stream.start(Started("a", 5, 0, 0, (entry,) * 4))
+    assert stream.bytes == 2 * EVENT_BYTES + 4 * len("four") + 5 * 3 * LOGPROB_BYTES
 
 
 def test_a_tenant_sees_its_own_streams_alone_whatever_their_ids():
