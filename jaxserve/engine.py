@@ -189,6 +189,9 @@ class Engine:
                         self._abort(active.submit.handle, active.request.sampling.n)
                     self._requests.take_back([active for active, _ in added])
                     raise
+            for stream, _ in streams:
+                if isinstance(stream, ResumableStream):
+                    stream.is_accepted = True
         except Exception:
             for stream, _ in streams:
                 if isinstance(stream, ResumableStream):

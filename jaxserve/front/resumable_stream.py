@@ -33,6 +33,8 @@ class ResumableStream:
         self.request_id = request_id
         self.owner = owner
         self.cancel = cancel
+        self.is_accepted = False
+        """Whether the core has the request; nobody takes the stream up before."""
         self.bytes = 0
         """About what the events take."""
         self.ended: float | None = None
@@ -259,7 +261,7 @@ class ResumableStreams:
         self.sweep()
         with self._lock:
             stream = self._streams.get((owner, request_id))
-        if stream is None:
+        if stream is None or not stream.is_accepted:
             raise StreamNotFound(
                 f"request_id: no stream of {request_id!r} is kept: the request was not resumable, ended or was left "
                 f"more than {self._seconds:g} s ago, made way for others, or was sent to a server that has ended"

@@ -12,6 +12,7 @@ from jaxserve.core.messages import Submit
 from jaxserve.engine import Engine
 from jaxserve.events import Delta, Finished, FinishReason, Started, Timings, TokenLogprob, Usage
 from jaxserve.front import resumable_stream
+from jaxserve.front.active_requests import ActiveRequests
 from jaxserve.front.admission import Admission
 from jaxserve.front.resumable_stream import EVENT_BYTES, LOGPROB_BYTES, ResumableStream, ResumableStreams, StreamReader
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
@@ -39,6 +40,7 @@ class Kept:
     def add(self, name: str, tokens: int = 0, owner: str = "") -> ResumableStream:
         stream = ResumableStream(name, owner, lambda: self.cancelled.append(name), 1)
         self.streams.add(stream)
+        stream.is_accepted = True
         for token in range(tokens):
             stream.push(0, [token], "", None)
         return stream
@@ -204,6 +206,20 @@ def test_of_two_requests_with_one_id_at_once_one_is_refused_and_the_other_keeps_
         assert [type(refusal) for refusal in refusals] == [DuplicateRequestId]
         tokens = [event.token_ids for event in engine.attach("the same", 0) if isinstance(event, Delta)]
         assert sum(map(len, tokens)) == 500
+
+
+def test_nobody_takes_up_a_stream_whose_request_is_not_accepted_yet(monkeypatch: pytest.MonkeyPatch):
+    """It would wait for ever where the request is refused at last, and its abort could come before the request."""
+    with Engine(simulated_step_ms=0.5, slots=2, max_context=64) as engine:
+
+        def meanwhile(*_: object):
+            with pytest.raises(StreamNotFound):
+                engine.attach("early", 0)
+            raise QueueFull(1, 1.0)
+
+        monkeypatch.setattr(ActiveRequests, "add", meanwhile)
+        with pytest.raises(QueueFull):
+            engine.submit(request("early", 4))
 
 
 def test_an_engine_keeps_within_its_bounds_while_requests_run():
