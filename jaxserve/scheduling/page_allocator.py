@@ -14,8 +14,8 @@ PageKey = bytes
 
 
 def root_key(salt: str) -> PageKey:
-    """The start of a chain; sequences with different salts never share pages."""
-    return hashlib.blake2b(salt.encode(), digest_size=16).digest()
+    """The start of a chain; sequences with different salts never share pages, whatever a client chose as one."""
+    return hashlib.blake2b(salt.encode(), digest_size=16, person=b"salt").digest()
 
 
 def next_key(parent: PageKey, token_ids: Sequence[int]) -> PageKey:

@@ -1,5 +1,7 @@
 """Pages are owned once, counted exactly, and found again by content."""
 
+from array import array
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -53,6 +55,13 @@ def test_least_recently_used_chain_is_evicted_from_its_end():
 def test_salts_and_parents_separate_equal_pages():
     assert chain("a", [1]) != chain("b", [1])
     assert chain("", [1], [2])[1] != chain("", [3], [2])[1]
+
+
+def test_no_salt_is_made_to_pass_for_a_page():
+    """Who began a chain of another's with a page of their own would have the other read what that page holds."""
+    parent, page = b"sixteen letters.", [65, 66]
+    salt = (parent + array("I", page).tobytes()).decode()
+    assert root_key(salt) != next_key(parent, page)
 
 
 def test_double_release_is_an_error():
