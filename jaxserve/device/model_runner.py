@@ -107,10 +107,10 @@ class ModelRunner:
         self._take_pages(self._allocate())
         with ThreadPoolExecutor(max_workers=1) as pool:
             # A CPU, which alone has no limit, takes a second for the cache. Elsewhere the steps say first what is left.
-            zeroing = pool.submit(self.reset) if self.allocation.limit is None else None
+            zeroing = pool.submit(self._begin_empty) if self.allocation.limit is None else None
             self._forwards, self._choosing = self._compile_steps(progress)
         if zeroing is None:
-            self.reset()
+            self._begin_empty()
         else:
             zeroing.result()
         self._packer = Packer(config.slots, self._max_pages)
@@ -149,7 +149,13 @@ class ModelRunner:
         return _compiles[self._thread] - self._compiles_at_warmup
 
     def reset(self) -> None:
-        """An empty cache and state, at the start or after a step failed."""
+        """An empty cache and state, after a step failed. What is left of those before goes first, whoever refers to it
+        still: a device has no room for two."""
+        for array in jax.tree.leaves((self._cache, self._state)):
+            array.delete()
+        self._begin_empty()
+
+    def _begin_empty(self) -> None:
         self._cache = KVCache.zeros(self._cache_layout)
         self._state = self._put(DecodeState.zeros(self.config.slots, self.model_config.vocab_size))
 
