@@ -233,7 +233,7 @@ class ModelRunner:
             else:
                 self._warm_up_choosing(forward)
         self._own_slot(0, np.zeros(0, np.int32), np.zeros(0, np.int32), {})
-        zero = self._copies.to_host(self._copies.save(self._cache, [0]))
+        zero = self._copies.to_host(self._copies.save(self._cache, [0]), 1)
         self._cache = self._copies.restore(self._cache, zero, 0, [0])
         jax.block_until_ready(self._state)
         progress("warming up", 1.0)
@@ -296,7 +296,7 @@ class ModelRunner:
         """Waits for a step and gives its tokens. The only place where the host waits for the device."""
         tokens, flags = np.asarray(pending.chosen).tolist()
         for saved, _ in pending.plan.saves:
-            saved.data = self._copies.to_host(saved.data)
+            saved.data = self._copies.to_host(saved.data, saved.pages)
         scores = read_scores(pending.plan, pending.scores)
         if pending.logprobs is None:
             return StepResults(tokens, flags, None, scores)

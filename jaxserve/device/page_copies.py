@@ -16,9 +16,12 @@ from jaxserve.device.kv_cache import KVCache
 
 BLOCK = 16
 """Pages that one call copies."""
+AHEAD = 8
+"""Blocks on their way at once: the cache may fill the device's memory but for little."""
 
 Block = tuple[Array | np.ndarray, ...]
-"""BLOCK pages of every array of the cache: those of one shape and dtype are stacked, [array, page, ...]."""
+"""BLOCK pages of every array of the cache: those of one shape and dtype are stacked, [array, page, ...]. In host memory
+the last of a sequence has as many pages as there are."""
 
 
 class PageCopies:
@@ -31,6 +34,7 @@ class PageCopies:
 
     def __init__(self, cache: KVCache, whole: jax.sharding.Sharding):
         self._whole = whole
+        self._page_axis = 1 + cache.page_axis
         ids = jax.ShapeDtypeStruct((BLOCK,), jnp.int32, sharding=whole)
         self._gather = jax.jit(_gather).lower(cache, ids).compile()
         self._placement = self._gather.output_shardings
@@ -42,19 +46,26 @@ class PageCopies:
         self._scatter = jax.jit(_scatter, donate_argnums=0).lower(cache, ids, block).compile()
 
     def save(self, cache: KVCache, pages: Sequence[int]) -> list[Block]:
-        """Starts copying pages to the host. `to_host` finishes it, once a later program has been waited for."""
-        blocks = [self._gather(cache, jax.device_put(_padded(some, 0), self._whole)) for some in batched(pages, BLOCK)]
-        for array in jax.tree.leaves(blocks):
-            array.copy_to_host_async()
+        """Starts copying pages to the host. `to_host` finishes it, once a later program has been waited for. Waits for
+        those of many pages that are not among the last."""
+        blocks: list[Block] = []
+        for some in batched(pages, BLOCK):
+            block = self._gather(cache, jax.device_put(_padded(some, 0), self._whole))
+            for array in block:
+                array.copy_to_host_async()
+            blocks.append(block)
+            if len(blocks) > AHEAD:
+                blocks[-AHEAD - 1] = jax.device_get(blocks[-AHEAD - 1])
         return blocks
 
-    @staticmethod
-    def to_host(blocks: list[Block]) -> list[Block]:
-        """The blocks in host memory; the device's copies are let go."""
-        return jax.device_get(blocks)
+    def to_host(self, blocks: list[Block], pages: int) -> list[Block]:
+        """The blocks of so many pages in host memory; the device's copies are let go."""
+        *full, last = jax.device_get(blocks)
+        used = np.arange(pages - BLOCK * len(full))
+        return [*full, tuple(np.take(array, used, self._page_axis) for array in last)]
 
     def restore(self, cache: KVCache, blocks: list[Block], first: int, pages: Sequence[int]) -> KVCache:
-        """Writes the saved pages from index `first` on to `pages`.
+        """Writes the saved pages from index `first` on to `pages`. Waits for those of many that are not the last.
 
         Args:
             cache: DONATED.
@@ -64,11 +75,22 @@ class PageCopies:
         """
         nowhere = jax.tree.leaves(cache)[0].shape[cache.page_axis]  # past the end: dropped
         targets = [nowhere] * first + list(pages)
-        for block, some in zip(blocks, batched(targets, BLOCK), strict=False):
+        for number, (block, some) in enumerate(zip(blocks, batched(targets, BLOCK), strict=False)):
             if some[-1] != nowhere:
+                whole = tuple(self._filled(array) for array in block)
                 placements = (self._whole, self._placement)
-                cache = self._scatter(cache, *jax.device_put((_padded(some, nowhere), block), placements))
+                cache = self._scatter(cache, *jax.device_put((_padded(some, nowhere), whole), placements))
+                if number % AHEAD == AHEAD - 1:
+                    jax.block_until_ready(cache)
         return cache
+
+    def _filled(self, array: Array | np.ndarray) -> Array | np.ndarray:
+        """With pages up to BLOCK."""
+        missing = BLOCK - array.shape[self._page_axis]
+        if not missing:
+            return array
+        widths = [(0, missing if axis == self._page_axis else 0) for axis in range(array.ndim)]
+        return np.pad(array, widths)
 
 
 def _padded(pages: Sequence[int], filler: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.core.loop import StepLoop, build_step_loop
 from jaxserve.core.messages import Message, SequenceOutput, Shutdown, StepOutput
 from jaxserve.device import model_runner
-from jaxserve.device.page_copies import PageCopies
+from jaxserve.device.page_copies import AHEAD, PageCopies
 
 MODEL = str(Path(__file__).parents[1] / "fixtures" / "families" / "smollm2")
 REQUESTS = 12
@@ -142,7 +142,7 @@ def test_pages_come_back_as_they_went(recorder: Recorder):
     original = jax.device_get(cache)
     pages = [5, 2, 17, 9, 1, 3, 4, 6, 7, 8, 10, 11, 12, 13, 14, 15, 16]
     copies = PageCopies(cache, runner._placement.sharding())
-    blocks = copies.to_host(copies.save(cache, pages))
+    blocks = copies.to_host(copies.save(cache, pages), len(pages))
     targets = list(reversed(pages[3:]))
     restored = jax.device_get(copies.restore(cache, blocks, 3, targets))
     for arrays in zip(jax.tree.leaves(original), jax.tree.leaves(restored), strict=True):
@@ -150,3 +150,20 @@ def test_pages_come_back_as_they_went(recorder: Recorder):
         untouched = [page for page in range(len(before)) if page not in targets]
         assert np.array_equal(after[targets], before[pages[3:]])
         assert np.array_equal(after[untouched], before[untouched])
+
+
+def test_copies_of_pages_take_what_the_pages_take_on_the_host_and_a_bounded_part_of_the_device(recorder: Recorder):
+    assert recorder.loop is not None
+    runner = recorder.loop._runner
+    random = np.random.default_rng(1)
+    cache = jax.tree.map(lambda array: jnp.asarray(random.normal(size=array.shape), array.dtype), runner._cache)
+    original = jax.device_get(cache)
+    pages = [*range(1, 17)] * (2 * AHEAD) + [17]
+    blocks = runner._copies.save(cache, pages)
+    on_device = [all(isinstance(array, jax.Array) for array in block) for block in blocks]
+    assert on_device == [False] * (AHEAD + 1) + [True] * AHEAD
+    saved = runner._copies.to_host(blocks, len(pages))
+    assert sum(array.nbytes for block in saved for array in block) == len(pages) * runner.allocation.page
+    restored = jax.device_get(runner._copies.restore(cache, saved, 0, pages))
+    for arrays in zip(jax.tree.leaves(original), jax.tree.leaves(restored), strict=True):
+        assert np.array_equal(*arrays)
