@@ -135,7 +135,8 @@ class ModelRunner:
         """Sizes that follow from the pages. A table as wide as the pages there are is as wide as any request needs."""
         self.allocation = allocation
         self.num_pages = allocation.num_pages
-        self.host_pages = self.config.host_cache_bytes // (allocation.page * self._placement.tensor_parallel)
+        devices = self._placement.tensor_parallel * self.config.replicas
+        self.host_pages = self.config.host_cache_bytes // (allocation.page * devices)
         capacity = (self.num_pages - 1) * self.config.page_size
         self.max_context = min(full_context(self.model_config, self.config), capacity)
         self._max_pages = -(-self.max_context // self.config.page_size)

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -167,3 +168,12 @@ def test_copies_of_pages_take_what_the_pages_take_on_the_host_and_a_bounded_part
     restored = jax.device_get(runner._copies.restore(cache, saved, 0, pages))
     for arrays in zip(jax.tree.leaves(original), jax.tree.leaves(restored), strict=True):
         assert np.array_equal(*arrays)
+
+
+def test_replicas_share_the_host_memory_for_pages(recorder: Recorder):
+    assert recorder.loop is not None
+    runner = recorder.loop._runner
+    alone = runner.host_pages
+    runner.config = replace(runner.config, replicas=4)
+    runner._take_pages(runner.allocation)
+    assert runner.host_pages == alone // 4 > 0
