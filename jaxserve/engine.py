@@ -16,7 +16,7 @@ from typing import Any, overload
 from jaxserve.checkpoints.description import describe_model
 from jaxserve.config import EngineConfig
 from jaxserve.constraints.check import ConstraintChecker, ConstraintLimits
-from jaxserve.core.client import end_core, start_core
+from jaxserve.core.client import end_core, start_core, stop_core
 from jaxserve.core.messages import (
     Abort,
     Failed,
@@ -80,6 +80,9 @@ class Engine:
             self.device = self._await_ready(progress or (lambda what, fraction: None))
         except Exception:
             end_core(self._core, STOP_SECONDS)
+            raise
+        except BaseException:  # an interrupt does not wait for the core's end, but the interpreter's end does
+            atexit.register(stop_core(self._core).join, STOP_SECONDS)
             raise
         self.max_context = self.device.max_context
         self.max_n = min(self.config.max_n, self.capacity)

@@ -173,11 +173,21 @@ def start_threads(config: EngineConfig) -> Core:
 
 
 def end_core(core: Core, seconds: float) -> None:
-    """Ends a core that is starting or could not start: a process at once, a thread when it next tells of progress; one
-    that takes longer than so many seconds is given up.
+    """Ends a core that is starting or could not start, as `stop_core` does; one that takes longer than so many seconds
+    is given up.
 
     A thread must not outlive the interpreter: native code that loads, compiles or frees arrays on it crashes then.
     """
+    reading = stop_core(core)
+    reading.join(seconds)
+    if reading.is_alive():
+        core.kill()
+    core.join()
+
+
+def stop_core(core: Core) -> threading.Thread:
+    """Stops a core that is starting or could not start: a process at once, a thread when it next tells of progress.
+    Gives the thread that ends with it."""
 
     def read_to_end() -> None:  # a core waits while what it has said is unread
         while core.receive() is not None:
@@ -188,7 +198,4 @@ def end_core(core: Core, seconds: float) -> None:
     core.send(Shutdown())
     reading = threading.Thread(target=read_to_end, name="jaxserve-core-end", daemon=True)
     reading.start()
-    reading.join(seconds)
-    if reading.is_alive():
-        core.kill()
-    core.join()
+    return reading

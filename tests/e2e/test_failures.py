@@ -204,6 +204,29 @@ def test_a_core_stops_loading_where_the_engine_cannot_start_without_it(monkeypat
     assert core_threads() == before
 
 
+def test_a_core_stops_loading_where_its_engine_is_interrupted(monkeypatch: pytest.MonkeyPatch):
+    def load_for_ever(_: EngineConfig, publish: Publish, __: int) -> None:
+        while True:
+            publish(Progress("loading weights", None))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = core_threads()
+    monkeypatch.setattr("jaxserve.core.client.build_step_loop", load_for_ever)
+    registered: list[tuple[object, ...]] = []
+    monkeypatch.setattr("atexit.register", lambda *call: registered.append(call))
+    with pytest.raises(KeyboardInterrupt):
+        Engine(simulated_step_ms=1.0, progress=interrupt)
+    ((join, *arguments),) = registered
+    assert callable(join)
+    join(*arguments)
+    for thread in core_threads():
+        if thread not in before:
+            thread.join(10.0)  # it has said its last
+    assert core_threads() == before
+
+
 @pytest.mark.parametrize("core", ["thread", "process"])
 def test_what_is_wrong_with_model_or_configuration_has_the_errors_that_the_constructor_documents(core: CoreKind):
     with pytest.raises(EngineStartError, match="no-model is neither"):
