@@ -1,9 +1,10 @@
 """Compiles the grammars of requests that wait for it, beside the step loop."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from jaxserve.core.messages import Vocabulary
@@ -17,16 +18,18 @@ _KEPT = 64
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A command to the loop: a request's grammar is compiled, or, if the future has an exception, cannot be."""
+    """A command to the loop: a request's grammar is compiled, or cannot be."""
 
     handle: int
-    matcher: "Future[LLMatcher]"
+    matcher: "LLMatcher | Exception"
 
 
 class GrammarCompiler:
     """A thread that compiles, outside the GIL, and the grammars that it has compiled.
 
     The front had each of them compiled once before it accepted the request, within limits, so that none takes long.
+    The thread is there from the start and not of a pool: once a program's main thread has ended, while others may still
+    use the engine, no thread is started and no pool takes anything.
 
     Args:
         report: given each result, on that thread.
@@ -34,33 +37,56 @@ class GrammarCompiler:
 
     def __init__(self, report: Callable[[Compiled], None]):
         self._report = report
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jaxserve-grammars")
-        self._vocabulary: LLTokenizer | None = None
+        self._asked: SimpleQueue[Vocabulary | tuple[int, str] | None] = SimpleQueue()
+        self._is_closed = False
+        self._vocabulary: LLTokenizer | Exception | None = None
         self._grammars: OrderedDict[str, LLMatcher] = OrderedDict()
         """As compiled; what is given out is a copy. Used on the thread alone."""
+        self._thread = threading.Thread(target=self._run, name="jaxserve-grammars", daemon=True)
+        self._thread.start()
 
     def learn(self, vocabulary: Vocabulary) -> None:
         """Takes in the model's vocabulary, before the first grammar. Does not wait."""
-        self._thread.submit(self._learn, vocabulary)
+        self._asked.put(vocabulary)
 
     def compile(self, handle: int, grammar: str) -> None:
         """Has a grammar compiled for a request. Does not wait."""
-        future = self._thread.submit(self._matcher, grammar)
-        future.add_done_callback(lambda done: self._report(Compiled(handle, done)))
+        self._asked.put((handle, grammar))
 
     def close(self) -> None:
-        """Ends the thread, after what it is doing."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Ends the thread, after what it is doing, and waits for that: it must not outlive the interpreter."""
+        self._is_closed = True
+        self._asked.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (asked := self._asked.get()) is not None and not self._is_closed:
+            if isinstance(asked, Vocabulary):
+                self._learn(asked)
+            else:
+                handle, grammar = asked
+                self._report(Compiled(handle, self._compiled(grammar)))
+
+    def _compiled(self, grammar: str) -> "LLMatcher | Exception":
+        try:
+            return self._matcher(grammar)
+        except Exception as error:
+            return error
 
     def _learn(self, vocabulary: Vocabulary) -> None:
-        from jaxserve.constraints.matching import build_vocabulary  # only here is llguidance needed
+        try:
+            from jaxserve.constraints.matching import build_vocabulary  # only here is llguidance needed
 
-        self._vocabulary = build_vocabulary(vocabulary.tokens, vocabulary.special_ids, vocabulary.eos_ids)
+            self._vocabulary = build_vocabulary(vocabulary.tokens, vocabulary.special_ids, vocabulary.eos_ids)
+        except Exception as error:  # who needs it is told
+            self._vocabulary = error
 
     def _matcher(self, grammar: str) -> "LLMatcher":
         from jaxserve.constraints.matching import compile_grammar
 
         assert self._vocabulary is not None, "the vocabulary comes first"
+        if isinstance(self._vocabulary, Exception):
+            raise self._vocabulary
         matcher = self._grammars.pop(grammar, None) or compile_grammar(self._vocabulary, grammar)
         self._grammars[grammar] = matcher
         if len(self._grammars) > _KEPT:

@@ -263,13 +263,13 @@ class StepLoop:
         return go_on
 
     def _take_grammar(self, compiled: Compiled) -> None:
-        error = compiled.matcher.exception()
+        matcher = compiled.matcher
         for submit in self._scheduler.release(compiled.handle):
-            if error is None:
-                self._masks.start(submit, compiled.matcher.result().deep_copy())
-            else:
-                reason = f"the constraint cannot be compiled: {error}"
+            if isinstance(matcher, Exception):
+                reason = f"the constraint cannot be compiled: {matcher}"
                 self._scheduler.abort(submit.handle, time.monotonic(), FinishReason.ERROR, reason)
+            else:
+                self._masks.start(submit, matcher.deep_copy())
 
     def _retire(self) -> None:
         step = self._pending.popleft()

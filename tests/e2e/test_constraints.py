@@ -2,7 +2,10 @@
 
 import json
 import re
+import subprocess
+import sys
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -278,3 +281,21 @@ def test_a_request_whose_masks_take_too_long_ends_alone(engine: Engine, monkeypa
     assert plain.finish_reason == "length" and plain.error is None
     assert engine.is_healthy
     assert engine.loads().available_pages == engine.loads().total_pages
+
+
+def test_threads_that_outlive_the_main_one_go_on_with_constraints():
+    """Once it has ended Python's pools take nothing more, and no thread is started."""
+    model = Path(__file__).parents[1] / "fixtures" / "families" / "smollm2"
+    program = f"""
+import threading
+from jaxserve import Engine
+
+def ask():
+    threading.main_thread().join()
+    print(*(one.finish_reason for one in engine.generate(["a", "b"], choice=["yes", "no"])))
+
+engine = Engine(model={str(model)!r}, slots=2, max_context=64)
+threading.Thread(target=ask).start()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["stop", "stop"], done.stderr
