@@ -16,8 +16,8 @@ from jaxserve.device.kv_cache import KVCache
 
 BLOCK = 16
 """Pages that one call copies."""
-AHEAD = 8
-"""Blocks on their way at once: the cache may fill the device's memory but for little."""
+WAITING_BYTES = 256 << 20
+"""About what copies on their way take of each device: the cache may fill its memory but for little."""
 
 Block = tuple[Array | np.ndarray, ...]
 """BLOCK pages of every array of the cache: those of one shape and dtype are stacked, [array, page, ...]. In host memory
@@ -43,6 +43,9 @@ class PageCopies:
             jax.eval_shape(_gather, cache, ids),
             self._placement,
         )
+        size = sum(array.size * array.dtype.itemsize for array in block) // whole.num_devices
+        self._ahead = max(1, WAITING_BYTES // size)
+        """Blocks that are on their way at once."""
         self._scatter = jax.jit(_scatter, donate_argnums=0).lower(cache, ids, block).compile()
 
     def save(self, cache: KVCache, pages: Sequence[int]) -> list[Block]:
@@ -54,8 +57,8 @@ class PageCopies:
             for array in block:
                 array.copy_to_host_async()
             blocks.append(block)
-            if len(blocks) > AHEAD:
-                blocks[-AHEAD - 1] = jax.device_get(blocks[-AHEAD - 1])
+            if len(blocks) > self._ahead:
+                blocks[-self._ahead - 1] = jax.device_get(blocks[-self._ahead - 1])
         return blocks
 
     def to_host(self, blocks: list[Block], pages: int) -> list[Block]:
@@ -80,7 +83,7 @@ class PageCopies:
                 whole = tuple(self._filled(array) for array in block)
                 placements = (self._whole, self._placement)
                 cache = self._scatter(cache, *jax.device_put((_padded(some, nowhere), whole), placements))
-                if number % AHEAD == AHEAD - 1:
+                if (number + 1) % self._ahead == 0:
                     jax.block_until_ready(cache)
         return cache
 

@@ -14,8 +14,8 @@ from scripted_device import submit
 from jaxserve.config import EngineConfig
 from jaxserve.core.loop import StepLoop, build_step_loop
 from jaxserve.core.messages import Message, SequenceOutput, Shutdown, StepOutput
-from jaxserve.device import model_runner
-from jaxserve.device.page_copies import AHEAD, PageCopies
+from jaxserve.device import model_runner, page_copies
+from jaxserve.device.page_copies import BLOCK, PageCopies
 
 MODEL = str(Path(__file__).parents[1] / "fixtures" / "families" / "smollm2")
 REQUESTS = 12
@@ -153,19 +153,23 @@ def test_pages_come_back_as_they_went(recorder: Recorder):
         assert np.array_equal(after[untouched], before[untouched])
 
 
-def test_copies_of_pages_take_what_the_pages_take_on_the_host_and_a_bounded_part_of_the_device(recorder: Recorder):
+def test_copies_of_pages_take_what_the_pages_take_on_the_host_and_a_bounded_part_of_the_device(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+):
     assert recorder.loop is not None
     runner = recorder.loop._runner
     random = np.random.default_rng(1)
     cache = jax.tree.map(lambda array: jnp.asarray(random.normal(size=array.shape), array.dtype), runner._cache)
     original = jax.device_get(cache)
-    pages = [*range(1, 17)] * (2 * AHEAD) + [17]
-    blocks = runner._copies.save(cache, pages)
+    monkeypatch.setattr(page_copies, "WAITING_BYTES", 2 * BLOCK * runner.allocation.page)
+    copies = PageCopies(cache, runner._placement.sharding())
+    pages = [*range(1, 17)] * 4 + [17]
+    blocks = copies.save(cache, pages)
     on_device = [all(isinstance(array, jax.Array) for array in block) for block in blocks]
-    assert on_device == [False] * (AHEAD + 1) + [True] * AHEAD
-    saved = runner._copies.to_host(blocks, len(pages))
+    assert on_device == [False] * 3 + [True] * 2
+    saved = copies.to_host(blocks, len(pages))
     assert sum(array.nbytes for block in saved for array in block) == len(pages) * runner.allocation.page
-    restored = jax.device_get(runner._copies.restore(cache, saved, 0, pages))
+    restored = jax.device_get(copies.restore(cache, saved, 0, pages))
     for arrays in zip(jax.tree.leaves(original), jax.tree.leaves(restored), strict=True):
         assert np.array_equal(*arrays)
 
