@@ -1,7 +1,7 @@
 """The TPU kernels, interpreted on a CPU: values over many sizes, bits, races and reads of what no one wrote."""
 
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def test_page_tables_beyond_scalar_memory_give_the_same(monkeypatch: pytest.Monk
     shape = Shape(q_heads=2, kv_heads=2)
     whole = [got for _, got in mixed(PagedSequences(ATTENTION, shape, lengths=[142, 141, 1]))]
     monkeypatch.setattr("pallas_kernels.mosaic_tpu.implementation.TABLE_ENTRIES", 20)  # two rows of ten pages
-    split = dataclasses.replace(ATTENTION, name="split")  # compiled apart
+    split = replace(ATTENTION, name="split")  # compiled apart
     for (_, got), expected in zip(mixed(PagedSequences(split, shape, lengths=[142, 141, 1])), whole, strict=True):
         np.testing.assert_array_equal(bits(got), bits(expected))
 
@@ -120,12 +120,14 @@ def test_units_of_work_follow_live_tokens():
 # On the simulated machine: memory begins as NaN, copies are asynchronous, and races are looked for.
 
 
-def simulated(name: str) -> PagedSequences:
+SIMULATED = Shape(q_heads=2, kv_heads=1, head_dim=64, page_size=64)
+
+
+def simulated(name: str, shape: Shape = SIMULATED, **parameters) -> PagedSequences:
     """Each test takes a name of its own: what one traced, with a fault in it or not, is not another's."""
-    parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    attention = MosaicTpuPagedAttention(name, interpret=parameters, block_tokens=128)
-    shape = Shape(q_heads=2, kv_heads=1, head_dim=64, page_size=64)
-    return PagedSequences(attention, shape, lengths=[142, 141, 1], max_pages=3)
+    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", **parameters)
+    attention = MosaicTpuPagedAttention(name, interpret=interpret, block_tokens=128)
+    return PagedSequences(attention, shape, lengths=[142, 141, 1], max_pages=-(-142 // shape.page_size))
 
 
 @pytest.fixture
@@ -143,8 +145,29 @@ def races_seen() -> bool:
 
 
 @pytest.mark.usefixtures("simulator")
-def test_no_race_and_no_read_before_its_copy_arrived():
-    check(simulated("right"))
+@pytest.mark.parametrize(
+    ("shape", "copies"),
+    [
+        pytest.param(SIMULATED, "on_wait", id="key-and-value-side-by-side"),
+        pytest.param(
+            replace(SIMULATED, head_dim=128, kv_dtype="int8", **FEATURES["window"]),
+            "on_wait",
+            id="scales",
+            marks=pytest.mark.aot,
+        ),
+        pytest.param(
+            replace(SIMULATED, head_dim=96, page_size=16, kv_heads=2, **FEATURES["all"]),
+            "eager",
+            id="pages-in-blocks",
+            marks=pytest.mark.aot,
+        ),
+    ],
+)
+def test_no_race_and_no_read_before_its_copy_arrived(shape: Shape, copies: str):
+    """Copies come as late as they may, when someone waits for them, or at once; into pages full of another's garbage."""
+    case = simulated("right", shape, dma_execution_mode=copies)
+    case.cache = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan if leaf.dtype != jnp.int8 else 99), case.cache)
+    check(case)
     assert not races_seen()
 
 
@@ -189,5 +212,5 @@ def test_a_page_number_past_the_end_is_seen():
 def test_a_wrong_mask_is_seen(monkeypatch: pytest.MonkeyPatch):
     seen = attend._seen
     monkeypatch.setattr(attend, "_seen", lambda kernel, key, *rest: seen(kernel, key - 1, *rest))  # one key too many
-    case = PagedSequences(dataclasses.replace(ATTENTION, name="wrong mask"), Shape(), lengths=[142, 141, 1])
+    case = PagedSequences(replace(ATTENTION, name="wrong mask"), Shape(), lengths=[142, 141, 1])
     assert any(relative_error(got, case.dense(piece)) > TOLERANCE["bfloat16"] for piece, got in mixed(case))
