@@ -29,7 +29,7 @@ class Allocation:
     state: int
     """Of `DecodeState`."""
     temporaries: int
-    """What a step needs while it runs."""
+    """What a step needs while it runs, and code that is more than half of the headroom."""
     headroom: int
     page: int
     """A page of the cache, over all layers."""
@@ -74,7 +74,7 @@ def allocate(
         config: the engine's configuration; `cache_bytes` is of one device.
         limit: bytes that programs can have of a device, None where it has no limit of its own.
         weights: bytes of the device that are taken before the cache is made.
-        temporaries: bytes that the compiled steps need while they run; None estimates them.
+        temporaries: bytes that the compiled steps need, as `lowering.needed_bytes` counts; None estimates them.
 
     Raises AllocationError where the cache would have no page.
     """

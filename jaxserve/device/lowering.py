@@ -3,7 +3,7 @@
 The engine compiles these with its weights and cache; a plan or a test with shapes alone, for devices it does not have.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,10 +162,12 @@ def _whole(shape: tuple[int, ...], dtype: DTypeLike, placement: Placement) -> ja
     return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding())
 
 
-def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a compiled step needs on each device while it runs, beside its arguments."""
-    analysis = compiled.memory_analysis()
-    return 0 if analysis is None else int(analysis.temp_size_in_bytes)
+def needed_bytes(programs: Iterable[jax.stages.Compiled], room: int) -> int:
+    """Bytes that the programs of a step need on each device beside their arguments: what the one with the most
+    temporaries has while it runs, and of the code, which lies there for all of them, what `room` does not hold."""
+    analyses = [analysis for program in programs if (analysis := program.memory_analysis()) is not None]
+    code = sum(int(analysis.generated_code_size_in_bytes) for analysis in analyses)
+    return max((int(analysis.temp_size_in_bytes) for analysis in analyses), default=0) + max(0, code - room)
 
 
 def _spec(leaf: Array | jax.ShapeDtypeStruct) -> PartitionSpec:

@@ -26,7 +26,7 @@ from jaxserve.device.choosing import CUT, PROCESSED, make_choosing
 from jaxserve.device.decode_state import DecodeState, take_slot
 from jaxserve.device.huge_pages import use_huge_pages
 from jaxserve.device.kv_cache import KVCache
-from jaxserve.device.lowering import StepInputs, abstract_state, flatten_model, temporary_bytes
+from jaxserve.device.lowering import StepInputs, abstract_state, flatten_model, needed_bytes
 from jaxserve.device.page_copies import PageCopies
 from jaxserve.device.prompt_scores import PendingScores, PromptScorer, logprobs_of, read_scores
 from jaxserve.device.step import Prediction
@@ -168,11 +168,13 @@ class ModelRunner:
         """Every step, for as many pages as memory has room for beside what the compiled steps themselves need."""
         forwards, choosing = self._compile_for_pages(progress)
         programs = itertools.chain(forwards.values(), *choosing.values())
-        temporaries = max(temporary_bytes(program) for program in programs)
-        if self.allocation.limit is None or temporaries <= self.allocation.temporaries:
+        # Half of the headroom is for code, which grows with the layers, and on TPUs with page tables in many parts.
+        needed = needed_bytes(programs, self.allocation.headroom // 2)
+        if self.allocation.limit is None or needed <= self.allocation.temporaries:
             return forwards, choosing
-        log.warning("the steps need %d bytes beside the cache, more than was expected", temporaries)
-        self._take_pages(self._allocate(temporaries))
+        log.warning("the steps need %d bytes beside the cache, more than was expected", needed)
+        del forwards, choosing, programs  # their code lies there too
+        self._take_pages(self._allocate(needed))
         return self._compile_for_pages(progress)
 
     def _compile_for_pages(self, progress):

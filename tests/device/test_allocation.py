@@ -13,7 +13,7 @@ from jaxserve.device import allocation, model_runner
 from jaxserve.device.allocation import allocate, device_in_use, device_limit, estimated_temporaries
 from jaxserve.device.errors import AllocationError
 from jaxserve.device.kv_cache import page_bytes
-from jaxserve.device.lowering import temporary_bytes
+from jaxserve.device.lowering import needed_bytes
 from jaxserve.device.sharding import Placement
 from jaxserve.models.published import PUBLISHED
 from pallas_kernels import select
@@ -123,8 +123,42 @@ def test_an_engine_takes_the_memory_that_its_device_has_left(monkeypatch: pytest
 def test_steps_that_need_more_than_was_estimated_cost_pages(monkeypatch: pytest.MonkeyPatch):
     expected = runner(monkeypatch, 1 << 20, 1 << 19)
     programs = itertools.chain(expected._forwards.values(), *expected._choosing.values())
-    needed = max(temporary_bytes(program) for program in programs)
+    needed = needed_bytes(programs, 0)
     monkeypatch.setattr(allocation, "estimated_temporaries", lambda model, config: 0)
     found = runner(monkeypatch, 1 << 20, 1 << 19)
     assert found.allocation.temporaries == needed > 0
     assert needed <= estimated_temporaries(describe_model(str(QWEN))[0], found.config)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled one, by what the compiler says of its memory; a CPU's code is none of it."""
+
+    temp_size_in_bytes: int
+    generated_code_size_in_bytes: int
+
+    def memory_analysis(self) -> "Program":
+        return self
+
+
+def test_programs_need_the_most_temporaries_of_one_and_the_code_of_all_beyond_what_is_kept_for_it():
+    programs = [Program(7, 300), Program(90, 20), Program(0, 1)]
+    assert needed_bytes(programs, 0) == 90 + 321
+    assert needed_bytes(programs, 300) == 90 + 21
+    assert needed_bytes(programs, 1000) == 90
+
+
+def test_code_beyond_its_part_of_the_headroom_costs_pages(monkeypatch: pytest.MonkeyPatch):
+    code, counted = 64 << 10, []
+
+    def with_code(programs, room: int) -> int:
+        programs = [*programs, Program(0, code)]
+        counted.append((room, needed_bytes(programs, code)))
+        return needed_bytes(programs, room)
+
+    monkeypatch.setattr(allocation, "estimated_temporaries", lambda model, config: 0)
+    monkeypatch.setattr(model_runner, "needed_bytes", with_code)
+    found = runner(monkeypatch, 1 << 20, 1 << 19).allocation
+    ((room, temporaries),) = counted
+    assert 0 < room == found.headroom // 2 < code
+    assert found.temporaries == temporaries + code - room
