@@ -20,13 +20,14 @@ def is_quantized(dtype: DTypeLike) -> bool:
 def quantize(
     x: Float[Array, "token kv_head head_dim"], dtype: DTypeLike
 ) -> tuple[Num[Array, "token kv_head head_dim"], Float32[Array, "token kv_head"]]:
-    """Symmetric: x is about `values * scale[..., None]`. A vector of zeros has scale 0, one that is not finite NaN."""
+    """Symmetric: x is about `values * scale[..., None]`. A vector that is not finite has scale NaN; one whose scale is
+    less than a normal float32 becomes zeros."""
     dtype = jnp.dtype(dtype)
     limit = LARGEST[dtype.name]
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=-1)
-    finite = jnp.isfinite(largest)
-    scaled = x * jnp.where(finite & (largest > 0), limit / largest, 0.0)[..., None]
+    finite, scale = jnp.isfinite(largest), largest / limit
+    scaled = x * jnp.where(finite & (scale >= jnp.finfo(jnp.float32).tiny), limit / largest, 0.0)[..., None]
     scaled = jnp.where(finite[..., None], scaled, 0.0)
     values = jnp.round(scaled) if dtype == jnp.int8 else jnp.clip(scaled, -limit, limit)
-    return values.astype(dtype), jnp.where(finite, largest / limit, jnp.nan)
+    return values.astype(dtype), jnp.where(finite, scale, jnp.nan)
