@@ -4,13 +4,16 @@ small, no work is missing, and devices talk as often as the layout asks. `step_t
 import json
 from dataclasses import replace
 
+import jax
 import pytest
 from step_table import CELLS, CHUNK, COVERING, TABLE, Cell, derived, figures, floors, stated_work
 
+from jaxserve.config import KVDtype
 from jaxserve.device.ahead_of_time import forward_figures, placement_on
 from jaxserve.device.allocation import estimated_temporaries
 from jaxserve.device.devices import DEVICES
-from jaxserve.device.kv_cache import page_bytes
+from jaxserve.device.kv_cache import KVCache, page_bytes
+from jaxserve.device.page_copies import BLOCK, PageCopies
 from jaxserve.models.published import PUBLISHED
 
 TABLED = json.loads(TABLE.read_text())
@@ -118,6 +121,24 @@ def test_a_cache_without_room_beside_it_has_things_computed_twice():
     pages = DEVICES[cell.device].memory // page_bytes(model, cell.attention(), config)
     found = forward_figures(model, config, cell.attention(), placement, pages, CHUNK)
     assert found.recomputed > 0
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("name", COVERING)
+def test_pages_go_to_the_host_and_back_without_another_copy_of_the_cache(name: str, kv_dtype: KVDtype | None):
+    """What preemption does, beside a cache that leaves little room."""
+    cell = CELLS[name]
+    model = replace(PUBLISHED[cell.model], num_layers=2)
+    config = replace(cell.config, kv_dtype=kv_dtype, page_size=64)
+    placement = placement_on(DEVICES[cell.device], cell.tensor_parallel)
+    with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
+        copies = PageCopies(KVCache.layout(model, cell.attention(), 4096, config, placement), placement.sharding())
+    a_page = page_bytes(model, cell.attention(), config)
+    saves, restores = copies._gather.memory_analysis(), copies._scatter.memory_analysis()
+    assert saves.temp_size_in_bytes + saves.output_size_in_bytes < 1.1 * BLOCK * a_page
+    assert restores.temp_size_in_bytes < 1.1 * BLOCK * a_page
+    assert restores.alias_size_in_bytes >= 4096 * a_page
 
 
 def test_no_less_work_is_counted_than_arithmetic_says(step: tuple[Cell, dict]):
