@@ -18,6 +18,7 @@ from jaxserve.request_errors import EngineUnavailable, QueueFull
 from rpc import errors
 from rpc.lifecycle import Lifecycle, State
 from rpc.open_calls import OpenCall, OpenCalls
+from rpc.security.principal import Principal, current_principal
 from rpc.served_engine import EventStream, ServedEngine
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class CallRunner:
         self._compiling = compiling
         self._submitting: Counter[Executor] = Counter()
         """Submissions that wait for a thread or run in one; the engine does not count them yet."""
+        self._early: dict[OpenCall, Principal] = {}
+        """The calls of those submissions, left or not, and who made them: the engine cannot abort them yet."""
 
     async def run(
         self, request_id: str, build: BuildRequest, context: grpc.aio.ServicerContext, take: TakeEvent
@@ -74,8 +77,18 @@ class CallRunner:
     async def attach(self, request_id: str, from_token: int, take: TakeEvent) -> None:
         """Takes up the stream of a request and runs it to its end, as `run` does; also while draining."""
         call = self._open(request_id)
-        call.stream = self._lifecycle.loaded_engine().attach(request_id, from_token)
-        await self._follow(call.stream, call, take)
+        stream = self._lifecycle.loaded_engine().attach(request_id, from_token)
+        call.take(stream)
+        await self._follow(stream, call, take)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request of the caller, also one that the engine does not have yet; False where there is none."""
+        caller, engine = current_principal(), self._lifecycle.engine
+        early = [call for call, owner in self._early.items() if call.request_id == request_id and caller.reaches(owner)]
+        for call in early:
+            call.aborted = True
+        # The engine may have it for a moment before its call knows: to end it twice is to end it once.
+        return (engine is not None and engine.abort(request_id)) or bool(early)
 
     def _open(self, request_id: str) -> OpenCall:
         """Takes up the call that this task runs, until the task ends: the status is sent later than its handler ends.
@@ -119,25 +132,36 @@ class CallRunner:
         else:
             compiles = any(request.constraint is not None for request in requests)
             threads = self._compiling if compiles else self._tokenizing
-            streams = await self._submit_from_thread(engine, submit, threads)
+            streams = await self._submit_from_thread(engine, submit, threads, calls)
         for call, stream in zip(calls, streams, strict=True):
-            call.stream = stream
+            call.take(stream)
         return streams
 
     async def _submit_from_thread(
-        self, engine: ServedEngine, submit: Callable[[], Sequence[EventStream]], threads: Executor
+        self,
+        engine: ServedEngine,
+        submit: Callable[[], Sequence[EventStream]],
+        threads: Executor,
+        calls: Sequence[OpenCall],
     ) -> Sequence[EventStream]:
         limit = engine.config.total_slots + engine.config.max_waiting
         if self._submitting[threads] >= limit:
             raise QueueFull(limit, RETRY_AFTER)
         self._submitting[threads] += 1
         submitted = asyncio.get_running_loop().run_in_executor(threads, contextvars.copy_context().run, submit)
-        submitted.add_done_callback(lambda _: self._submitting.subtract((threads,)))
+        self._early |= dict.fromkeys(calls, current_principal())
+
+        def settle(_: object) -> None:
+            self._submitting[threads] -= 1
+            for call in calls:
+                del self._early[call]
+
+        submitted.add_done_callback(settle)
         try:
             return await asyncio.shield(submitted)
         except asyncio.CancelledError:
             # The client left meanwhile. A thread cannot be stopped: leave what it comes back with.
-            submitted.add_done_callback(_leave)
+            submitted.add_done_callback(partial(_leave, calls))
             raise
 
     def raise_for(self, last: Finished | None, call: OpenCall) -> None:
@@ -179,7 +203,8 @@ def _are_quick(requests: Sequence[Request]) -> bool:
     return characters <= INLINE_CHARACTERS and tokens <= INLINE_TOKENS
 
 
-def _leave(submitted: asyncio.Future[Sequence[EventStream]]) -> None:
+def _leave(calls: Sequence[OpenCall], submitted: asyncio.Future[Sequence[EventStream]]) -> None:
     if not submitted.cancelled() and submitted.exception() is None:
-        for stream in submitted.result():
+        for call, stream in zip(calls, submitted.result(), strict=True):
+            call.take(stream)
             stream.leave()

@@ -10,6 +10,7 @@ import grpc.aio
 from jaxserve import request as limits
 from jaxserve.request_errors import InvalidRequest
 from rpc import errors
+from rpc.call_runner import CallRunner
 from rpc.convert import messages_from_proto
 from rpc.lifecycle import Lifecycle
 from rpc.open_calls import OpenCalls
@@ -22,7 +23,15 @@ from rpc.v1 import jaxserve_pb2_grpc
 class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
     """Questions that start no work on the device, and Abort. They are answered while draining, too."""
 
-    def __init__(self, lifecycle: Lifecycle, calls: OpenCalls, tokenizing: Executor, max_request_bytes: int):
+    def __init__(
+        self,
+        runner: CallRunner,
+        lifecycle: Lifecycle,
+        calls: OpenCalls,
+        tokenizing: Executor,
+        max_request_bytes: int,
+    ):
+        self._runner = runner
         self._lifecycle = lifecycle
         self._calls = calls
         self._tokenizing = tokenizing
@@ -32,8 +41,7 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
 
     @errors.answered
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
-        engine = self._lifecycle.engine
-        return pb.AbortResponse(aborted=engine is not None and engine.abort(request.request_id))
+        return pb.AbortResponse(aborted=self._runner.abort(request.request_id))
 
     @errors.answered
     async def GetModelInfo(

@@ -12,14 +12,22 @@ logger = logging.getLogger(__name__)
 class OpenCall:
     """One call that generates, whatever its protocol."""
 
-    __slots__ = ("request_id", "stream", "write_began")
+    __slots__ = ("aborted", "request_id", "stream", "write_began")
 
     def __init__(self, request_id: str):
         self.request_id = request_id
+        self.aborted = False
+        """Before the engine had the request."""
         self.stream: EventStream | None = None
         self.write_began: float | None = None
         """`time.monotonic()` seconds when the write in progress began; None between writes, and for a call over HTTP,
         whose connection is watched instead."""
+
+    def take(self, stream: EventStream) -> None:
+        """The engine has the request; one that was aborted before ends."""
+        self.stream = stream
+        if self.aborted:
+            stream.cancel()
 
 
 class OpenCalls:

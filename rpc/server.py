@@ -114,7 +114,7 @@ class Server:
         return http, probes
 
     def _add_services(self, runner: CallRunner) -> None:
-        control = ControlServicer(self.lifecycle, self.calls, self._tokenizing, self.config.max_request_bytes)
+        control = ControlServicer(runner, self.lifecycle, self.calls, self._tokenizing, self.config.max_request_bytes)
         jaxserve_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(runner), self._server)
         jaxserve_pb2_grpc.add_ControlServicer_to_server(control, self._server)
         vllm_engine = vllm_servicer.VllmEngineServicer(runner, self.lifecycle, self.calls, self._tokenizing)

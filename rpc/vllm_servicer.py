@@ -62,10 +62,8 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
 
     @errors.answered
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
-        engine = self._lifecycle.engine
-        if engine is not None:
-            for request_id in request.request_ids:
-                engine.abort(request_id)
+        for request_id in request.request_ids:
+            self._runner.abort(request_id)
         return pb.AbortResponse()
 
     @errors.answered

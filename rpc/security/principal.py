@@ -26,6 +26,10 @@ class Principal:
     tenant: str
     is_admin: bool = False
 
+    def reaches(self, other: "Principal") -> bool:
+        """Whether it may abort what the other has asked for."""
+        return self.is_admin or self.tenant == other.tenant
+
 
 EVERYBODY = Principal(tenant="", is_admin=True)
 """The caller of a server without keys, which is bound to loopback or said to be open."""

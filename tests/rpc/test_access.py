@@ -147,6 +147,23 @@ async def test_a_tenant_aborts_its_own_requests_alone_and_an_admin_any(keys: Key
             assert generation.finished is not None and generation.finished.finish_reason == "abort"
 
 
+async def test_a_request_that_is_still_tokenized_is_its_tenants_to_abort_as_well(keys: Keys):
+    engine = ScriptedEngine()
+    engine.may_submit.clear()
+    async with (
+        serving(engine, keys.config) as (server, _),
+        client(server, keys.acme) as acme,
+        client(server, keys.other) as other,
+    ):
+        generation = acme.generate({"prompt": "x" * 3000, "id": "mine"})
+        reading = asyncio.create_task(generation.text())
+        await eventually(lambda: len(server.calls) == 1)
+        assert not await other.abort("mine")
+        assert await acme.abort("mine")
+        engine.may_submit.set()
+        await reading
+
+
 async def test_keys_are_in_no_log_and_no_answer(keys: Keys, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.DEBUG)
     wrong = "jxs_a-key-that-is-not-known"

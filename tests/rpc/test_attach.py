@@ -261,9 +261,9 @@ async def test_the_client_takes_its_stream_up_by_itself(simulated: Engine) -> No
         assert generation.finished is not None
 
 
-async def test_a_connection_that_breaks_while_a_prompt_is_tokenized_costs_no_token(
-    simulated: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def slow_tokenizing(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """That a prompt is being tokenized, and that it may come to its end."""
     prepare, reached, may_go_on = Admission.prepare, threading.Event(), threading.Event()
 
     def slow(self: Admission, *args: Any) -> Submit:
@@ -273,6 +273,31 @@ async def test_a_connection_that_breaks_while_a_prompt_is_tokenized_costs_no_tok
 
     monkeypatch.setattr(Admission, "prepare", slow)
     monkeypatch.setattr(call_runner, "INLINE_TOKENS", 0)
+    return reached, may_go_on
+
+
+async def test_leaving_a_request_while_its_prompt_is_tokenized_aborts_it(
+    simulated: Engine, slow_tokenizing: tuple[threading.Event, threading.Event]
+) -> None:
+    reached, may_go_on = slow_tokenizing
+    async with served(simulated) as (server, client):
+        generation = client.generate(PROMPT, **fields(900))
+        reading = asyncio.create_task(generation.text())
+        await asyncio.to_thread(reached.wait)
+        reading.cancel()
+        await asyncio.wait([reading])
+        await eventually(lambda: len(server.calls) == 0)
+        may_go_on.set()
+        await eventually(lambda: ("", generation.request_id) in simulated._kept._streams)
+        attached = client.attach(generation.request_id)
+        await attached.text()
+        assert attached.finished is not None and attached.finished.finish_reason is FinishReason.ABORT
+
+
+async def test_a_connection_that_breaks_while_a_prompt_is_tokenized_costs_no_token(
+    simulated: Engine, slow_tokenizing: tuple[threading.Event, threading.Event]
+) -> None:
+    reached, may_go_on = slow_tokenizing
     async with served(simulated) as (server, client):
         generation = client.generate(PROMPT, **fields(20))
         await asyncio.to_thread(reached.wait)

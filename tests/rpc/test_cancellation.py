@@ -173,6 +173,21 @@ async def test_abort_ends_a_stream_with_finish_reason_abort_and_status_ok() -> N
         assert not await client.abort("once")  # it has ended
 
 
+async def test_abort_ends_a_request_whose_long_prompt_is_still_tokenized() -> None:
+    engine = ScriptedEngine()
+    engine.may_submit.clear()
+    async with serving(engine) as (server, client):
+        generation = client.generate("x" * 3000)
+        reading = asyncio.ensure_future(generation.text())
+        await eventually(lambda: len(server.calls) == 1)
+        assert not await client.abort("nobody")
+        assert await client.abort(generation.request_id)
+        engine.may_submit.set()
+        await reading
+        assert generation.finished is not None and generation.finished.finish_reason is FinishReason.ABORT
+        await back_to_the_start(engine, server)
+
+
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
 """A client that takes at most 64 KiB ahead of its reader, so that a server notices soon that nobody reads."""
 

@@ -263,6 +263,21 @@ async def test_abort_ends_the_stream_with_its_last_message_and_status_ok() -> No
         await stub.Abort(pb.AbortRequest(request_ids=["mine"]))  # it has ended: no error
 
 
+async def test_abort_ends_a_request_whose_long_prompt_is_still_tokenized() -> None:
+    engine = ScriptedEngine()
+    engine.may_submit.clear()
+    async with vllm(engine) as (server, stub):
+        request = asking("x" * 3000)
+        request.request_id = "mine"
+        call = stub.Generate(request)
+        await eventually(lambda: len(server.calls) == 1)
+        await stub.Abort(pb.AbortRequest(request_ids=["mine"]))
+        engine.may_submit.set()
+        *_, last = [response async for response in call]
+        assert last.complete.finish_reason == FinishReason.ABORT
+        await back_to_the_start(engine, server)
+
+
 async def test_a_failed_request_is_told_by_the_status_alone() -> None:
     async with vllm(ScriptedEngine()) as (_, stub):
         received: list[pb.GenerateResponse] = []
