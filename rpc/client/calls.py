@@ -38,8 +38,9 @@ CHANNEL_OPTIONS = [
     ("grpc.http2.ping_timeout_ms", 10_000),
     # One that is still starting is found soon after it listens.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Despite its name what one attempt to connect may take; as long as the server waits for the handshake.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
     # No environment variable sends a request elsewhere.
     ("grpc.enable_http_proxy", 0),
 ]

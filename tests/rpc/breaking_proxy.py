@@ -9,12 +9,14 @@ class BreakingProxy:
 
     Args:
         there: the port that bytes are passed on to; may be changed.
+        delay: seconds that bytes take.
         breaks: bytes, in both directions together, after which each connection breaks, in the order in which they
             come; those that come after the last one stay whole.
     """
 
-    def __init__(self, there: int, breaks: Iterable[int] = ()):
+    def __init__(self, there: int, breaks: Iterable[int] = (), delay: float = 0.0):
         self.there = there
+        self.delay = delay
         self.broken = 0
         """Connections that broke after their bytes."""
         self._breaks: Iterator[int] = iter(breaks)
@@ -52,6 +54,7 @@ class BreakingProxy:
     async def _pump(self, link: "_Link", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while data := await reader.read(1 << 16):
+                await asyncio.sleep(self.delay)
                 writer.write(link.allowed(data))
                 if link.left == 0:
                     self.broken += 1

@@ -6,6 +6,7 @@ from collections import Counter
 import grpc
 import grpc.aio
 import pytest
+from breaking_proxy import BreakingProxy
 from scripted_engine import ScriptedEngine, expected_ids
 from serving import serving
 
@@ -145,6 +146,15 @@ async def test_a_message_larger_than_the_limit_is_refused() -> None:
         with pytest.raises(Exception, match="larger than the server takes"):
             await client.generate("x" * (config.max_request_bytes + 1)).text()
         assert await client.is_ready()
+
+
+async def test_a_server_that_is_far_away_is_reached_by_the_first_call() -> None:
+    async with (
+        serving(ScriptedEngine()) as (server, _),
+        BreakingProxy(server.port, delay=0.3) as far,
+        AsyncClient(far.address) as client,
+    ):
+        assert list((await client.generate_once("hello", max_tokens=3)).token_ids) == expected_ids(3)
 
 
 async def test_bytes_that_are_no_message_are_a_bad_request() -> None:
