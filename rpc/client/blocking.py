@@ -22,6 +22,7 @@ from rpc.client.calls import (
     Prompt,
     mapped_errors,
     prepare,
+    seconds_until,
     tokenize_request,
 )
 from rpc.client.recovery import Position, Recovery
@@ -162,16 +163,20 @@ class Client:
             timeout: seconds until the server stops the work and TimeoutError is raised.
             fields: sampling, stopping and output fields by their API names: `max_tokens`, `temperature`, `stop`, ...
         """
-        message, limit = prepare(prompt, fields, timeout)
-        send = partial(self._inference.Generate, message, timeout=limit, metadata=self._metadata)
+        message, deadline = prepare(prompt, fields, timeout)
+
+        def send() -> grpc.Call:
+            return self._inference.Generate(message, timeout=seconds_until(deadline), metadata=self._metadata)
+
         name = message.request_id
         if not message.output.resumable:
             return Generation(send(), name)
-        return Generation(send(), name, Recovery(partial(self._attach, name), send), partial(self.abort, name))
+        attach = partial(self._attach, name, deadline=deadline)
+        return Generation(send(), name, Recovery(attach, send), partial(self.abort, name))
 
-    def _attach(self, request_id: str, from_token: int) -> grpc.Call:
+    def _attach(self, request_id: str, from_token: int, deadline: float | None = None) -> grpc.Call:
         message = message_of(pb.AttachRequest, request_id=request_id, from_token=from_token)
-        return self._inference.Attach(message, metadata=self._metadata)
+        return self._inference.Attach(message, timeout=seconds_until(deadline), metadata=self._metadata)
 
     def attach(self, request_id: str, from_token: int = 0) -> Generation:
         """Takes up the stream of a resumable request after so many tokens, over all of its sequences in the order in
@@ -188,9 +193,9 @@ class Client:
 
     def generate_once(self, prompt: Prompt, *, timeout: float | None = None, **fields: object) -> Completion:
         """As `generate`, with all of its sequences whole in one answer."""
-        message, limit = prepare(prompt, fields, timeout)
+        message, deadline = prepare(prompt, fields, timeout)
         with mapped_errors():
-            response = self._inference.GenerateOnce(message, timeout=limit, metadata=self._metadata)
+            response = self._inference.GenerateOnce(message, timeout=seconds_until(deadline), metadata=self._metadata)
         return completion_from_proto(response)
 
     def abort(self, request_id: str) -> bool:

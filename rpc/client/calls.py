@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import cast
 
@@ -27,6 +28,9 @@ Prompt = str | Request | Mapping[str, object]
 
 READY_INTERVAL = 0.1
 """Seconds between looks whether a server is ready."""
+
+LONGEST_CALL = 1e9
+"""Seconds, thirty years: what is ten times as long gRPC takes for a time that has passed."""
 
 CHANNEL_OPTIONS = [
     # An answer's size follows from the request; the server limits that.
@@ -102,13 +106,21 @@ def build_request(prompt: Prompt, fields: Mapping[str, object]) -> Request:
 def prepare(
     prompt: Prompt, fields: Mapping[str, object], timeout: float | None
 ) -> tuple[pb.GenerateRequest, float | None]:
-    """The message, and the seconds the call may take: the smaller of the timeout and the request's deadline."""
+    """The message, and when its calls must end, in `time.monotonic()` seconds: by the timeout and the request's
+    deadline. Raises InvalidRequest."""
     request = build_request(prompt, fields)
-    limits = [timeout] if timeout is not None else []
     request.validate_deadline()
-    if request.deadline is not None:
-        limits.append(request.deadline - time.monotonic())
-    return request_to_proto(replace(request, deadline=None)), min(limits, default=None)
+    deadlines = [] if request.deadline is None else [request.deadline]
+    if timeout is not None:
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not -inf <= timeout <= inf:
+            raise InvalidRequest("timeout", f"must be a number of seconds, got {timeout!r:.100}")
+        deadlines.append(time.monotonic() + max(min(timeout, LONGEST_CALL), 0.0))
+    return request_to_proto(replace(request, deadline=None)), min(deadlines, default=None)
+
+
+def seconds_until(deadline: float | None) -> float | None:
+    """The time that a call has which must end by then, as gRPC takes it."""
+    return None if deadline is None else min(deadline - time.monotonic(), LONGEST_CALL)
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 import asyncio
 import random
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
 from breaking_proxy import BreakingProxy
-from serving import back_to_the_start, lent, serving
+from serving import back_to_the_start, eventually, lent, serving
 
 from jaxserve.engine import Engine
 from jaxserve.events import Completion, Delta, Event, Finished, FinishReason, Started
@@ -61,14 +62,14 @@ class Case:
             assert "".join(delta.text for delta in own) == output.text, self.seed
 
 
-def read_blocking(address: str, request: dict[str, object]) -> list[Event]:
+def read_blocking(address: str, request: dict[str, object], timeout: float | None = None) -> list[Event]:
     with Client(address) as client:
-        return list(client.generate(request, resumable=True).events())
+        return list(client.generate(request, timeout=timeout, resumable=True).events())
 
 
-async def read(address: str, request: dict[str, object]) -> list[Event]:
+async def read(address: str, request: dict[str, object], timeout: float | None = None) -> list[Event]:
     async with AsyncClient(address) as client:
-        return [event async for event in client.generate(request, resumable=True).events()]
+        return [event async for event in client.generate(request, timeout=timeout, resumable=True).events()]
 
 
 async def test_wherever_its_connection_breaks_a_stream_is_whole(resuming: Engine) -> None:
@@ -129,6 +130,24 @@ async def test_a_server_that_stays_away_is_unavailable_and_another_client_goes_o
         assert isinstance(await anext(again), Started)
         assert await client.abort(generation.request_id)
         assert [event.finish_reason async for event in again if isinstance(event, Finished)] == [FinishReason.ABORT]
+        await back_to_the_start(resuming, server)
+
+
+async def test_a_stream_that_is_taken_up_again_still_ends_at_its_timeout(resuming: Engine) -> None:
+    """Behind the break a port that takes connections and says nothing."""
+    request = {**prompt(10), "max_tokens": 900, "ignore_eos": True}
+    async with serving(lent(resuming)) as (server, _):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            async with BreakingProxy(server.port, [STREAM_BYTES] * 2) as proxy:
+                readers = (
+                    read(proxy.address, request, timeout=1.5),
+                    asyncio.to_thread(read_blocking, proxy.address, request, timeout=1.5),
+                )
+                reading = asyncio.gather(*readers, return_exceptions=True)
+                await eventually(lambda: len(server.calls) == 2)
+                proxy.there = silent.getsockname()[1]
+                assert [type(error) for error in await reading] == [TimeoutError] * 2
+                assert proxy.broken == 2
         await back_to_the_start(resuming, server)
 
 

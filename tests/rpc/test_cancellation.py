@@ -1,6 +1,7 @@
 """Whoever stops listening stops the work: cancelled, killed, late, aborted, or asleep."""
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -144,6 +145,13 @@ async def test_a_deadline_that_passes_in_the_queue_is_exceeded_and_never_started
         await eventually(lambda: engine.loads().waiting == 0)
         first.cancel()
         await back_to_the_start(engine, server)
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e12, 10**400])
+async def test_a_timeout_that_never_comes_is_none(timeout: float) -> None:
+    async with serving(ScriptedEngine()) as (_, client):
+        assert (await client.generate_once("hello", timeout=timeout, max_tokens=3)).text == "abc"
+        assert await client.generate("hello", timeout=timeout, max_tokens=3).text() == "abc"
 
 
 async def test_an_expired_deadline_is_refused() -> None:

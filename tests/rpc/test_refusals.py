@@ -209,6 +209,9 @@ async def test_client_refuses_what_no_message_can_carry() -> None:
             with pytest.raises(InvalidRequest) as caught:
                 client.generate("a", **{field: value})
             assert caught.value.field == field
+        for timeout in (float("nan"), "soon", True):
+            with pytest.raises(InvalidRequest, match="timeout"):
+                client.generate("a", timeout=timeout)  # pyright: ignore[reportArgumentType]
         for deadline in (float("nan"), "soon"):
             with pytest.raises(InvalidRequest, match="deadline"):
                 client.generate(Request(prompt="a", deadline=deadline))
