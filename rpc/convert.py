@@ -306,8 +306,10 @@ def completion_to_proto(completion: Completion) -> pb.GenerateOnceResponse:
     return response
 
 
-def completion_from_proto(response: pb.GenerateOnceResponse) -> Completion:
-    """Inverse of `completion_to_proto`."""
+def completion_from_proto(response: pb.GenerateOnceResponse, wanted: pb.Output) -> Completion:
+    """Inverse of `completion_to_proto`. `wanted`: of the request, for no message tells none from none asked for."""
+    no_logprobs = () if wanted.HasField("logprobs") else None
+    no_prompt_logprobs = () if wanted.HasField("prompt_logprobs") else None
     return Completion(
         request_id=response.request_id,
         outputs=tuple(
@@ -315,7 +317,7 @@ def completion_from_proto(response: pb.GenerateOnceResponse) -> Completion:
                 index=output.index,
                 token_ids=tuple(output.token_ids),
                 text=output.text,
-                logprobs=_logprobs_from_proto(output.logprobs),
+                logprobs=_logprobs_from_proto(output.logprobs) or no_logprobs,
                 finish_reason=FinishReason(output.finish_reason),
                 matched_stop=_matched_stop(output),
             )
@@ -324,5 +326,5 @@ def completion_from_proto(response: pb.GenerateOnceResponse) -> Completion:
         usage=usage_from_proto(response.usage),
         timings=timings_from_proto(response.timings),
         seed=response.seed,
-        prompt_logprobs=_logprobs_from_proto(response.prompt_logprobs),
+        prompt_logprobs=_logprobs_from_proto(response.prompt_logprobs) or no_prompt_logprobs,
     )

@@ -194,9 +194,9 @@ class AsyncClient:
         """As `generate`, with all of its sequences whole in one answer."""
         message, deadline = prepare(prompt, fields, timeout)
         with mapped_errors():
-            return completion_from_proto(
-                await self._inference.GenerateOnce(message, timeout=seconds_until(deadline), metadata=self._metadata)
-            )
+            limit = seconds_until(deadline)
+            response = await self._inference.GenerateOnce(message, timeout=limit, metadata=self._metadata)
+        return completion_from_proto(response, message.output)
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request with finish reason abort; False where none with this id is active."""

@@ -196,7 +196,7 @@ class Client:
         message, deadline = prepare(prompt, fields, timeout)
         with mapped_errors():
             response = self._inference.GenerateOnce(message, timeout=seconds_until(deadline), metadata=self._metadata)
-        return completion_from_proto(response)
+        return completion_from_proto(response, message.output)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request with finish reason abort; False where none with this id is active."""

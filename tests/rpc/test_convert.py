@@ -2,10 +2,28 @@
 
 import pytest
 
-from jaxserve.events import Delta, Event, Finished, FinishReason, Started, Timings, TokenLogprob, Usage
+from jaxserve.events import (
+    Completion,
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    Output,
+    Started,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import InvalidRequest
-from rpc.convert import event_from_proto, event_to_proto, request_from_proto, request_to_proto
+from rpc.convert import (
+    completion_from_proto,
+    completion_to_proto,
+    event_from_proto,
+    event_to_proto,
+    request_from_proto,
+    request_to_proto,
+)
 from rpc.v1 import jaxserve_pb2 as pb
 
 FULL = Request(
@@ -90,3 +108,14 @@ def test_an_event_comes_back_as_it_went(event: Event) -> None:
 
 def test_an_event_of_a_newer_server_is_passed_over() -> None:
     assert event_from_proto(pb.GenerateResponse(request_id="r")) is None
+
+
+def test_log_probabilities_that_were_asked_for_are_none_of_them_where_there_are_none() -> None:
+    """As an engine gives them: of an output without a token, and of a prompt of one."""
+    usage, timings = Usage(1, 0, 1), Timings(0.0, 0.0, 0.0, 0.0)
+    output = Output(0, (), "", (), FinishReason.STOP, 2)
+    completion = Completion("id", (output,), usage, timings, seed=7, prompt_logprobs=())
+    message = completion_to_proto(completion)
+    assert completion_from_proto(message, pb.Output(logprobs=0, prompt_logprobs=1)) == completion
+    unasked = completion_from_proto(message, pb.Output())
+    assert (unasked.logprobs, unasked.prompt_logprobs) == (None, None)
