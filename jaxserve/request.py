@@ -13,6 +13,8 @@ from jaxserve.request_errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 """Most alternatives a token that a request may ask for."""
+LEAST_REPETITION_PENALTY = 0.009999999776482582
+"""0.01 in 32 bits, as a message of gRPC carries it."""
 MAX_LOGIT_BIAS = 256
 """Most entries of `logit_bias` in one request."""
 MAX_STOP_STRINGS = 16
@@ -96,7 +98,7 @@ class SamplingParams:
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _number("repetition_penalty", self.repetition_penalty, LEAST_REPETITION_PENALTY, 100.0)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**32 - 1)
         _integer("n", self.n, 1, max_n)
@@ -238,6 +240,15 @@ class Constraint:
                 _text(kind, value)
 
 
+def check_messages(messages: Sequence[Any]) -> None:
+    """Raises InvalidRequest for what is no message of a chat."""
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InvalidRequest("messages", f"message {index} must be an object with a string `role`")
+        if not isinstance(message.get("content"), str):
+            raise InvalidRequest("messages", f"message {index} must have a string `content`")
+
+
 @dataclass(frozen=True)
 class Request:
     """One request. Exactly one of `prompt`, `token_ids` and `messages` is set."""
@@ -281,11 +292,7 @@ class Request:
             raise InvalidRequest("prompt", f"exactly one of prompt, token_ids and messages must be set; {what}")
         if self.prompt is not None and not isinstance(self.prompt, str):
             raise InvalidRequest("prompt", f"must be a string, got {type(self.prompt).__name__}")
-        for index, message in enumerate(self.messages or ()):
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise InvalidRequest("messages", f"message {index} must be an object with a string `role`")
-            if not isinstance(message.get("content"), str):
-                raise InvalidRequest("messages", f"message {index} must have a string `content`")
+        check_messages(self.messages or ())
         if self.messages is not None and not self.messages:
             raise InvalidRequest("messages", "must have at least one message")
         if self.tools and self.messages is None:

@@ -66,6 +66,17 @@ def test_a_request_comes_back_as_it_went(request_: Request) -> None:
     assert request_from_proto(message) == request_
 
 
+def test_the_ends_of_every_range_arrive_within_it() -> None:
+    """A message has floats of 32 bits: 0.01 is a little less there."""
+    least = SamplingParams(0.0, 1e-30, 0, 0.0, -2.0, -2.0, 0.01, seed=0, logit_bias={0: -100.0})
+    most = SamplingParams(100.0, 1.0, 2**31 - 1, 1.0, 2.0, 2.0, 100.0, seed=2**32 - 1, logit_bias={9: 100.0}, n=4)
+    for sampling in (least, most):
+        message = pb.GenerateRequest.FromString(
+            request_to_proto(Request(prompt="a", sampling=sampling)).SerializeToString()
+        )
+        request_from_proto(message).sampling.validate(vocab_size=10, max_n=4)
+
+
 def test_tools_are_refused_for_no_field_carries_them() -> None:
     chat = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}]}
     with pytest.raises(InvalidRequest) as caught:
