@@ -21,7 +21,7 @@ from jaxserve.events import (
     TokenLogprob,
     Usage,
 )
-from jaxserve.request import Constraint, OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request import Constraint, OutputParams, Request, SamplingParams, StoppingParams, check_messages
 from jaxserve.request_errors import InvalidRequest
 from rpc.v1 import jaxserve_pb2 as pb
 
@@ -106,14 +106,18 @@ def message_of[M: Message](kind: type[M], **fields: object) -> M:
     """A message with these fields. Raises InvalidRequest for a value that its field cannot carry."""
     message = kind()
     for name, value in fields.items():
+        if value is None:  # which protobuf takes for a field that is left out
+            raise InvalidRequest(name, "must not be None")
         _assign(name, lambda name=name, value=value: message.MergeFrom(kind(**{name: value})))
     return message
 
 
 def messages_to_proto(messages: Iterable[Mapping[str, Any]]) -> pb.ChatMessages:
     """Inverse of `messages_from_proto`. Raises InvalidRequest for what is no chat message."""
-    chat = pb.ChatMessages()
-    _assign("messages", lambda: chat.messages.extend(pb.ChatMessage(**message) for message in messages))
+    chat, given = pb.ChatMessages(), []
+    _assign("messages", lambda: given.extend(messages))
+    check_messages(given)
+    _assign("messages", lambda: chat.messages.extend(pb.ChatMessage(**message) for message in given))
     return chat
 
 

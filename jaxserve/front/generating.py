@@ -27,6 +27,8 @@ def request_of(prompt: Prompt, fields: Mapping[str, Any]) -> Request:
         if fields:
             raise InvalidRequest(next(iter(fields)), "a Request carries its own fields")
         return prompt
+    if not isinstance(prompt, str | Mapping):
+        raise InvalidRequest("prompt", f"must be text, a Request or a mapping of its fields, got {prompt!r:.100}")
     return Request.from_json({"prompt": prompt, **fields} if isinstance(prompt, str) else {**fields, **prompt})
 
 

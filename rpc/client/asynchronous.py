@@ -12,6 +12,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.events import Completion, Delta, Event
+from jaxserve.front.generating import Prompt
 from jaxserve.request_errors import EngineUnavailable, RequestError
 from rpc.client.calls import (
     DEFAULT_ADDRESS,
@@ -19,7 +20,6 @@ from rpc.client.calls import (
     READY_INTERVAL,
     ChatMessage,
     Credentials,
-    Prompt,
     mapped_errors,
     prepare,
     seconds_until,

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from jaxserve.events import Event, Finished, Started
-from jaxserve.request import Request
+from jaxserve.front.generating import Prompt, request_of
 from jaxserve.request_errors import InvalidRequest
 from rpc.convert import message_of, messages_to_proto, request_to_proto
 from rpc.errors import error_of
@@ -22,9 +22,6 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 ChatMessage = Mapping[str, str]
 """`role` and `content`."""
-
-Prompt = str | Request | Mapping[str, object]
-"""Text, a request, or a mapping of a request's API names (`prompt`, `token_ids`, `messages`, ...)."""
 
 READY_INTERVAL = 0.1
 """Seconds between looks whether a server is ready."""
@@ -93,22 +90,12 @@ NOTHING_SHOWN = Credentials()
 """Plain text and no key."""
 
 
-def build_request(prompt: Prompt, fields: Mapping[str, object]) -> Request:
-    """A request from text, a mapping of API names, or a Request; `fields` are sampling, stopping and output fields by
-    their API names. Raises InvalidRequest for a name that is no field."""
-    if isinstance(prompt, Request):
-        if fields:
-            raise InvalidRequest(next(iter(fields)), "a Request carries its own fields")
-        return prompt
-    return Request.from_json({"prompt": prompt, **fields} if isinstance(prompt, str) else {**fields, **prompt})
-
-
 def prepare(
     prompt: Prompt, fields: Mapping[str, object], timeout: float | None
 ) -> tuple[pb.GenerateRequest, float | None]:
     """The message, and when its calls must end, in `time.monotonic()` seconds: by the timeout and the request's
     deadline. Raises InvalidRequest."""
-    request = build_request(prompt, fields)
+    request = request_of(prompt, fields)
     request.validate_deadline()
     deadlines = [] if request.deadline is None else [request.deadline]
     if timeout is not None:

@@ -215,18 +215,24 @@ async def test_client_refuses_what_no_message_can_carry() -> None:
         for deadline in (float("nan"), "soon"):
             with pytest.raises(InvalidRequest, match="deadline"):
                 client.generate(Request(prompt="a", deadline=deadline))
+        for message in ({"role": "user", "content": "a", "mood": "good"}, {"role": "user"}, {"content": "a"}):
+            with pytest.raises(InvalidRequest) as caught:
+                client.chat([message])
+            assert caught.value.field == "messages"
         with pytest.raises(InvalidRequest) as caught:
-            client.chat([{"role": "user", "content": "a", "mood": "good"}])
-        assert caught.value.field == "messages"
+            client.generate(b"a")  # pyright: ignore[reportArgumentType]
+        assert caught.value.field == "prompt"
         with Client(client.address) as plain:
             for call, field in (
                 (lambda: plain.tokenize([{"role": "user", "content": 5}]), "messages"),
                 (lambda: client.tokenize([{"role": "user", "content": "a", "mood": "good"}]), "messages"),
+                (lambda: client.tokenize([{"role": "user", "content": None}]), "messages"),  # pyright: ignore
                 (lambda: client.tokenize("\ud800"), "text"),
                 (lambda: plain.detokenize([2**40]), "token_ids"),
                 (lambda: client.detokenize([2**40]), "token_ids"),
                 (lambda: plain.abort("\ud800"), "request_id"),
                 (lambda: client.abort("\ud800"), "request_id"),
+                (lambda: client.abort(None), "request_id"),  # pyright: ignore[reportArgumentType]
                 (lambda: plain.attach("a", 2**70), "from_token"),
                 (lambda: client.attach("a", 2**70), "from_token"),
                 (lambda: plain.profile(10**400), "seconds"),
