@@ -68,7 +68,8 @@ class AsyncGeneration(Position):
                 with suppress(EngineUnavailable, grpc.aio.UsageError):
                     await self._abort()
             # grpc.aio raises the same for a call that is cancelled as asyncio does for the task that reads it.
-            if isinstance(left, GeneratorExit) or not self._cancelled:
+            task = asyncio.current_task()
+            if isinstance(left, GeneratorExit) or not self._cancelled or (task is not None and task.cancelling()):
                 raise
         finally:
             self._call.cancel()  # no-op once the call has ended

@@ -58,6 +58,19 @@ async def test_cancelling_the_reading_task_ends_the_request() -> None:
             await back_to_the_start(engine, server)
 
 
+async def test_a_task_that_is_cancelled_after_its_generation_is_cancelled_as_well() -> None:
+    engine = ScriptedEngine()
+    async with serving(engine) as (server, client):
+        generation = client.generate("hello")
+        task = asyncio.ensure_future(generation.text())
+        await eventually(lambda: engine.loads().running == 1)
+        generation.cancel()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await back_to_the_start(engine, server)
+
+
 async def test_cancel_while_queued_takes_no_slot() -> None:
     engine = ScriptedEngine(slots=1)
     async with serving(engine) as (server, client):
