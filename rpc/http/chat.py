@@ -46,7 +46,8 @@ def parse_chat(body: Mapping[str, object], engine: ServedEngine) -> Asked:
             raise InvalidRequest("tool_choice", "a forced call and response_format exclude each other")
         constraint, source = {"json_schema": offered.forced}, "tools"
     flat = fields.take_engine_fields(constraint, "tool_choice" if source == "tools" else source)
-    _take_max_tokens(fields, flat)
+    # What the engine has other names for: top_logprobs is how many it calls logprobs.
+    names = {**dict.fromkeys(constraint, source), "logprobs": "top_logprobs", **_take_max_tokens(fields, flat)}
     fields.refuse_rest("/v1/chat/completions")
     wanted = (0 if top_logprobs is None else top_logprobs) if logprobs else None
     request = replace(
@@ -54,19 +55,19 @@ def parse_chat(body: Mapping[str, object], engine: ServedEngine) -> Asked:
         tools=offered.tools,
         output=output_params(wanted),
     )
-    names = dict.fromkeys(constraint, source)
     return Asked((request,), stream, include_usage, return_token_ids, timeout, offered.syntax, names)
 
 
-def _take_max_tokens(fields: Fields, flat: dict[str, object]) -> None:
-    """`max_completion_tokens` is the later name of `max_tokens`."""
+def _take_max_tokens(fields: Fields, flat: dict[str, object]) -> Mapping[str, str]:
+    """`max_completion_tokens` is the later name of `max_tokens`: whether it was given, as `Asked.names`."""
     later = fields.take("max_completion_tokens")
     if later is None:
-        return
+        return {}
     if flat.get("max_tokens", later) != later:
         earlier = flat["max_tokens"]
         raise InvalidRequest("max_completion_tokens", f"is {later!r:.100}, but max_tokens is {earlier!r:.100}")
     flat["max_tokens"] = later
+    return {"max_tokens": "max_completion_tokens"}
 
 
 def _messages(value: object) -> list[dict[str, object]]:

@@ -102,7 +102,7 @@ async def test_what_cannot_be_had_is_refused_by_name_and_what_changes_nothing_is
         "response_format": ({"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}}),
         "parallel_tool_calls": ("no",),
         "top_logprobs": (3,),
-        "max_completion_tokens": (5,),
+        "max_completion_tokens": (5,),  # beside max_tokens
         "store": (True,),
         "prediction": ({"type": "content", "content": "x"},),
         "stream_options": ({"include_usage": True},),
@@ -120,6 +120,11 @@ async def test_what_cannot_be_had_is_refused_by_name_and_what_changes_nothing_is
             body = {"response_format": form, "json_schema": {"type": "string"}}
             await client.chat.completions.create(model="scripted", messages=USER, extra_body=body)
         assert caught.value.param == "response_format"
+        for name, value in (("max_completion_tokens", 0), ("max_completion_tokens", 2**31), ("top_logprobs", 21)):
+            body = {name: value, "logprobs": True}
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.chat.completions.create(model="scripted", messages=USER, extra_body=body)
+            assert (caught.value.param, name in caught.value.message) == (name, True)
         neutral = {
             "user": "me",
             "json_object": False,
