@@ -20,6 +20,9 @@ from rpc.http.schema import Fields
 MAX_TOOLS = 128
 """Most tools in one request."""
 
+_OTHER_FORMS = ("<function=", "<arg_key>", "[ARGS]")
+"""In templates whose calls begin like those above and go on otherwise: Qwen3-Coder's, GLM-4.5's, Devstral's."""
+
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _CALL_BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
@@ -44,13 +47,17 @@ class ToolSyntax(Enum):
 
 def syntax_of(chat_template: str | None) -> ToolSyntax | None:
     """The form of the calls that a template teaches; None where it has no tools, or a form that is not known."""
-    if chat_template is None or re.search(r"\btools\b", chat_template) is None:
+    if chat_template is None or not _has_tools(chat_template) or any(mark in chat_template for mark in _OTHER_FORMS):
         return None
     if "<tool_call>" in chat_template:
         return ToolSyntax.HERMES
     if "[TOOL_CALLS]" in chat_template:
         return ToolSyntax.MISTRAL
     return ToolSyntax.LLAMA if '"parameters"' in chat_template else None
+
+
+def _has_tools(chat_template: str | None) -> bool:
+    return chat_template is not None and re.search(r"\btools\b", chat_template) is not None
 
 
 @dataclass(frozen=True)
@@ -82,10 +89,12 @@ def parse_tools(fields: Fields, chat_template: str | None) -> Offered:
     checked = _checked(tools)
     if choice == "none":
         return Offered()
-    syntax = syntax_of(chat_template)
-    if syntax is None:
-        raise InvalidRequest("tools", "the chat template of this model has no tools, or calls of a form not known here")
+    if not _has_tools(chat_template):
+        raise InvalidRequest("tools", "the chat template of this model has no tools")
     if choice in (None, "auto"):
+        syntax = syntax_of(chat_template)
+        if syntax is None:
+            raise InvalidRequest("tools", "this model's calls are of a form not known here; tool_choice may force one")
         if parallel is False:
             raise InvalidRequest(
                 "parallel_tool_calls", "must be true where no call is forced: a model may make several"

@@ -9,9 +9,10 @@ from http_serving import openai_serving
 from scripted_engine import ByteTokenizer, ScriptedEngine
 
 from jaxserve.events import Delta, Finished, FinishReason, Timings, Usage
+from jaxserve.request_errors import InvalidRequest
 from rpc.http.chat import ChatAnswer
-from rpc.http.schema import Asked
-from rpc.http.tools import ToolCallReader, ToolSyntax, syntax_of
+from rpc.http.schema import Asked, Fields
+from rpc.http.tools import ToolCallReader, ToolSyntax, parse_tools, syntax_of
 
 USER = [{"role": "user", "content": "hi"}]
 TOOLS = [
@@ -138,6 +139,15 @@ async def test_what_cannot_be_had_is_refused_by_name_and_what_changes_nothing_is
         assert answer.choices[0].message.content == "ab"
 
 
+def test_a_model_whose_calls_are_of_an_unknown_form_may_be_forced_to_one() -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    for template, choice in (("{{ tools }}", "auto"), ("{{ messages }}", "auto"), ("{{ messages }}", "required")):
+        with pytest.raises(InvalidRequest) as caught:
+            parse_tools(Fields({"tools": tools, "tool_choice": choice}), template)
+        assert caught.value.field == "tools"
+    assert parse_tools(Fields({"tools": tools, "tool_choice": "required"}), "{{ tools }}").forced is not None
+
+
 @pytest.mark.asyncio
 async def test_a_forced_call_must_be_of_a_tool_that_is_offered() -> None:
     engine = ScriptedEngine()
@@ -242,3 +252,9 @@ def test_the_form_of_calls_is_read_from_the_template() -> None:
     assert syntax_of('{% for tool in tools %}{"name": ..., "parameters": ...}{% endfor %}') is ToolSyntax.LLAMA
     for template in (None, "{{ messages }}", "{{ tools }}", "<tool_call>"):
         assert syntax_of(template) is None
+    for other in (
+        "<tool_call>\\n<function=example_function_name>",  # Qwen3-Coder
+        "<tool_call>{function-name}\\n<arg_key>{arg-key-1}</arg_key>",  # GLM-4.5
+        "'[TOOL_CALLS]' + tool['function']['name'] + '[ARGS]' + arguments",  # Devstral
+    ):
+        assert syntax_of("{{ tools }}" + other) is None
