@@ -23,6 +23,7 @@ from jaxserve.events import (
 )
 from jaxserve.request import Constraint, OutputParams, Request, SamplingParams, StoppingParams, check_messages
 from jaxserve.request_errors import InvalidRequest
+from rpc.unknown_fields import refuse_unknown
 from rpc.v1 import jaxserve_pb2 as pb
 
 _SAMPLING_SCALARS = (
@@ -57,8 +58,9 @@ def request_from_proto(message: pb.GenerateRequest, deadline: float | None = Non
         deadline: `time.monotonic()` seconds at which the call ends; None where it has none.
 
     Raises:
-        InvalidRequest: for a constraint that is none.
+        InvalidRequest: for a constraint that is none, and a field that is not known.
     """
+    refuse_unknown(message)
     kind = message.WhichOneof("prompt")
     identity = {"request_id": message.request_id} if message.request_id else {}
     return Request(

@@ -13,6 +13,7 @@ from rpc.call_runner import CallRunner
 from rpc.jetstream import orchestrator_pb2 as pb
 from rpc.jetstream import orchestrator_pb2_grpc
 from rpc.lifecycle import Lifecycle, State
+from rpc.unknown_fields import refuse_unknown
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Orchestrator"].full_name
 """Full name of the service."""
@@ -51,6 +52,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
 
 def request_from_jetstream(message: pb.DecodeRequest, request_id: str, deadline: float | None) -> Request:
     """Builds the engine's request. Raises InvalidRequest for a field that is not supported."""
+    refuse_unknown(message)
     kind = message.WhichOneof("content")
     if message.lora_adapter_id:
         raise InvalidRequest("lora_adapter_id", "is not supported")

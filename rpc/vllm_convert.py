@@ -17,6 +17,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from jaxserve.events import Delta, Event, Finished, FinishReason, Started, TokenLogprob
 from jaxserve.request import Constraint, OutputParams, Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import InvalidRequest
+from rpc.unknown_fields import refuse_unknown
 
 _REQUEST_FIELDS = frozenset(("request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"))
 _SAMPLING_FIELDS = frozenset(
@@ -56,6 +57,7 @@ def request_from_vllm(message: pb.GenerateRequest, request_id: str, deadline: fl
     Raises:
         InvalidRequest: for a field that is not supported.
     """
+    refuse_unknown(message)
     _refuse_others(message, _REQUEST_FIELDS)
     params = message.sampling_params
     _refuse_others(params, _SAMPLING_FIELDS)

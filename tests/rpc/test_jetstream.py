@@ -10,7 +10,7 @@ import pytest
 from google.rpc import error_details_pb2
 from scripted_engine import ScriptedEngine, expected_ids
 from serving import eventually, lent, serving
-from test_refusals import detail
+from test_refusals import detail, newer
 
 from jaxserve.events import FinishReason
 from rpc.jetstream import orchestrator_pb2 as pb
@@ -121,6 +121,7 @@ async def test_what_is_wrong_is_named() -> None:
         "lora_adapter_id": pb.DecodeRequest(text_content=Text(text="a"), max_tokens=1, lora_adapter_id="x"),
         "has_bos": pb.DecodeRequest(text_content=Text(text="a"), max_tokens=1, has_bos=True),
         "num_samples": pb.DecodeRequest(text_content=Text(text="a"), max_tokens=1, num_samples=-1),
+        "99": newer(pb.DecodeRequest(text_content=Text(text="a"), max_tokens=1)),
         "prompt": pb.DecodeRequest(max_tokens=1),
         "token_content.token_ids": pb.DecodeRequest(token_content=Tokens(token_ids=[256]), max_tokens=1),
         "text_content": pb.DecodeRequest(text_content=Text(text=""), max_tokens=1),

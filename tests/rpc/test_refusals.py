@@ -7,6 +7,7 @@ import math
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from scripted_engine import ScriptedEngine
@@ -23,6 +24,11 @@ pytestmark = pytest.mark.asyncio
 
 def with_sampling(**fields: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(text="a", sampling=pb.Sampling(**fields))
+
+
+def newer[M: Message](message: M) -> M:
+    """The message as a client sends it whose interface has another field in it, 99."""
+    return type(message).FromString(message.SerializeToString() + b"\x98\x06\x01")
 
 
 def with_stopping(**fields: object) -> pb.GenerateRequest:
@@ -63,6 +69,9 @@ OUT_OF_RANGE = [
     ("token_ids", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[-1]))),
     ("messages", pb.GenerateRequest(messages=pb.ChatMessages())),
     ("request_id", pb.GenerateRequest(text="a", request_id="x" * 129)),
+    ("99", newer(pb.GenerateRequest(text="a"))),
+    ("sampling.99", pb.GenerateRequest(text="a", sampling=newer(pb.Sampling(logit_bias={1: 1.0})))),
+    ("messages.messages.99", pb.GenerateRequest(messages=pb.ChatMessages(messages=[newer(pb.ChatMessage())]))),
 ]
 
 

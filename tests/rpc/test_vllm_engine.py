@@ -17,7 +17,7 @@ from scripted_engine import ScriptedEngine, expected_ids
 from serving import back_to_the_start, eventually, lent, serving
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
-from test_refusals import detail
+from test_refusals import detail, newer
 
 from jaxserve.events import Delta, Finished, FinishReason, Started, Timings, Usage
 from jaxserve.request import Constraint, Request
@@ -219,6 +219,7 @@ async def test_a_value_out_of_range_is_an_invalid_argument_that_names_its_path()
         "sampling_params.structural_tag": asking(structural_tag="{}"),
         "tokenized.input_ids": pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=[1, 2**31])),
         "media_refs": pb.GenerateRequest(text="a", media_refs=pb.MediaRefs()),
+        "sampling_params.99": pb.GenerateRequest(text="a", sampling_params=newer(pb.SamplingParams(n=1))),
         "input": pb.GenerateRequest(),
         "text": asking("x" * 5000),
     }
