@@ -25,7 +25,7 @@ from rpc.client.calls import (
     seconds_until,
     tokenize_request,
 )
-from rpc.client.recovery import Position, Recovery
+from rpc.client.recovery import ABORT_SECONDS, Position, Recovery
 from rpc.convert import completion_from_proto, event_from_proto, message_of
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
@@ -65,7 +65,7 @@ class AsyncGeneration(Position):
         except (asyncio.CancelledError, GeneratorExit) as left:
             if self._abort is not None:
                 # Where it cannot be reached, or the client is closed: nobody reads it, and the server ends it in time.
-                with suppress(EngineUnavailable, grpc.aio.UsageError):
+                with suppress(EngineUnavailable, TimeoutError, grpc.aio.UsageError):
                     await self._abort()
             # grpc.aio raises the same for a call that is cancelled as asyncio does for the task that reads it.
             task = asyncio.current_task()
@@ -170,7 +170,7 @@ class AsyncClient:
         if not message.output.resumable:
             return AsyncGeneration(send(), name)
         attach = partial(self._attach, name, deadline=deadline)
-        return AsyncGeneration(send(), name, Recovery(attach, send), partial(self.abort, name))
+        return AsyncGeneration(send(), name, Recovery(attach, send), partial(self.abort, name, timeout=ABORT_SECONDS))
 
     def _attach(self, request_id: str, from_token: int, deadline: float | None = None) -> Call:
         message = message_of(pb.AttachRequest, request_id=request_id, from_token=from_token)
@@ -199,11 +199,11 @@ class AsyncClient:
             response = await self._inference.GenerateOnce(message, timeout=limit, metadata=self._metadata)
         return completion_from_proto(response, message.output)
 
-    async def abort(self, request_id: str) -> bool:
+    async def abort(self, request_id: str, *, timeout: float | None = None) -> bool:
         """Ends a request with finish reason abort; False where none with this id is active."""
         with mapped_errors():
             message = message_of(pb.AbortRequest, request_id=request_id)
-            return (await self._control.Abort(message, metadata=self._metadata)).aborted
+            return (await self._control.Abort(message, timeout=timeout, metadata=self._metadata)).aborted
 
     async def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
         """Token ids of text, or of a conversation in the model's template."""

@@ -25,7 +25,7 @@ from rpc.client.calls import (
     seconds_until,
     tokenize_request,
 )
-from rpc.client.recovery import Position, Recovery
+from rpc.client.recovery import ABORT_SECONDS, Position, Recovery
 from rpc.convert import completion_from_proto, event_from_proto, message_of
 from rpc.errors import RpcFailed
 from rpc.v1 import jaxserve_pb2 as pb
@@ -75,7 +75,7 @@ class Generation(Position):
         if self._abort is not None:
             # Where it cannot be reached, or the client is closed (gRPC's ValueError): nobody reads it, and the server
             # ends it in its time.
-            with suppress(EngineUnavailable, ValueError):
+            with suppress(EngineUnavailable, TimeoutError, ValueError):
                 self._abort()
 
     def _received(self) -> Generator[Event]:
@@ -172,7 +172,7 @@ class Client:
         if not message.output.resumable:
             return Generation(send(), name)
         attach = partial(self._attach, name, deadline=deadline)
-        return Generation(send(), name, Recovery(attach, send), partial(self.abort, name))
+        return Generation(send(), name, Recovery(attach, send), partial(self.abort, name, timeout=ABORT_SECONDS))
 
     def _attach(self, request_id: str, from_token: int, deadline: float | None = None) -> grpc.Call:
         message = message_of(pb.AttachRequest, request_id=request_id, from_token=from_token)
@@ -198,11 +198,11 @@ class Client:
             response = self._inference.GenerateOnce(message, timeout=seconds_until(deadline), metadata=self._metadata)
         return completion_from_proto(response, message.output)
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str, *, timeout: float | None = None) -> bool:
         """Ends a request with finish reason abort; False where none with this id is active."""
         with mapped_errors():
             message = message_of(pb.AbortRequest, request_id=request_id)
-            return self._control.Abort(message, metadata=self._metadata).aborted
+            return self._control.Abort(message, timeout=timeout, metadata=self._metadata).aborted
 
     def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
         """Token ids of text, or of a conversation in the model's template."""

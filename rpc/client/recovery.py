@@ -12,6 +12,9 @@ ATTEMPTS = 8
 DELAY = 0.1
 """Seconds before the first of them; each waits so much longer."""
 
+ABORT_SECONDS = 2.0
+"""That a request which is left may take to be aborted; who leaves does not wait for a server that says nothing."""
+
 
 class Position(Ending):
     """How far a stream has come, over all of its connections.

@@ -32,7 +32,13 @@ class BreakingProxy:
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
         self.cut()
+        for pump in self._pumps:
+            pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    def be_silent(self) -> None:
+        """Holds back all that comes from now on. From any thread."""
+        self.delay = 3600.0
 
     def cut(self) -> None:
         """Breaks all connections."""

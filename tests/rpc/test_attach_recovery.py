@@ -3,18 +3,18 @@
 import asyncio
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
 from breaking_proxy import BreakingProxy
-from serving import back_to_the_start, eventually, lent, serving
+from serving import PATIENCE, back_to_the_start, eventually, lent, serving
 
 from jaxserve.engine import Engine
 from jaxserve.events import Completion, Delta, Event, Finished, FinishReason, Started
 from jaxserve.request_errors import EngineUnavailable, StreamNotFound
-from rpc.client import AsyncClient, Client, ConnectionLost, recovery
+from rpc.client import AsyncClient, Client, ConnectionLost, asynchronous, blocking, recovery
 from rpc.lifecycle import State
 
 SEEDS = 50
@@ -148,6 +148,37 @@ async def test_a_stream_that_is_taken_up_again_still_ends_at_its_timeout(resumin
                 proxy.there = silent.getsockname()[1]
                 assert [type(error) for error in await reading] == [TimeoutError] * 2
                 assert proxy.broken == 2
+        await back_to_the_start(resuming, server)
+
+
+async def test_who_leaves_a_server_that_says_nothing_is_not_held_up(
+    resuming: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keepalive would find out after half a minute."""
+    for module in (asynchronous, blocking):
+        monkeypatch.setattr(module, "ABORT_SECONDS", 0.1)
+    request = {**prompt(10), "max_tokens": 900, "ignore_eos": True, "resumable": True}
+
+    def leave(address: str, silence: Callable[[], None]) -> str:
+        with Client(address) as client:
+            generation = client.generate(request)
+            for _ in generation:
+                silence()
+                break
+        return generation.request_id
+
+    async with serving(lent(resuming)) as (server, client), BreakingProxy(server.port) as proxy:
+        left = await asyncio.wait_for(asyncio.to_thread(leave, proxy.address, proxy.be_silent), PATIENCE)
+        proxy.delay = 0.0
+        async with AsyncClient(proxy.address) as cut_off:
+            generation = cut_off.generate(request)
+            events = generation.events()
+            while generation.tokens < 1:
+                await anext(events)
+            proxy.be_silent()
+            await asyncio.wait_for(events.aclose(), PATIENCE)
+        for request_id in (left, generation.request_id):
+            assert await client.abort(request_id)
         await back_to_the_start(resuming, server)
 
 
