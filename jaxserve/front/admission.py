@@ -8,6 +8,7 @@ from jaxserve.core.messages import Submit
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import Constraint, Request, output_seed
 from jaxserve.request_errors import InvalidRequest, ModelNotFound
+from jaxserve.tokenizing.chat_template import has_tools
 from jaxserve.tokenizing.text_stream import TextStream
 from jaxserve.tokenizing.tokenizer import ChatTemplateError, Tokenizer
 
@@ -42,6 +43,8 @@ class Admission:
         request.sampling.validate(vocab_size, self.max_n)
         request.stopping.validate(vocab_size, self.model_config.eos_ids)
         request.output.validate()
+        if request.tools and not has_tools(self.tokenizer.chat_template):
+            raise InvalidRequest("tools", "the chat template of this model has no tools")
         if request.model not in (None, "", self.model_name):
             raise ModelNotFound(f"model: {request.model!r} is not served here; {self.model_name!r} is")
 

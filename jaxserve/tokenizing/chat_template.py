@@ -1,6 +1,7 @@
 """Chat messages to a prompt, by the template that came with the model, run where it can do no harm."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -10,6 +11,11 @@ from jaxserve.limited_process import LimitedProcess, LimitReached
 
 # -P: the program's folder is not a place to import from, where modules have names like `request`.
 _PROGRAM = ("-P", str(Path(__file__).with_name("chat_template_process.py")))
+
+
+def has_tools(template: str | None) -> bool:
+    """Whether a chat template, in Jinja, tells the model of the tools that it is given."""
+    return template is not None and re.search(r"\btools\b", template) is not None
 
 
 class ChatTemplateError(ValueError):

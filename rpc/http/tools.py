@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from jaxserve.request_errors import InvalidRequest
+from jaxserve.tokenizing.chat_template import has_tools
 from rpc.http.schema import Fields
 
 MAX_TOOLS = 128
@@ -47,17 +48,13 @@ class ToolSyntax(Enum):
 
 def syntax_of(chat_template: str | None) -> ToolSyntax | None:
     """The form of the calls that a template teaches; None where it has no tools, or a form that is not known."""
-    if chat_template is None or not _has_tools(chat_template) or any(mark in chat_template for mark in _OTHER_FORMS):
+    if chat_template is None or not has_tools(chat_template) or any(mark in chat_template for mark in _OTHER_FORMS):
         return None
     if "<tool_call>" in chat_template:
         return ToolSyntax.HERMES
     if "[TOOL_CALLS]" in chat_template:
         return ToolSyntax.MISTRAL
     return ToolSyntax.LLAMA if '"parameters"' in chat_template else None
-
-
-def _has_tools(chat_template: str | None) -> bool:
-    return chat_template is not None and re.search(r"\btools\b", chat_template) is not None
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def parse_tools(fields: Fields, chat_template: str | None) -> Offered:
     checked = _checked(tools)
     if choice == "none":
         return Offered()
-    if not _has_tools(chat_template):
+    if not has_tools(chat_template):
         raise InvalidRequest("tools", "the chat template of this model has no tools")
     if choice in (None, "auto"):
         syntax = syntax_of(chat_template)

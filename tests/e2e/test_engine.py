@@ -244,6 +244,7 @@ BAD = [
     ({"prompt": None, "token_ids": [0] * 2000, "max_tokens": 49}, "max_tokens"),
     ({"prompt": None, "messages": []}, "messages"),
     ({"prompt": None, "messages": [{"content": "x"}]}, "messages"),
+    ({"prompt": None, "messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}, "tools"),
 ]
 
 
