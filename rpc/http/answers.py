@@ -59,7 +59,7 @@ class Answer:
         self._tokenizer = tokenizer
         syntax = asked.tool_syntax
         self.choices = [
-            Choice(reader=None if syntax is None else ToolCallReader(syntax))
+            Choice(reader=None if syntax is None else ToolCallReader(syntax, asked.one_call))
             for _ in range(len(asked.requests) * asked.n)
         ]
         identity = {"id": f"{self.id_prefix}-{request_id}", "created": int(time.time()), "model": model}

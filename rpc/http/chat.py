@@ -55,7 +55,7 @@ def parse_chat(body: Mapping[str, object], engine: ServedEngine) -> Asked:
         tools=offered.tools,
         output=output_params(wanted),
     )
-    return Asked((request,), stream, include_usage, return_token_ids, timeout, offered.syntax, names)
+    return Asked((request,), stream, include_usage, return_token_ids, timeout, offered.syntax, offered.one_call, names)
 
 
 def _take_max_tokens(fields: Fields, flat: dict[str, object]) -> Mapping[str, str]:

@@ -149,7 +149,9 @@ CHAT: Mapping[str, Schema] = {
         "description": "Functions that the model may call, where its chat template has tools.",
     },
     "tool_choice": _of("ToolChoice"),
-    "parallel_tool_calls": _boolean("A model may make several calls at once; false needs a forced one."),
+    "parallel_tool_calls": _boolean(
+        "Whether several calls may be made at once; of those of a model the first is told else."
+    ),
     "modalities": _only([["text"]], "Text alone."),
 }
 """Parameters of `/v1/chat/completions` alone."""

@@ -62,6 +62,7 @@ class Asked:
         return_token_ids: choices have `token_ids`.
         timeout: seconds from its arrival until it ends at the latest; None for no end.
         tool_syntax: how the model calls the tools that it is offered; None where it is offered none.
+        one_call: of several calls of tools the first alone is told.
         names: of the engine's fields that were made of parameters of other names, these names.
     """
 
@@ -71,6 +72,7 @@ class Asked:
     return_token_ids: bool
     timeout: float | None = None
     tool_syntax: "ToolSyntax | None" = None
+    one_call: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
 
     @property

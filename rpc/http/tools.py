@@ -65,11 +65,13 @@ class Offered:
         tools: for the chat template.
         syntax: the form of the calls; None where nothing is offered.
         forced: the JSON Schema that the whole output must follow, where a call is forced.
+        one_call: of several calls the first alone is told.
     """
 
     tools: tuple[Mapping[str, object], ...] = ()
     syntax: ToolSyntax | None = None
     forced: Mapping[str, object] | None = None
+    one_call: bool = False
 
 
 def parse_tools(fields: Fields, chat_template: str | None) -> Offered:
@@ -92,11 +94,7 @@ def parse_tools(fields: Fields, chat_template: str | None) -> Offered:
         syntax = syntax_of(chat_template)
         if syntax is None:
             raise InvalidRequest("tools", "this model's calls are of a form not known here; tool_choice may force one")
-        if parallel is False:
-            raise InvalidRequest(
-                "parallel_tool_calls", "must be true where no call is forced: a model may make several"
-            )
-        return Offered(checked, syntax)
+        return Offered(checked, syntax, one_call=parallel is False)
     calls = [_call_schema(function, number) for number, function in enumerate(_chosen(checked, choice))]
     return Offered(checked, ToolSyntax.FORCED, calls[0] if len(calls) == 1 else {"anyOf": calls})
 
@@ -159,8 +157,9 @@ def _may_be_object(schema: Mapping[str, object]) -> bool:
 class ToolCallReader:
     """Splits what a model says, as it comes, into text for the client and calls, which are known at its end."""
 
-    def __init__(self, syntax: ToolSyntax):
+    def __init__(self, syntax: ToolSyntax, one_call: bool = False):
         self._syntax = syntax
+        self._one_call = one_call
         self._held = ""
         """Not shown yet: it is, or may become, a call."""
         self._begun = False
@@ -193,7 +192,7 @@ class ToolCallReader:
         """The calls, and the text that turned out to be none, when nothing more comes."""
         held, self._held = self._held, ""
         calls = _calls(self._syntax, held)
-        return ("", calls) if calls else (held, ())
+        return ("", calls[:1] if self._one_call else calls) if calls else (held, ())
 
 
 def _calls(syntax: ToolSyntax, text: str) -> tuple[ToolCall, ...]:

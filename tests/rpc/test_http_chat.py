@@ -159,11 +159,6 @@ async def test_a_forced_call_must_be_of_a_tool_that_is_offered() -> None:
                     model="scripted", messages=USER, tools=TOOLS, tool_choice=choice, max_tokens=3
                 )
             assert caught.value.param == "tool_choice"
-        with pytest.raises(openai.BadRequestError) as caught:
-            await client.chat.completions.create(
-                model="scripted", messages=USER, tools=TOOLS, parallel_tool_calls=False, max_tokens=3
-            )
-        assert caught.value.param == "parallel_tool_calls"
         for parameters in ({"type": "string"}, {"type": ["array", "null"]}, [], False):
             tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
             with pytest.raises(
@@ -205,10 +200,10 @@ SAYINGS = [
 ]
 
 
-def answered(syntax: ToolSyntax, text: str, stream: bool, size: int) -> tuple[str, list, str]:
+def answered(syntax: ToolSyntax, text: str, stream: bool, size: int, one_call: bool = False) -> tuple[str, list, str]:
     """Content, calls and reason of an answer to which the model said a text, given in pieces of a size."""
     request = SimpleNamespace(sampling=SimpleNamespace(n=1), output=SimpleNamespace(logprobs=None))
-    asked = Asked((request,), stream, False, False, None, syntax)  # pyright: ignore[reportArgumentType]
+    asked = Asked((request,), stream, False, False, None, syntax, one_call)  # pyright: ignore[reportArgumentType]
     answer = ChatAnswer(asked, "id", "model", ByteTokenizer())
     finished = Finished("id", 0, FinishReason.STOP, Usage(1, 0, 1), Timings(0, 0, 0, 0))
     deltas = [Delta("id", text=text[start : start + size]) for start in range(0, len(text), size)]
@@ -239,6 +234,13 @@ def test_calls_are_told_from_text_however_it_comes(
     assert all(json.loads(call["function"]["arguments"]) == {"city": "Bern"} for call in calls)
     assert len({call["id"] for call in calls}) == count
     assert reason == ("tool_calls" if count else "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_several_calls_that_were_not_wanted_at_once_the_first_is_told(stream: bool) -> None:
+    text = SAYINGS[1][1]
+    _, calls, reason = answered(ToolSyntax.HERMES, text, stream, 7, one_call=True)
+    assert len(calls) == 1 and reason == "tool_calls"
 
 
 def test_text_that_cannot_be_a_call_is_shown_at_once() -> None:
