@@ -111,6 +111,8 @@ def _compile(command: Sequence[str], library: Path) -> None:
                 job.result()
         linked = f"{scratch}/kernels.so"
         _run([*command, "-shared", *objects, "-o", linked])
+        with open(linked, "rb") as whole:
+            os.fsync(whole.fileno())  # a machine that stops now must not keep the name of a part: loading it is a crash
         os.replace(linked, library)
 
 

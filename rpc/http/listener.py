@@ -71,8 +71,9 @@ class HttpListener:
     async def start(self) -> None:
         """Binds the port and answers. Raises PortUnavailable where the port cannot be had."""
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        both = self._host == "::" and socket.has_dualstack_ipv6()  # as gRPC does
         try:
-            listening = socket.create_server((self._host, self.port), family=family, backlog=1024)
+            listening = socket.create_server((self._host, self.port), family=family, backlog=1024, dualstack_ipv6=both)
         except OSError as error:
             raise PortUnavailable(f"{self._host}:{self.port} cannot be had: {error.strerror or error}") from error
         self.port = listening.getsockname()[1]
