@@ -1,7 +1,8 @@
 """The device side of an engine: parameters, live cache and state, and the compiled steps.
 
-A step is dispatched in two halves, `forward` and `choose`, which never wait for the device; `read` is the one place
-that does. The second half is the programs that its rows ask for.
+A step is dispatched in two halves, `forward` and `choose`, which do not wait for the device; `read` is the one place
+that does, and `forward` before a step that saves or restores more pages than the device has room for. The second half
+is the programs that its rows ask for.
 """
 
 import itertools
@@ -296,7 +297,7 @@ class ModelRunner:
         return PendingStep(forward.plan, chosen, logprobs, self._scorer.start(forward.plan, forward.chunk_hidden))
 
     def read(self, pending: PendingStep) -> StepResults:
-        """Waits for a step and gives its tokens. The only place where the host waits for the device."""
+        """Waits for a step and gives its tokens."""
         tokens, flags = np.asarray(pending.chosen).tolist()
         for saved, _ in pending.plan.saves:
             saved.data = self._copies.to_host(saved.data, saved.pages)
