@@ -123,9 +123,11 @@ def _first_beyond(
 
     Running sums are made in parallel and rounded on different ways: they may rise, or fall, where a weight is 0.
     """
-    places, weighs = jnp.arange(weights.shape[1]), weights > 0
-    first = jnp.min(jnp.where(weighs & (sums > target[:, None]), places, weights.shape[1]), axis=-1)
-    return jnp.minimum(first, jnp.max(jnp.where(weighs, places, 0), axis=-1))
+    # One pass finds both: places, and before any of them those beyond the target, the first of which ranks highest.
+    places, width = jnp.arange(weights.shape[1]), weights.shape[1]
+    ranks = jnp.where(sums > target[:, None], 2 * width - places, places)
+    highest = jnp.max(jnp.where(weights > 0, ranks, 0), axis=-1)
+    return jnp.where(highest > width, 2 * width - highest, highest)
 
 
 def _uniform(seed: Int32[Array, " row"], position: Int32[Array, " row"]) -> Float[Array, " row"]:
