@@ -73,8 +73,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _feed(self, data: bytes) -> None:
         """Parses, as uvicorn does, but requests that ask for another protocol are answered as if they had not, which a
         server may do (RFC 9110, 7.8). The parser takes what follows such a head for that protocol; a new one reads the
-        head once more without the wish, and then what follows. Only a new request counts as life of a connection that
-        waits for one: the rest of a body that no route has read does not."""
+        head once more without the wish, and then what follows."""
         pieces = [memoryview(data)]
         while pieces and not self.transport.is_closing():
             piece = pieces.pop()
@@ -105,7 +104,8 @@ class BoundedProtocol(HttpToolsProtocol):
         return self._lingering.stalled(now)
 
     def on_message_begin(self) -> None:
-        """A request has come so far."""
+        """A request has come so far. Nothing less is life of a connection that waits for one: the rest of a body that
+        no route has read is not."""
         self._in_message = True
         self._unset_keepalive_if_required()
         super().on_message_begin()
@@ -113,6 +113,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is there in time, but may be too long all the same."""
         self._stop_timer()
+        self._unset_keepalive_if_required()  # where the head began before the answer to the request before it ended
         self._in_head = False
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > MAX_HEAD_BYTES:

@@ -127,6 +127,20 @@ async def test_the_rest_of_a_body_that_was_answered_unread_keeps_no_connection(m
         await eventually(lambda: server.http is not None and not server.http.connections)
 
 
+async def test_a_request_whose_head_began_while_the_one_before_was_answered_is_not_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rpc.http.listener.KEEP_ALIVE", 1.0)
+    async with http_serving(ScriptedEngine(step_time=0.05)) as (_, address):
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        quick, slow = (request_bytes(COMPLETIONS, b'{"prompt": "x", "max_tokens": %d}' % tokens) for tokens in (2, 30))
+        writer.write(quick.replace(b"connection: close\r\n", b"") + slow[:20])
+        await reader.readuntil(b'"cached_tokens": 0}}}')
+        writer.write(slow[20:])
+        assert b'"completion_tokens": 30' in await asyncio.wait_for(reader.read(), 60)
+        writer.close()
+
+
 def ask_and_leave(address: str, count: int) -> None:
     """So many connections at a time, each of which comes so far with a request, and is then reset."""
     asked = [
