@@ -18,8 +18,8 @@ from rpc.served_engine import ServedEngine
 FRAME_INTERVAL = 0.2
 """Seconds between frames."""
 MAX_STEPS = 200
-"""Steps that one frame tells of: those of a millisecond since the frame before. A page that is opened, for which the
-event loop of every stream follows all of them at once, begins with as many."""
+"""Steps that one frame tells of, of each replica: those of a millisecond since the frame before. A page that is opened,
+for which the event loop of every stream follows all of them at once, begins with as many."""
 MAX_VIEWERS = 16
 """Pages that may look at once."""
 WINDOW = 10.0
@@ -170,7 +170,7 @@ class LiveFeed:
         if len(self._lanes.kinds) != engine.config.total_slots:  # the engine came while somebody looked
             self._catch_up()
             frame |= self._picture()
-        records = _since(engine.step_records, self._seen)
+        records = _since(engine.step_records, self._seen, MAX_STEPS * engine.config.replicas)
         changes = self._lanes.follow(records, self._epoch)
         loads, statistics = engine.loads(), engine.statistics
         if records:
@@ -214,10 +214,10 @@ def _event(frame: dict[str, object]) -> bytes:
     return b"data: " + json.dumps(frame, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _since(records: Sequence[StepRecord], seen: StepRecord | None) -> list[StepRecord]:
+def _since(records: Sequence[StepRecord], seen: StepRecord | None, most: int) -> list[StepRecord]:
     """The records after one of them, oldest first, or the latest."""
     found: list[StepRecord] = []
-    for record in islice(reversed(list(records)), MAX_STEPS):
+    for record in islice(reversed(list(records)), most):
         if record is seen:
             break
         found.append(record)

@@ -87,15 +87,23 @@ async def test_the_feed_begins_with_the_whole_picture_and_goes_on_with_what_chan
 
 
 @pytest.mark.asyncio
-async def test_a_page_that_is_opened_begins_with_the_latest_steps_and_not_with_all_that_are_known() -> None:
+@pytest.mark.parametrize("replicas", [1, 4])
+async def test_a_page_that_is_opened_begins_with_each_replica_s_latest_steps_and_not_with_all_that_are_known(
+    replicas: int,
+) -> None:
     engine = ScriptedEngine()
-    engine.step_records = [step(number, [number % 8]) for number in range(4096)]
+    engine.config = replace(engine.config, replicas=replicas)
+    engine.step_records = [
+        replace(step(number, [8 * replica + number % 8]), replica=replica)
+        for number in range(4096 // replicas)
+        for replica in range(replicas)
+    ]
     async with http_serving(engine) as (_, address), Viewer(address) as viewer:
         await viewer.frame()
         changes = (await viewer.frame())["changes"]
     assert isinstance(changes, list)
     # Each step has one slot more and one less than the step before; the last one's is cleared, for nothing runs.
-    assert len(changes) == 2 * MAX_STEPS
+    assert len(changes) == 2 * MAX_STEPS * replicas
 
 
 @pytest.mark.asyncio
