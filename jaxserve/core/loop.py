@@ -69,7 +69,7 @@ class Runner(Protocol):
         ...
 
     def forward(self, plan: StepPlan) -> object:
-        """Starts a step's first half; does not wait."""
+        """Starts a step's first half; does not wait, but for copies of many pages."""
         ...
 
     def choose(self, forward: Any, masks: Any) -> object:

@@ -45,7 +45,9 @@ class PageCopies:
         )
         size = sum(array.size * array.dtype.itemsize for array in block) // whole.num_devices
         self._ahead = max(1, WAITING_BYTES // size)
-        """Blocks that are on their way at once."""
+        """Blocks that are on their way at once, of one save or of all restores."""
+        self._restored = 0
+        """Blocks that may still be on their way to the device."""
         self._scatter = jax.jit(_scatter, donate_argnums=0).lower(cache, ids, block).compile()
 
     def save(self, cache: KVCache, pages: Sequence[int]) -> list[Block]:
@@ -68,7 +70,8 @@ class PageCopies:
         return [*full, tuple(np.take(array, used, self._page_axis) for array in last)]
 
     def restore(self, cache: KVCache, blocks: list[Block], first: int, pages: Sequence[int]) -> KVCache:
-        """Writes the saved pages from index `first` on to `pages`. Waits for those of many that are not the last.
+        """Writes the saved pages from index `first` on to `pages`. Waits once many are on their way, with those of
+        restores before.
 
         Args:
             cache: DONATED.
@@ -78,13 +81,15 @@ class PageCopies:
         """
         nowhere = jax.tree.leaves(cache)[0].shape[cache.page_axis]  # past the end: dropped
         targets = [nowhere] * first + list(pages)
-        for number, (block, some) in enumerate(zip(blocks, batched(targets, BLOCK), strict=False)):
+        for block, some in zip(blocks, batched(targets, BLOCK), strict=False):
             if some[-1] != nowhere:
                 whole = tuple(self._filled(array) for array in block)
                 placements = (self._whole, self._placement)
                 cache = self._scatter(cache, *jax.device_put((_padded(some, nowhere), whole), placements))
-                if (number + 1) % self._ahead == 0:
+                self._restored += 1
+                if self._restored == self._ahead:
                     jax.block_until_ready(cache)
+                    self._restored = 0
         return cache
 
     def _filled(self, array: Array | np.ndarray) -> Array | np.ndarray:

@@ -174,6 +174,22 @@ def test_copies_of_pages_take_what_the_pages_take_on_the_host_and_a_bounded_part
         assert np.array_equal(*arrays)
 
 
+def test_pages_of_many_sequences_on_their_way_to_the_device_are_bounded_together(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+):
+    assert recorder.loop is not None
+    runner = recorder.loop._runner
+    cache = jax.tree.map(jnp.zeros_like, runner._cache)
+    monkeypatch.setattr(page_copies, "WAITING_BYTES", 2 * BLOCK * runner.allocation.page)
+    copies = PageCopies(cache, runner._placement.sharding())
+    saved = copies.to_host(copies.save(cache, [1]), 1)
+    waits = []
+    monkeypatch.setattr(jax, "block_until_ready", waits.append)
+    for _ in range(6):
+        cache = copies.restore(cache, saved, 0, [2])
+    assert len(waits) == 3
+
+
 def test_replicas_share_the_host_memory_for_pages(recorder: Recorder):
     assert recorder.loop is not None
     runner = recorder.loop._runner
