@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from jaxserve.config import EngineConfig
@@ -48,7 +49,8 @@ MAX_RESTARTS = 3
 RESTART_WINDOW = 1000
 
 
-NOTHING: tuple[Retired, StepRecord | None] = (Retired([], [], []), None)
+NOTHING: tuple[Retired, partial[StepRecord] | None] = (Retired([], [], []), None)
+"""What a step gave, and its record but for what is known when it is published."""
 
 
 class StepFailure(RuntimeError):
@@ -281,7 +283,8 @@ class StepLoop:
         host_seconds, self._host_since = waited - self._host_since, now
         self._end(self._masks.advance(plan, results))
         retired = self._scheduler.retire(plan, results, now)
-        record = StepRecord(
+        record = partial(
+            StepRecord,
             step=plan.step,
             sequences=len(plan.sequences),
             chunk_tokens=plan.chunk_tokens,
@@ -301,13 +304,13 @@ class StepLoop:
 
     def _publish_retired(self) -> None:
         """Publishes what the latest step gave, and then the requests that ended outside a step."""
-        retired, record = self._unpublished
+        retired, rest = self._unpublished
         ended = self._scheduler.take_ended()
-        if record is None and not ended:
+        if rest is None and not ended:
             return
         self._unpublished = NOTHING
         gauges = self._scheduler.gauges(self._runner.compiles_after_warmup)
-        record = record and replace(record, waiting=gauges.waiting)
+        record = None if rest is None else rest(waiting=gauges.waiting)
         outputs = retired.outputs + ended
         for output in outputs:
             if output.finish_reason is not None:
