@@ -57,6 +57,8 @@ class ScriptedDevice:
         """Token in each (page, offset), as the device last wrote it."""
         self.packer = Packer(scheduler.slots.count, scheduler.allocator.num_pages)
         self.pending: deque[tuple[StepPlan, list[int], list[int]]] = deque()
+        self.writing: deque[dict[int, object]] = deque()
+        """Of each of those steps, the pages that it writes to, and for which sequence."""
         self.ended: dict[int, bool] = {}
         self.outputs: dict[int, list[SequenceOutput]] = {}
         self.now = 0.0
@@ -70,6 +72,7 @@ class ScriptedDevice:
             self.pending.append(self._run(plan))
         if self.pending and (plan is None or len(self.pending) > self.depth):
             done, tokens, flags = self.pending.popleft()
+            self.writing.popleft()
             retired = self.scheduler.retire(done, StepResults(tokens, flags, None), self.now)
             plain = zip(retired.handles, retired.tokens, strict=True)
             self._deliver([SequenceOutput(handle, [token], None) for handle, token in plain])
@@ -81,6 +84,7 @@ class ScriptedDevice:
     def fail(self) -> None:
         """Loses the device's state and the steps in flight, as a failed step does."""
         self.pending.clear()
+        self.writing.clear()
         self.written.clear()
         self.scheduler.restart()
         self.scheduler.check()
@@ -112,20 +116,25 @@ class ScriptedDevice:
         page_size = self.scheduler.page_size
         self._copy_pages(plan)
         self._check_upload(plan)
+        self._check_fences(plan)
+        writing: dict[int, object] = {}
+        self.writing.append(writing)
         for piece in plan.pieces:
             sequence = plan.sequences[piece.row]
             for offset, token in enumerate(piece.token_ids):
                 position = piece.start + offset
-                self.written[sequence.pages[position // page_size], position % page_size] = token
+                page = sequence.pages[position // page_size]
+                self.written[page, position % page_size] = token
+                writing[page] = sequence
         tokens, flags = [], []
         for row, sequence in enumerate(plan.sequences):
             handle, length = sequence.submit.handle, plan.ends[row]
             samples = plan.sample_index[row] >= 0 or (plan.decodes[row] and not self.ended[id(sequence)])
             if plan.decodes[row] and samples:
                 position = length - 1
-                self.written[sequence.pages[position // page_size], position % page_size] = scripted_token(
-                    handle, position
-                )
+                page = sequence.pages[position // page_size]
+                self.written[page, position % page_size] = scripted_token(handle, position)
+                writing[page] = sequence
             if samples:
                 self._check_context(sequence, length)
             stopped, failed = self.stops.get(handle) == length, self.failures.get(handle) == length
@@ -145,6 +154,13 @@ class ScriptedDevice:
             told = table[row, -max_pages:].tolist()
             assert told == sequence.pages + [0] * (max_pages - len(sequence.pages)), "the device has another page table"
         assert not table[len(plan.sequences) :, -max_pages:].any()
+
+    def _check_fences(self, plan: StepPlan) -> None:
+        """What a step in flight writes to belongs to nobody else before it has retired."""
+        for writing in self.writing:
+            for sequence in plan.sequences:
+                others = [page for page in writing.keys() & set(sequence.pages) if writing[page] is not sequence]
+                assert not others, f"a step in flight writes to pages {others} for another sequence"
 
     def _copy_pages(self, plan: StepPlan) -> None:
         offsets = range(self.scheduler.page_size)

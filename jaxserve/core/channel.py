@@ -64,8 +64,7 @@ class Outbox:
     def get(self) -> Message | None:
         """The next message, waiting for it; None once there are no more."""
         message = self._messages.get()
-        if message is not None:
-            self._room.release()
+        self._room.release()
         return message
 
 

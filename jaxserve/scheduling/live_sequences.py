@@ -19,7 +19,7 @@ class LiveSequences:
         self._held: dict[int, list[Sequence]] = {}
         """Of each request that is held, by its first handle."""
         self._deadlines: list[tuple[float, int]] = []
-        """A heap; those of sequences that have ended are dropped when they come up, or are the most of it."""
+        """A heap; those of sequences that have ended are dropped when they have come, or are the most of it."""
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -75,9 +75,7 @@ class LiveSequences:
         return not self._by_handle or bool(self._held and all(sequence.held for sequence in self))
 
     def next_deadline(self) -> float | None:
-        """Monotonic seconds of the earliest deadline."""
-        while self._deadlines and self._deadlines[0][1] not in self._by_handle:
-            heapq.heappop(self._deadlines)
+        """Monotonic seconds of the earliest deadline, whose sequence may have ended."""
         return self._deadlines[0][0] if self._deadlines else None
 
     def take_expired(self, now: float) -> list[int]:

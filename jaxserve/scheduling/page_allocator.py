@@ -108,7 +108,7 @@ class PageAllocator:
     def register(self, page: int, key: PageKey) -> None:
         """Makes a held, completely written page findable. The first page of a key stays the one that is found."""
         assert self._references[page] > 0, f"page {page} registered while no one holds it"
-        if key not in self._page_of and page not in self._key_of:
+        if key not in self._page_of:
             self._page_of[key] = page
             self._key_of[page] = key
 

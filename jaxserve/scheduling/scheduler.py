@@ -160,11 +160,8 @@ class Scheduler:
     def _chunk_budget(self) -> int:
         """Prompt tokens that the next step may carry."""
         running = self.slots.running
-        pending = [s.prefill_end - s.computed for s in running if s.computed < s.prefill_end]
-        if len(pending) < len(running) - len(pending):
-            return self.prefill_chunks[0]
-        tokens = sum(pending)
-        return next((chunk for chunk in self.prefill_chunks if chunk >= tokens), self.prefill_chunks[-1])
+        pending = sum(sequence.computed < sequence.prefill_end for sequence in running)
+        return self.prefill_chunks[0 if pending < len(running) - pending else -1]
 
     def _make_room(self) -> None:
         """Gives each decoding sequence the page of its next token. Where none is left the last in order gives way;

@@ -56,7 +56,7 @@ class SequencePages:
         # The last token is always computed: its logits are wanted.
         reusable = (len(sequence.token_ids) - 1) // self._page_size
         written = self._share_written(sequence, reusable)
-        needed = self.count(min(len(sequence.token_ids) + 1, sequence.max_length)) - len(written)
+        needed = self.count(len(sequence.token_ids) + 1) - len(written)
         fresh = allocator.allocate(needed) if needed + spare <= allocator.available else None
         if fresh is None:
             allocator.release(written)

@@ -26,7 +26,7 @@ class SharedPrompt:
         if self._untaken:
             allocator.share(pages)
             self.pages = pages
-        return sorted(self._untaken, key=lambda sequence: sequence.order)
+        return list(self._untaken)
 
     def take(self, sequence: Sequence, allocator: PageAllocator) -> None:
         """The sequence has its own references, or has ended; the last one's going lets go of the pages."""

@@ -1,18 +1,16 @@
 """Who has which slot."""
 
-import heapq
-
 from jaxserve.scheduling.sequence import Sequence, StepPlan
 
 
 class Slots:
-    """A fixed number of slots, numbered from 0; the lowest free one is given first."""
+    """A fixed number of slots, numbered from 0; of the free ones, the one that was freed last is given first."""
 
     def __init__(self, count: int):
         self.count = count
         self.running: list[Sequence] = []
         """Holders of a slot, in order of admission."""
-        self._free = list(range(count))
+        self._free = list(reversed(range(count)))
         self._new_owners: list[tuple[int, Sequence]] = []
 
     @property
@@ -21,16 +19,15 @@ class Slots:
         return bool(self._free)
 
     def give(self, sequence: Sequence) -> None:
-        """Gives a sequence the lowest free slot."""
-        sequence.slot = heapq.heappop(self._free)
+        """Gives a sequence a free slot."""
+        sequence.slot = self._free.pop()
         self.running.append(sequence)
         self._new_owners.append((sequence.slot, sequence))
 
     def take_back(self, *sequences: Sequence) -> None:
         """Frees the slots of those that have one."""
         freed = [sequence.slot for sequence in sequences if sequence.slot >= 0]
-        for slot in freed:
-            heapq.heappush(self._free, slot)
+        self._free += freed
         for sequence in sequences:
             sequence.slot = -1
         if freed:

@@ -73,7 +73,7 @@ class TextStream:
             if match is not None:
                 pieces.append(piece[: match.end])
                 text = "".join(pieces)
-                self._matched, self._held = match.stop, ""
+                self._matched = match.stop
                 return TextDelta(text if self._include_stop else text[: -len(match.stop)], match.stop, used)
             pieces.append(piece)
         text = "".join(pieces)

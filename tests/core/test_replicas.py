@@ -45,6 +45,10 @@ class ScriptedCore:
     def receive(self) -> Message | None:
         return self._said.get()
 
+    @property
+    def is_heard_out(self) -> bool:
+        return self._said.empty()
+
     def join(self) -> None:
         pass
 
@@ -95,6 +99,11 @@ def test_a_request_goes_to_the_replica_with_the_fewest_sequences(group: Replicat
     assert group.receive() is not None
     group.send(submit(6))
     assert handles(cores[1]) == [3, 4, 5, 6]
+    cores[1].say(StepOutput([], [], [SequenceOutput(handle, [9], None) for handle in (5, 6)], GAUGES, None))
+    assert group.receive() is not None
+    for handle in (7, 8):
+        group.send(submit(handle))
+    assert handles(cores[1]) == [3, 4, 5, 6, 7] and handles(cores[0]) == [0, 8]
 
 
 def test_an_abort_goes_to_the_owner_alone_and_to_nobody_once_it_has_ended(
@@ -114,6 +123,7 @@ def test_an_abort_goes_to_the_owner_alone_and_to_nobody_once_it_has_ended(
 
 
 def test_it_is_ready_when_all_replicas_are_with_their_pages_together(group: ReplicatedCore, cores: list[ScriptedCore]):
+    cores[1].say(Progress("compiling", 0.1))  # the first replica speaks for all
     cores[1].say(READY)
     cores[0].say(Progress("compiling", 0.5))
     assert group.receive() == Progress("compiling", 0.5)
@@ -155,6 +165,7 @@ def test_a_replica_that_cannot_be_heard_ends_them_all(group: ReplicatedCore, cor
     assert group.receive() is None
     group.join()
     assert [core.commands for core in cores] == [[Shutdown()], [Shutdown()]]
+    assert all(core.is_heard_out for core in cores), "a core may wait for room to say that it has ended"
 
 
 def test_each_replica_with_work_is_watched_by_its_own_steps(group: ReplicatedCore, cores: list[ScriptedCore]):

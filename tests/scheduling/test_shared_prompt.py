@@ -38,6 +38,20 @@ def test_each_sequence_computes_no_more_than_a_page_after_the_first(prompt: int,
     assert scheduler.prefix_hits == 0
 
 
+@pytest.mark.parametrize("prompt", [3, 30])
+def test_only_the_first_of_a_requests_sequences_scores_its_prompt(prompt: int):
+    scheduler = make()
+    device = ScriptedDevice(scheduler)
+    scheduler.submit(submit(0, prompt=prompt, output=4, fork_seeds=[1, 2], prompt_logprobs=0))
+    scored = []
+    while scheduler.active:
+        plan = device.step()
+        pieces = [] if plan is None else plan.pieces
+        scored += [(plan.sequences[piece.row].handle, len(piece.targets)) for piece in pieces if piece.targets]
+    assert {handle for handle, _ in scored} == {0}
+    assert sum(count for _, count in scored) == prompt - 1
+
+
 def test_shared_pages_are_counted_once():
     scheduler = make(slots=8, num_pages=65, prefix_cache=False)
     device = ScriptedDevice(scheduler)
