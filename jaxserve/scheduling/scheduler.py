@@ -130,7 +130,7 @@ class Scheduler:
             computed = sequence.computed
             if computed >= sequence.prefill_end:
                 if computed >= sequence.capacity:
-                    continue  # its next page is still fenced
+                    continue  # its next page has yet to come back
                 end = computed + 1
             elif budget > 0:
                 end = min(sequence.prefill_end, computed + budget)
@@ -151,7 +151,9 @@ class Scheduler:
         if not rows:
             return None
         plan.fill_columns()
-        self.slots.take_back(*last_steps)
+        if last_steps:
+            self.slots.take_back(*last_steps)
+            self._pages.expect_ends(plan.step)
         self.slots.hand_over(plan)
         self._pages.hand_over(plan)
         self._step = plan.step
@@ -171,7 +173,7 @@ class Scheduler:
         for sequence in sorted(running, key=_order) if tight else running:
             if sequence.computed < sequence.capacity or sequence.slot < 0:
                 continue
-            while not pages.grow(sequence) and not pages.is_any_fenced:
+            while not pages.grow(sequence) and not pages.do_any_return:
                 if self._pages.let_go_of_prompts(self._live):
                     continue
                 victim = max(self.slots.running, key=_order)
@@ -195,7 +197,7 @@ class Scheduler:
             if sequence.in_flight:
                 return
             if not self._pages.take(sequence, spare=len(self.slots.running)):
-                if self.slots.running or self._pages.is_any_fenced or not self._pages.let_go_of_prompts(self._live):
+                if self.slots.running or self._pages.do_any_return or not self._pages.let_go_of_prompts(self._live):
                     return
                 continue
             self._waiting.pop()

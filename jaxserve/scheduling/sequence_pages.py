@@ -31,6 +31,10 @@ class SequencePages:
         self._host_pages = host_pages
         self._fences: deque[tuple[int, list[int]]] = deque()
         """Pages to release once the step of this number has retired."""
+        self._retired = 0
+        """The latest step that has."""
+        self._ending = 0
+        """The latest step with the last token of a sequence, whose pages come back when it retires."""
         self._grown: list[tuple[int, Sequence]] = []
         self._saves: list[tuple[SavedPages, list[int]]] = []
         self._restores: list[tuple[SavedPages, int, list[int]]] = []
@@ -41,9 +45,13 @@ class SequencePages:
         return sum(len(pages) for _, pages in self._fences)
 
     @property
-    def is_any_fenced(self) -> bool:
+    def do_any_return(self) -> bool:
         """Whether pages come back when a step in flight retires."""
-        return bool(self._fences)
+        return bool(self._fences) or self._ending > self._retired
+
+    def expect_ends(self, step: int) -> None:
+        """Sequences end with this step, and give their pages back when it retires."""
+        self._ending = step
 
     def count(self, length: int) -> int:
         """Pages that hold this many tokens."""
@@ -105,7 +113,6 @@ class SequencePages:
             self._allocator.release(sequence.pages)
         sequence.pages = []
         sequence.capacity = 0
-        sequence.registered = 0
         sequence.quiet_until = 0
 
     def let_go_of_prompts(self, sequences: Iterable[Sequence]) -> bool:
@@ -118,6 +125,7 @@ class SequencePages:
 
     def lift_fences(self, step: int) -> None:
         """Frees what only steps up to this one could write to, now that it has retired."""
+        self._retired = step
         while self._fences and self._fences[0][0] <= step:
             self._allocator.release(self._fences.popleft()[1])
 
@@ -168,6 +176,7 @@ class SequencePages:
         while self._fences:
             self._allocator.release(self._fences.popleft()[1])
         self._grown, self._saves, self._restores = [], [], []
+        self._ending = 0
         self._allocator.forget_prefixes()
 
     def check(self, sequences: Iterable[Sequence]) -> None:

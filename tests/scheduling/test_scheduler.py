@@ -188,6 +188,16 @@ def test_the_last_page_goes_to_the_first_in_order_which_misses_no_step():
     device.run()
 
 
+def test_nobody_gives_way_for_a_page_that_comes_back_with_the_last_token_of_another():
+    scheduler = make(slots=2, num_pages=8, prefix_cache=False)
+    device = ScriptedDevice(scheduler)
+    scheduler.submit(submit(0, prompt=8, output=6))
+    scheduler.submit(submit(1, prompt=7, output=12))  # needs a page when the last step of the other is on its way
+    device.run()
+    assert scheduler.preemptions == 0
+    assert device.tokens(1) == expected(1, 7, 12)
+
+
 def test_a_giant_request_in_a_flood_of_small_ones_starts_when_those_before_it_have_left():
     scheduler = make(slots=4, num_pages=33, page_size=4)
     device = ScriptedDevice(scheduler)

@@ -84,6 +84,18 @@ def test_pages_kept_for_waiting_sequences_give_way_to_those_that_run(prefix_cach
     assert scheduler.allocator.available == 11
 
 
+def test_pages_kept_for_waiting_sequences_stay_while_another_waits_for_what_runs():
+    scheduler = make(slots=2, num_pages=17, prefix_cache=False)
+    device = ScriptedDevice(scheduler)
+    scheduler.submit(submit(0, prompt=17, output=8, fork_seeds=[1]))
+    first = device.step()
+    assert first is not None
+    scheduler.submit(
+        submit(10, prompt=40, output=4, priority=1)
+    )  # has no room beside the first, and goes before its fork
+    assert first.chunk_tokens + prompt_tokens(device) == 17 + 40 + 1
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_whatever_ends_when_every_sequence_ends_once_and_all_pages_return(seed: int):
     random_ = random.Random(seed)
