@@ -59,6 +59,27 @@ def test_what_is_kept_is_what_a_sorted_list_keeps(find, size):
 
 
 @pytest.mark.parametrize("find", FINDERS)
+def test_top_p_is_of_all_that_top_k_keeps_wherever_it_lies(find):
+    """Powers of two, each the largest far and wide; all sums are exact."""
+    random = np.random.default_rng(0)
+    top_k, top_p = (axis.ravel().astype(np.float32) for axis in np.meshgrid((2, 3, 9, 20), (0.9, 0.7, 0.55, 0.3)))
+    weights = np.zeros((len(top_k), 49152), np.float32)
+    for row in weights:
+        row[random.permutation(len(row))[:20]] = 0.5 ** np.arange(20)
+    thresholds = np.asarray(jax.jit(find)(weights, top_k.astype(np.int32), top_p))
+    for row, k, p, threshold in zip(weights, top_k.astype(int), top_p, thresholds, strict=True):
+        np.testing.assert_array_equal((row >= threshold) & (row > 0), kept_of(row, k, p) & (row > 0))
+
+
+@pytest.mark.parametrize("find", FINDERS)
+def test_the_likeliest_is_left_alone_though_the_next_is_nearly_as_likely(find):
+    weights = np.full((2, 300), 0.25, np.float32)
+    weights[:, 7], weights[:, 200] = 1.0, np.nextafter(np.float32(1), np.float32(0))
+    top_k, top_p = np.array([1, 300], np.int32), np.array([1.0, 1e-3], np.float32)
+    assert np.asarray(jax.jit(find)(weights, top_k, top_p)).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("find", FINDERS)
 def test_a_row_that_asks_for_neither_loses_nothing(find):
     weights, *_ = rows_of_sixteenths(np.random.default_rng(0), 260)
     top_k, top_p = np.full(len(weights), 260, np.int32), np.ones(len(weights), np.float32)
