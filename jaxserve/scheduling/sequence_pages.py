@@ -176,6 +176,7 @@ class SequencePages:
         while self._fences:
             self._allocator.release(self._fences.popleft()[1])
         self._grown, self._saves, self._restores = [], [], []
+        self._ending = 0
         self._allocator.forget_prefixes()
 
     def check(self, sequences: Iterable[Sequence]) -> None:
