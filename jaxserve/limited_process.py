@@ -5,12 +5,13 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from jaxserve.python_process import python_command, python_environment
 
 _PATIENCE = 30.0
 """Seconds after which a program that did not answer is ended: more than it needs on the busiest machine."""
@@ -66,7 +67,12 @@ class LimitedProcess:
         if self.process is not None and self.process.poll() is None:
             return self.process
         self._end()
-        process = subprocess.Popen([sys.executable, *self._program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            python_command(self._program),
+            env=python_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self.process = process
         self._end = weakref.finalize(self, _end, process)
         _write(process, self._settings)

@@ -4,7 +4,6 @@ import contextlib
 import json
 import socket
 import subprocess
-import sys
 import threading
 from collections import deque
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from jaxserve.core.channel import Core, MessageSocket, Outbox
 from jaxserve.core.loop import StepLoop, build_step_loop
 from jaxserve.core.messages import Failed, Message, Progress, Shutdown, decode, encode
 from jaxserve.core.replicas import ReplicatedCore
+from jaxserve.python_process import python_command, python_environment
 
 SEND_BUFFER_BYTES = 1 << 14
 
@@ -84,7 +84,8 @@ class CoreProcess:
         self._connection = MessageSocket(here)
         with there:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "jaxserve.core.process", str(there.fileno())],
+                python_command(("-m", "jaxserve.core.process", str(there.fileno()))),
+                env=python_environment(),
                 pass_fds=[there.fileno()],
                 stdin=subprocess.DEVNULL,
             )

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from jaxserve.limited_process import LimitedProcess, LimitReached
 
-# -P: the program's folder is not a place to import from, where modules have names like `request`.
-_PROGRAM = ("-P", str(Path(__file__).with_name("chat_template_process.py")))
+_PROGRAM = (str(Path(__file__).with_name("chat_template_process.py")),)
 
 
 def has_tools(template: str | None) -> bool:
