@@ -1,5 +1,6 @@
 """A program run in a process of its own, under limits that it sets for itself, that answers lines of JSON."""
 
+import contextlib
 import json
 import os
 import select
@@ -12,21 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxserve.python_process import python_command, python_environment
+from jaxserve.request_errors import EngineUnavailable
 
 _PATIENCE = 30.0
-"""Seconds after which a program that did not answer is ended: more than it needs on the busiest machine."""
+"""Seconds, beside its limit, in which a program must answer: more than it needs on a busy machine."""
 
 
 class LimitReached(Exception):
     """The program ended instead of answering; the message says why."""
 
 
-class Killed(LimitReached):
-    """It was ended from outside, or for want of an answer on a machine that stood still: it may answer next time."""
-
-
 class LimitedProcess:
-    """Runs a program that is told its settings in one line, then gives one line for each that it reads.
+    """Runs a program that is told its settings in one line, and gives a line when it is ready and one for each that it
+    reads then.
 
     A loop without end, one operation that fills the memory or a crash in a library cannot be stopped in this process;
     there the kernel ends it (SIGPROF when the processor time is used up), and the next question starts it again.
@@ -37,21 +36,27 @@ class LimitedProcess:
         settings: its first line; `cpu_seconds` among them is the limit for an answer.
     """
 
-    def __init__(self, program: Sequence[str], settings: Mapping[str, object]):
+    def __init__(self, program: Sequence[str], settings: Mapping[str, Any]):
         self._program = program
         self._settings = json.dumps(settings).encode() + b"\n"
-        self._cpu_seconds = settings["cpu_seconds"]
+        self._cpu_seconds: float = settings["cpu_seconds"]
         self._lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
         """The process, once it has been asked; it ends with this object."""
         self._end: Callable[[], object] = lambda: None
 
     def ask(self, question: str) -> Any:
-        """The answer to a line of JSON. Raises LimitReached, and Killed where another try may have an answer."""
+        """The answer to a line of JSON.
+
+        Raises:
+            LimitReached: the program ended over it.
+            EngineUnavailable: it cannot be started, or was ended from outside, or for want of an answer on a machine
+                that stood still: it may answer next time.
+        """
         with self._lock:
             process = self._running()
             _write(process, question.encode() + b"\n")
-            answer = _read_line(process, time.monotonic() + _PATIENCE)
+            answer = _read_line(process, time.monotonic() + self._cpu_seconds + _PATIENCE)
             if answer is not None:
                 return json.loads(answer)
             self._end()
@@ -59,7 +64,9 @@ class LimitedProcess:
             case signal.SIGPROF:
                 raise LimitReached(f"takes more than {self._cpu_seconds:g} s of processor time")
             case signal.SIGKILL:
-                raise Killed(f"was ended: it did not answer within {_PATIENCE:g} s, or the machine ran out of memory")
+                raise EngineUnavailable(
+                    f"the process to ask did not answer within {_PATIENCE:g} s, or the machine ran out of memory"
+                )
             case _:
                 raise LimitReached(f"ended its process with exit code {process.returncode}")
 
@@ -67,15 +74,21 @@ class LimitedProcess:
         if self.process is not None and self.process.poll() is None:
             return self.process
         self._end()
-        process = subprocess.Popen(
-            python_command(self._program),
-            env=python_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        try:
+            process = subprocess.Popen(
+                python_command(self._program),
+                env=python_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+        except OSError as error:  # no descriptor or process is left
+            raise EngineUnavailable(f"no process can be started to ask: {error}") from error
         self.process = process
         self._end = weakref.finalize(self, _end, process)
         _write(process, self._settings)
+        if _read_line(process, time.monotonic() + _PATIENCE) is None:
+            self._end()
+            raise EngineUnavailable(f"the process to ask ended with exit code {process.returncode} as it started")
         return process
 
 
@@ -110,4 +123,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # of what it has not read
+                pipe.close()

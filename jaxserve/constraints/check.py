@@ -10,9 +10,9 @@ from importlib.util import find_spec
 
 from jaxserve.constraints.grammar import grammar_of
 from jaxserve.core.messages import Vocabulary
-from jaxserve.limited_process import Killed, LimitedProcess, LimitReached
+from jaxserve.limited_process import LimitedProcess, LimitReached
 from jaxserve.request import Constraint
-from jaxserve.request_errors import InvalidRequest
+from jaxserve.request_errors import EngineUnavailable, InvalidRequest
 
 _PROGRAM = ("-m", "jaxserve.constraints.check_process")
 _VERDICTS = 1024
@@ -58,7 +58,8 @@ class ConstraintChecker:
         self._refusals: OrderedDict[bytes, str | None] = OrderedDict()
 
     def grammar(self, constraint: Constraint) -> str:
-        """The grammar that the core holds the output to. Raises InvalidRequest naming the field and why."""
+        """The grammar that the core holds the output to. Raises InvalidRequest naming the field and
+        why, and EngineUnavailable where that cannot be found out now."""
         if find_spec("llguidance") is None:
             raise InvalidRequest(constraint.kind, "constraints need the package llguidance, which this host lacks")
         grammar = grammar_of(constraint, self._max_bytes)
@@ -79,11 +80,11 @@ class ConstraintChecker:
         return grammar
 
     def _compile(self, grammar: str) -> str | None:
-        """Why a grammar is refused; None if it is not."""
+        """Why a grammar is refused; None if it is not. Raises EngineUnavailable."""
         try:
             try:
                 return self._process.ask(json.dumps(grammar))
-            except Killed:  # once is perhaps another's doing: a full memory, a machine that stood still
+            except EngineUnavailable:  # once is perhaps another's doing: a full memory, a machine that stood still
                 return self._process.ask(json.dumps(grammar))
         except LimitReached as limit:
             return f"cannot be compiled: {limit}"

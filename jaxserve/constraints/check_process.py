@@ -1,7 +1,8 @@
 """Compiles grammars and tells what is wrong with them: a program of its own, run by `ConstraintChecker`.
 
 It reads lines of JSON: first `tokens` (bytes as latin-1), `special_ids`, `eos_ids`, `cpu_seconds` and `memory_bytes`,
-then grammars, each a string. Each is answered by a line: null, or why no output can be held to it. When the processor
+then grammars, each a string. It says null once it is ready, and answers each grammar by a line: null, or why no output
+can be held to it. When the processor
 time of a grammar is used up, the kernel ends the program (SIGPROF).
 """
 
@@ -37,12 +38,17 @@ def main() -> None:
     vocabulary = build_vocabulary(tokens, settings["special_ids"], settings["eos_ids"])
     resource.setrlimit(resource.RLIMIT_AS, (settings["memory_bytes"],) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _say("null")
     for line in lines:
         signal.setitimer(signal.ITIMER_PROF, settings["cpu_seconds"])
-        reply = json.dumps(complaint(vocabulary, json.loads(line))).encode()
+        reply = json.dumps(complaint(vocabulary, json.loads(line)))
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(reply + b"\n")
-        sys.stdout.buffer.flush()
+        _say(reply)
+
+
+def _say(line: str) -> None:
+    sys.stdout.buffer.write(line.encode() + b"\n")
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

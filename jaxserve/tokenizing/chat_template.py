@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jaxserve.limited_process import LimitedProcess, LimitReached
+from jaxserve.request_errors import EngineUnavailable
 
 _PROGRAM = (str(Path(__file__).with_name("chat_template_process.py")),)
 
@@ -65,8 +66,8 @@ class ChatTemplate:
 
     def start(self) -> None:
         """Starts the renderer, so that the first chat need not wait for it. What it makes of no messages, an error
-        perhaps, does not matter."""
-        with suppress(ChatTemplateError):
+        perhaps, does not matter, and the first chat tries again."""
+        with suppress(ChatTemplateError, EngineUnavailable):
             self.render([])
 
     def render(
@@ -78,7 +79,7 @@ class ChatTemplate:
         """The prompt for a chat; with `add_generation_prompt`, up to where the assistant's answer begins. `tools` are
         functions that the model may call, as JSON schemas; a template without tools leaves them out.
 
-        Raises ChatTemplateError.
+        Raises ChatTemplateError, and EngineUnavailable where no process can be had that renders.
         """
         try:
             chat = json.dumps(

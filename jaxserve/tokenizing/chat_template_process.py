@@ -5,9 +5,9 @@ that the kernel sets here keep it from endless loops, from memory, and from file
 
 It reads lines of JSON: first `template`, `tool_template` (of chats with tools), `variables`, `cpu_seconds`,
 `memory_bytes` and `max_characters`, then, for each chat, `messages`, `tools` (null where there are none) and
-`add_generation_prompt`. Each chat is answered by a line with `text` or `error`. When the processor time of a chat is
-used up, the kernel ends the program (SIGPROF). This file is run by its path and must not import jaxserve, whose modules
-take seconds to load.
+`add_generation_prompt`. It gives an empty object once it is ready, and answers each chat by a line with `text` or
+`error`. When the processor time of a chat is used up, the kernel ends the program (SIGPROF). This file is run by its
+path and must not import jaxserve, whose modules take seconds to load.
 """
 
 import datetime
@@ -104,13 +104,18 @@ def main() -> None:
         compiled[source] = template
         return template.render(**settings["variables"], **chat, documents=None)
 
+    _say("{}")
     for line in lines:
         signal.setitimer(signal.ITIMER_PROF, settings["cpu_seconds"])
         chat = json.loads(line)
-        reply = json.dumps(answer(render, settings["max_characters"])).encode()
+        reply = json.dumps(answer(render, settings["max_characters"]))
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(reply + b"\n")
-        sys.stdout.buffer.flush()
+        _say(reply)
+
+
+def _say(line: str) -> None:
+    sys.stdout.buffer.write(line.encode() + b"\n")
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The process in which constraints are compiled: what becomes of it harms no one, and each verdict is found out once."""
 
+import errno
 import os
 import signal
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +12,7 @@ import pytest
 from jaxserve.constraints.check import ConstraintChecker, ConstraintLimits
 from jaxserve.core.messages import Vocabulary
 from jaxserve.request import Constraint
-from jaxserve.request_errors import InvalidRequest
+from jaxserve.request_errors import EngineUnavailable, InvalidRequest
 
 BYTES = Vocabulary([bytes([value]) for value in range(256)] + [b"<eos>"], [256], [256])
 LIMITS = ConstraintLimits(max_bytes=1 << 16, cpu_seconds=1.0)
@@ -92,3 +94,39 @@ def test_what_takes_too_long_is_refused_and_stays_refused():
         with pytest.raises(InvalidRequest, match=r"0\.2 s of processor time|fuel|too large|states"):
             checker.grammar(slow)
     assert checker.grammar(Constraint(choice=("yes",)))
+
+
+def test_a_machine_that_has_no_process_to_spare_refuses_no_constraint_for_good(monkeypatch: pytest.MonkeyPatch):
+    checker = ConstraintChecker(BYTES, LIMITS)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr(subprocess, "Popen", refuse)
+        with pytest.raises(EngineUnavailable, match="Resource temporarily unavailable"):
+            checker.grammar(Constraint(regex="asked again"))
+    with monkeypatch.context() as scarce:
+        scarce.setattr("jaxserve.python_process.sys.executable", "/bin/false")
+        with pytest.raises(EngineUnavailable, match="ended with exit code 1 as it started"):
+            checker.grammar(Constraint(regex="asked again"))
+    assert "asked again" in checker.grammar(Constraint(regex="asked again"))
+
+
+def test_a_process_that_dies_with_a_question_unread_leaves_no_error_of_its_pipe(checker: ConstraintChecker):
+    checker.grammar(Constraint(regex="before"))
+    process = checker._process.process
+    assert process is not None and process.stdin is not None
+    process.stdin.write(b"a question")  # which stays in the buffer, as after a write that failed
+    process.kill()
+    process.wait()
+    assert "after it" in checker.grammar(Constraint(regex="after it"))
+
+
+def test_a_process_that_is_killed_twice_over_a_constraint_refuses_it_for_now_alone(monkeypatch: pytest.MonkeyPatch):
+    checker = ConstraintChecker(BYTES, LIMITS)
+    with monkeypatch.context() as killing:
+        killing.setattr("jaxserve.limited_process._write", lambda process, line: os.kill(process.pid, signal.SIGKILL))
+        with pytest.raises(EngineUnavailable):
+            checker.grammar(Constraint(regex="asked again"))
+    assert "asked again" in checker.grammar(Constraint(regex="asked again"))
