@@ -41,6 +41,7 @@ BROKEN_PIPE = 141
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
+    _open_standard_streams()
     arguments = build_parser().parse_args(argv)
     configure_logging(arguments.log_level)
     try:
@@ -55,6 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_output()
         return BROKEN_PIPE
+
+
+def _open_standard_streams() -> None:
+    """Puts something in the place of standard streams that were closed when the process began. Else the next files have
+    their numbers, a client's connection that of standard error, and Python prints its errors on standard output.
+
+    Standard input is then empty and errors go nowhere. Standard output cannot be written: results are not lost unseen.
+    """
+    modes = {"stdin": os.O_RDONLY, "stdout": os.O_RDONLY, "stderr": os.O_WRONLY}
+    for number, (name, mode) in enumerate(modes.items()):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, mode)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def _drop_output() -> None:

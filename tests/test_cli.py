@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -292,6 +293,32 @@ def test_results_that_cannot_be_written_are_a_failure_and_no_traceback(
         assert main([name, *options, *rest[name]]) == 1
     where = "/dev/full" if "--output" in options else "standard output"
     assert f"jaxserve: error: {where}: cannot be written: No space left on device\n" in capsys.readouterr().err
+
+
+def closed(command: list[str], streams: str) -> subprocess.CompletedProcess[str]:
+    """A command that begins without some of its standard streams."""
+    line = shlex.join([sys.executable, "-m", "jaxserve", *command])
+    return subprocess.run(["sh", "-c", f"{line} {streams}"], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_without_standard_error_nothing_but_results_is_on_standard_output(tmp_path: Path):
+    lines = tmp_path / "lines"
+    lines.write_bytes(greedy(prompt="a") * 2)
+    command = ["generate", "--input", str(lines), "--simulated-step-ms", "1"]
+    done = closed(command, "2>&-")
+    assert (done.returncode, ["text" in json.loads(line) for line in done.stdout.splitlines()]) == (0, [True] * 2)
+    done = closed([*command, "--model", "no-model"], "2>&-")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("command", ["generate --input - --simulated-step-ms 1", "info", "serve --simulated-step-ms 1"])
+def test_results_for_which_there_is_no_standard_output_are_a_failure(command: str):
+    done = closed([*command.split(), *(["--grpc-port", "0"] if command.startswith("serve") else [])], "<&- >&-")
+    if command.startswith("generate"):  # without a line there is no result
+        assert done.returncode == 0 and "0 requests done" in done.stderr
+    else:
+        assert done.returncode == 1
+        assert "jaxserve: error: standard output: cannot be written: Bad file descriptor\n" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["chat", "info"])
