@@ -91,6 +91,7 @@ class KeyFile:
         self._path = path
         self._seen = self._version()
         self._principals = read_keys(path)
+        self._complaint = ""
 
     def _version(self) -> tuple[int, ...] | None:
         try:
@@ -101,19 +102,22 @@ class KeyFile:
         return found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size
 
     def refresh(self) -> None:
-        """Takes in a file that has changed. One that cannot be used is logged, and the keys stay as they were.
+        """Takes in a file that has changed. One that cannot be used is logged, once, and the keys stay as they were; it
+        is tried again each time, for what kept it from being read may be over.
 
         Calls that are open go on; their keys are not asked for again.
         """
         version = self._version()
         if version == self._seen:
             return
-        self._seen = version
         try:
             self._principals = read_keys(self._path)
         except KeyFileError as error:
-            logger.error("the API keys stay as they were: %s", error)
+            if str(error) != self._complaint:
+                logger.error("the API keys stay as they were: %s", error)
+            self._complaint = str(error)
         else:
+            self._seen, self._complaint = version, ""
             logger.info("the API keys were read again: %d", len(self._principals))
 
     def principal_of(self, key: str) -> Principal | None:

@@ -1,5 +1,6 @@
 """The file of API keys: what is in it, what is refused, and how a change is taken in."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -98,3 +99,25 @@ def test_a_change_is_taken_in_and_one_that_cannot_be_used_is_not(tmp_path: Path,
     file.chmod(0o600)
     keys.refresh()
     assert keys.principal_of(fourth) == Principal("acme") and keys.principal_of(third) is None
+
+
+def test_a_change_that_cannot_be_read_for_want_of_a_descriptor_is_taken_in_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "keys"
+    old = add_key(file, "acme")
+    keys = KeyFile(file)
+    new = add_key(tmp_path / "replacement", "acme")
+    os.replace(tmp_path / "replacement", file)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr("builtins.open", refuse)
+        keys.refresh()
+        keys.refresh()
+    assert caplog.text.count("Too many open files") == 1
+    assert keys.principal_of(old) == Principal("acme")
+    keys.refresh()
+    assert keys.principal_of(old) is None and keys.principal_of(new) == Principal("acme")
