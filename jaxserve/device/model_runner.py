@@ -345,10 +345,15 @@ def _choose_matmul(platform: str, config: EngineConfig) -> Matmul:
 
 
 def enable_compilation_cache(folder: str | None) -> None:
-    """Points JAX's persistent compilation cache at a folder, for every program however small."""
+    """Points JAX's persistent compilation cache at a folder, for every program however small. Where there can be none,
+    as without a home or on a disk that is read-only, programs are compiled at each start."""
     if folder is not None:
-        path = Path(folder).expanduser()
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path = Path(folder).expanduser()
+            path.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError) as error:  # the latter where the user has no home
+            log.warning("compiled programs are not kept: %s: %s", folder, error)
+            return
         jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -66,9 +66,15 @@ class Placement:
     def of_replica(replica: int = 0, replicas: int = 1, tensor_parallel: int = 1) -> "Placement":
         """The devices of one of several replicas, each of which has `tensor_parallel` of this process's own.
 
-        Raises PlacementError where there are too few.
+        Raises PlacementError where there are too few, or none of the platform that JAX was told to use.
         """
-        devices = jax.devices()
+        try:
+            devices = jax.devices()
+        except (RuntimeError, AssertionError) as error:  # the latter, without a word, for a platform without a plugin
+            asked = jax.config.jax_platforms
+            raise PlacementError(
+                f"JAX has no device of the platforms {asked!r}: {str(error) or 'no plugin'}"
+            ) from error
         if replicas * tensor_parallel > len(devices):
             raise PlacementError(
                 f"tensor_parallel, replicas: {replicas} replicas of {tensor_parallel} devices each were asked for, and "
