@@ -56,10 +56,15 @@ class TokenMasks:
         """Whether some mask of the last step took so long that each is to be timed."""
 
     @cached_property
-    def _executor(self) -> "LLExecutor":
+    def _executor(self) -> "LLExecutor | None":
+        """Its threads; None where the system has none left, and masks are computed one after another."""
         from llguidance import LLExecutor  # not before a request needs it: a host may lack the package
 
-        return LLExecutor()
+        try:
+            return LLExecutor()
+        except ValueError as error:
+            log.warning("constraints' masks are computed on one thread: %s", error)
+            return None
 
     def start(self, submit: Submit, matcher: "LLMatcher") -> None:
         """Holds a request to a grammar, from its first token on."""
@@ -117,7 +122,7 @@ class TokenMasks:
         return masks, endings
 
     def _compute(self, held: Rows[tuple[_Held, int]], masks: np.ndarray) -> list[Ending]:
-        if self._is_slow:
+        if self._is_slow or self._executor is None:
             return self._compute_timed(held, masks)
         from llguidance.numpy import fill_next_token_bitmask_par
 

@@ -299,3 +299,19 @@ threading.Thread(target=ask).start()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["stop", "stop"], done.stderr
+
+
+def test_without_threads_for_the_masks_outputs_are_what_they_are_with_them(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse() -> None:
+        raise ValueError("Resource temporarily unavailable (os error 11)")
+
+    requests = [{"regex": regex, "max_tokens": 12} for regex in REGEXES]
+    expected = [completion.token_ids for completion in generate(engine, requests)]
+    masks = engine._core._loop._masks
+    with monkeypatch.context() as scarce:
+        scarce.delitem(masks.__dict__, "_executor")
+        scarce.setattr("llguidance.LLExecutor", refuse)
+        assert [completion.token_ids for completion in generate(engine, requests)] == expected
+        assert engine.is_healthy
