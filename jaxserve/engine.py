@@ -325,7 +325,10 @@ class Engine:
         try:
             if not self._delivery.is_running:
                 raise EngineUnavailable("no trace is taken: the engine has stopped")
-            folder = tempfile.mkdtemp(prefix="jaxserve-profile-")
+            try:
+                folder = tempfile.mkdtemp(prefix="jaxserve-profile-")
+            except OSError as error:
+                raise EngineUnavailable(f"no trace is taken: {error}") from error
             self._core.send(Profile(folder, seconds))
             error = self._delivery.profiled.get().error
         finally:

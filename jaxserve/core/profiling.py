@@ -12,7 +12,11 @@ MAX_SECONDS = 60.0
 
 def start_trace(profile: Profile, report: Callable[[Profiled], None]) -> None:
     """Takes a trace on a thread of its own, so that the step loop goes on, and reports when it is written."""
-    threading.Thread(target=lambda: report(_take(profile)), name="jaxserve-profile", daemon=True).start()
+    taking = threading.Thread(target=lambda: report(_take(profile)), name="jaxserve-profile", daemon=True)
+    try:
+        taking.start()
+    except RuntimeError as error:  # the system has no thread left: the loop needs none
+        report(Profiled(str(error)))
 
 
 def _take(profile: Profile) -> Profiled:

@@ -61,3 +61,21 @@ async def test_an_engine_that_has_stopped_refuses_every_trace() -> None:
         asking.start()
         asking.join(60)
     assert ["has stopped" in str(refusal) for refusal in refusals] == [True] * 3
+
+
+async def test_a_trace_for_which_there_is_no_thread_or_no_folder_is_refused_and_the_engine_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    with Engine(simulated_step_ms=1.0, slots=4, max_context=256) as engine:
+        for place, error in {
+            "threading.Thread.start": RuntimeError("can't start new thread"),
+            "tempfile.mkdtemp": FileNotFoundError("No usable temporary directory found"),
+        }.items():
+            with monkeypatch.context() as scarce:
+                scarce.setattr(place, refuse)
+                with pytest.raises(EngineUnavailable, match=str(error)):
+                    engine.profile(0.1)
+            assert engine.generate(["a"], max_tokens=2)[0].finish_reason == "length"
