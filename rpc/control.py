@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from importlib.metadata import PackageNotFoundError, version
 
 import grpc.aio
@@ -16,6 +16,7 @@ from rpc.lifecycle import Lifecycle
 from rpc.open_calls import OpenCalls
 from rpc.security.principal import require_admin
 from rpc.served_engine import ServedEngine
+from rpc.thread_pool import started_pool
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
@@ -36,7 +37,7 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
         self._calls = calls
         self._tokenizing = tokenizing
         self._max_request_bytes = max_request_bytes
-        self._profiling = ThreadPoolExecutor(max_workers=2, thread_name_prefix="jaxserve-profile")
+        self._profiling = started_pool(2, "jaxserve-profile")
         self._began = time.monotonic()
 
     @errors.answered

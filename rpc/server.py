@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +35,7 @@ from rpc.served_engine import ServedEngine
 from rpc.server_config import ServerConfig
 from rpc.servicer import InferenceServicer
 from rpc.telemetry import telemetry_to
+from rpc.thread_pool import started_pool
 from rpc.tracing import TraceParents, traced
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
@@ -75,8 +75,8 @@ class Server:
         self.lifecycle = Lifecycle(SERVICES)
         self.calls = OpenCalls(config.stall_limit)
         self._report = report
-        self._tokenizing = ThreadPoolExecutor(max_workers=8, thread_name_prefix="jaxserve-tokenize")
-        self._compiling = ThreadPoolExecutor(max_workers=8, thread_name_prefix="jaxserve-constrain")
+        self._tokenizing = started_pool(8, "jaxserve-tokenize")
+        self._compiling = started_pool(8, "jaxserve-constrain")
         self._hurry = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._began = time.monotonic()

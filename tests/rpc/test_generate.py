@@ -1,6 +1,7 @@
 """Generate and GenerateOnce over a real server and connection, with a scripted engine."""
 
 import asyncio
+import threading
 from collections import Counter
 
 import grpc
@@ -14,6 +15,7 @@ from jaxserve.events import Delta, Finished, FinishReason, Started
 from jaxserve.request import Request
 from rpc.client import AsyncClient, RpcFailed
 from rpc.server_config import ServerConfig
+from rpc.thread_pool import started_pool
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
@@ -197,3 +199,32 @@ async def test_the_generated_stub_alone_is_enough_for_a_client() -> None:
     assert kinds[0] == "started"
     assert kinds[-1] == "finished"
     assert set(kinds[1:-1]) == {"delta"}
+
+
+async def test_long_prompts_are_served_where_the_system_gives_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with serving(ScriptedEngine()) as (_, client):
+        with monkeypatch.context() as scarce:
+            scarce.setattr("threading.Thread.start", refuse)
+            texts = [await client.generate("long " * 600, max_tokens=3).text() for _ in range(3)]
+    assert texts == ["abc"] * 3
+
+
+async def test_a_server_that_gets_too_few_threads_says_so_and_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, before = threading.Thread.start, threading.active_count()
+
+    def refuse_the_third(thread: threading.Thread) -> None:
+        if threading.active_count() >= before + 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr("threading.Thread.start", refuse_the_third)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            started_pool(8, "scarce")
+    for thread in threading.enumerate():
+        if thread.name.startswith("scarce"):
+            thread.join(10)
+    assert threading.active_count() == before
