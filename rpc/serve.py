@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -12,6 +14,11 @@ from rpc.event_loop import let_completions_gather, new_event_loop
 from rpc.served_engine import ServedEngine
 from rpc.server import Report, Server
 from rpc.server_config import ServerConfig
+
+logger = logging.getLogger(__name__)
+
+OWN_DESCRIPTORS = 256
+"""Open files that a server needs beside its connections, and more."""
 
 
 class ExitCode(IntEnum):
@@ -28,6 +35,26 @@ def print_report(report: dict[str, object]) -> None:
     print(json.dumps(report), flush=True)
 
 
+def take_descriptors(config: ServerConfig) -> None:
+    """Lets the process have as many open files as its connections need, where it may: the usual limit, 1,024, is there
+    for programs that use `select`. Past it no connection is taken, no process started and no key read."""
+    ports = sum(port is not None for port in (config.grpc_port, config.http_port, config.metrics_port))
+    needed = ports * config.max_connections + OWN_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    granted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+    if granted < needed:
+        logger.warning(
+            "%d files may be open, and %d connections on %d ports need %d: raise the limit, or lower max_connections",
+            granted,
+            config.max_connections,
+            ports,
+            needed,
+        )
+
+
 def serve(engine_factory: Callable[[], ServedEngine], config: ServerConfig, report: Report = print_report) -> int:
     """Serves an engine until SIGTERM or SIGINT, and returns the exit code, an `ExitCode`.
 
@@ -40,6 +67,7 @@ def serve(engine_factory: Callable[[], ServedEngine], config: ServerConfig, repo
         ValueError: the files of keys or TLS cannot be used.
         Exception: what `engine_factory` raises.
     """
+    take_descriptors(config)
     code, loading = asyncio.run(_serve(engine_factory, config, report), loop_factory=new_event_loop)
     if loading:
         sys.stdout.flush()

@@ -1,5 +1,6 @@
 """`serve` as a process: ready, signalled, drained, gone, with the exit code that says which."""
 
+import resource
 import signal
 import threading
 import time
@@ -13,6 +14,8 @@ from serving import PATIENCE, server_process
 from jaxserve.events import Delta, Finished, FinishReason
 from jaxserve.request_errors import EngineUnavailable
 from rpc.client import Client
+from rpc.serve import OWN_DESCRIPTORS, take_descriptors
+from rpc.server_config import ServerConfig
 
 SLOW_ENGINE = """
 def engine_factory():
@@ -146,3 +149,32 @@ def test_the_blocking_client_does_all_that_the_other_does() -> None:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             assert not client.abort("nobody")
+
+
+UNLIMITED = resource.RLIM_INFINITY
+NEEDED = 2 * 3000 + OWN_DESCRIPTORS
+
+
+@pytest.mark.parametrize(
+    ("limits", "set_to", "warns"),
+    [
+        ((1024, 1 << 20), (NEEDED, 1 << 20), False),
+        ((1024, UNLIMITED), (NEEDED, UNLIMITED), False),
+        ((1024, 4096), (4096, 4096), True),
+        ((1 << 16, 1 << 20), None, False),
+        ((UNLIMITED, UNLIMITED), None, False),
+    ],
+)
+def test_a_server_may_have_as_many_files_open_as_it_takes_connections_or_says_that_it_may_not(
+    limits: tuple[int, int],
+    set_to: tuple[int, int] | None,
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: asked.append(pair))
+    take_descriptors(ServerConfig(http_port=0, max_connections=3000))
+    assert asked == ([] if set_to is None else [set_to])
+    assert (f"3000 connections on 2 ports need {NEEDED}" in caplog.text) == warns
