@@ -107,6 +107,8 @@ class LoadTest:
             arguments.deadline,
             arguments.slow_pace,
         )
+        if not arguments.duration > 0:
+            raise ValueError(f"--duration: must be more than 0, got {arguments.duration}")
         self.loads = [Load.parse(word) for word in arguments.load]
         self.sweep = None if arguments.sweep is None else parse_range(arguments.sweep)
         self.seed: int = random.randrange(1 << 32) if arguments.seed is None else arguments.seed

@@ -185,6 +185,7 @@ def load_test_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> load_test.Load
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["--load", "poisson:5", "--duration", "0"], "--duration: must be more than 0"),
         (["--sweep", "8"], "LOW:HIGH"),
         (["--sweep", "8:2"], "less than HIGH"),
         (["--load", "trace:/nowhere.csv"], "/nowhere.csv"),
