@@ -67,8 +67,6 @@ class TextStream:
         for used, id in enumerate(token_ids, 1):
             self._tokens += 1
             piece = self._decode(self._bytes[id])
-            if not piece:
-                continue
             match = self._stops.search(piece, armed=self._tokens >= self._min_tokens)
             if match is not None:
                 pieces.append(piece[: match.end])

@@ -188,3 +188,44 @@ async def test_what_a_server_refuses_itself_is_not_tried_again(resuming: Engine)
         with pytest.raises(EngineUnavailable, match="draining") as error:
             await client.generate(prompt(10), resumable=True).text()
         assert not isinstance(error.value, ConnectionLost)
+
+
+class BrokenCall:
+    def cancel(self) -> None:
+        pass
+
+    async def __aiter__(self):
+        raise ConnectionLost("gone")
+        yield
+
+
+class QuietCall:
+    """One that says nothing until it is cancelled, and then what grpc.aio says."""
+
+    def __init__(self) -> None:
+        self._left = asyncio.Event()
+
+    def cancel(self) -> None:
+        self._left.set()
+
+    async def __aiter__(self):
+        await self._left.wait()
+        raise asyncio.CancelledError
+        yield
+
+
+async def test_a_stream_that_is_cancelled_between_two_connections_ends_on_the_second(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(recovery, "DELAY", 0.01)
+    attached = asyncio.Event()
+
+    def attach(_: int) -> QuietCall:
+        attached.set()
+        return QuietCall()
+
+    generation = asynchronous.AsyncGeneration(BrokenCall(), "a", recovery.Recovery(attach, None))
+    reading = asyncio.create_task(generation.text())
+    await asyncio.sleep(0)
+    assert not attached.is_set()
+    generation.cancel()
+    assert await asyncio.wait_for(reading, PATIENCE) == ""
+    assert attached.is_set()

@@ -20,8 +20,13 @@ from rpc.v1 import jaxserve_pb2_grpc
 pytestmark = pytest.mark.asyncio
 
 
+def endless_engine(slots: int = 8) -> ScriptedEngine:
+    """One whose requests end by themselves long after a test has lost its patience: who ends them is what is tested."""
+    return ScriptedEngine(slots, max_context=1 << 20)
+
+
 async def test_leaving_the_loop_early_ends_the_request() -> None:
-    engine = ScriptedEngine()
+    engine = endless_engine()
     async with serving(engine) as (server, client):
         async for _ in client.generate("hello"):
             break
@@ -33,7 +38,7 @@ async def test_leaving_the_loop_early_ends_the_request() -> None:
 
 
 async def test_cancel_ends_the_iteration_without_an_error() -> None:
-    engine = ScriptedEngine()
+    engine = endless_engine()
     async with serving(engine) as (server, client):
         generation = client.generate("hello")
         seen = 0
@@ -47,7 +52,7 @@ async def test_cancel_ends_the_iteration_without_an_error() -> None:
 
 
 async def test_cancelling_the_reading_task_ends_the_request() -> None:
-    engine = ScriptedEngine()
+    engine = endless_engine()
     async with serving(engine) as (server, client):
         for reading in (client.generate("hello").text(), client.generate_once("hello")):
             task = asyncio.ensure_future(reading)
@@ -59,7 +64,7 @@ async def test_cancelling_the_reading_task_ends_the_request() -> None:
 
 
 async def test_a_task_that_is_cancelled_after_its_generation_is_cancelled_as_well() -> None:
-    engine = ScriptedEngine()
+    engine = endless_engine()
     async with serving(engine) as (server, client):
         generation = client.generate("hello")
         task = asyncio.ensure_future(generation.text())
@@ -72,7 +77,7 @@ async def test_a_task_that_is_cancelled_after_its_generation_is_cancelled_as_wel
 
 
 async def test_cancel_while_queued_takes_no_slot() -> None:
-    engine = ScriptedEngine(slots=1)
+    engine = endless_engine(slots=1)
     async with serving(engine) as (server, client):
         first = asyncio.ensure_future(client.generate("hello").text())
         await eventually(lambda: engine.loads().running == 1)
@@ -86,7 +91,7 @@ async def test_cancel_while_queued_takes_no_slot() -> None:
 
 
 async def test_a_client_that_leaves_while_its_long_prompt_is_tokenized_leaves_nothing() -> None:
-    engine = ScriptedEngine()
+    engine = endless_engine()
     engine.may_submit.clear()
     async with serving(engine) as (server, client):
         task = asyncio.ensure_future(client.generate("x" * 3000).text())
@@ -99,7 +104,7 @@ async def test_a_client_that_leaves_while_its_long_prompt_is_tokenized_leaves_no
 
 
 async def test_a_long_prompt_does_not_hold_up_the_event_loop() -> None:
-    engine = ScriptedEngine()
+    engine = endless_engine()
     engine.may_submit.clear()
     async with serving(engine) as (server, client):
         slow = asyncio.ensure_future(client.generate_once("x" * 3000, max_tokens=1))
@@ -111,7 +116,7 @@ async def test_a_long_prompt_does_not_hold_up_the_event_loop() -> None:
 
 
 async def test_a_deadline_ends_the_request_in_mid_stream() -> None:
-    engine = ScriptedEngine()
+    engine = endless_engine()
     async with serving(engine) as (server, client):
         generation = client.generate("hello", timeout=0.3)
         tokens: list[int] = []
@@ -128,7 +133,7 @@ async def test_a_deadline_ends_the_request_in_mid_stream() -> None:
 
 async def test_the_servers_own_deadline_status_follows_the_terminal_event() -> None:
     """As a client sees it whose clock runs behind: the engine's deadline passes before the call's."""
-    engine = ScriptedEngine()
+    engine = endless_engine()
     submit_all = engine.submit_all
 
     def submit_with_less_time(requests: Sequence[Request]):
@@ -147,7 +152,7 @@ async def test_the_servers_own_deadline_status_follows_the_terminal_event() -> N
 
 
 async def test_a_deadline_that_passes_in_the_queue_is_exceeded_and_never_started() -> None:
-    engine = ScriptedEngine(slots=1)
+    engine = endless_engine(slots=1)
     async with serving(engine) as (server, client):
         first = asyncio.ensure_future(client.generate("hello").text())
         await eventually(lambda: engine.loads().running == 1)
@@ -162,13 +167,13 @@ async def test_a_deadline_that_passes_in_the_queue_is_exceeded_and_never_started
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e12, 10**400])
 async def test_a_timeout_that_never_comes_is_none(timeout: float) -> None:
-    async with serving(ScriptedEngine()) as (_, client):
+    async with serving(endless_engine()) as (_, client):
         assert (await client.generate_once("hello", timeout=timeout, max_tokens=3)).text == "abc"
         assert await client.generate("hello", timeout=timeout, max_tokens=3).text() == "abc"
 
 
 async def test_an_expired_deadline_is_refused() -> None:
-    engine = ScriptedEngine()
+    engine = endless_engine()
     async with serving(engine) as (_, client):
         with pytest.raises(TimeoutError):
             await client.generate(Request(prompt="hello", deadline=time.monotonic() - 1)).text()
@@ -176,7 +181,7 @@ async def test_an_expired_deadline_is_refused() -> None:
 
 
 async def test_abort_ends_a_stream_with_finish_reason_abort_and_status_ok() -> None:
-    engine = ScriptedEngine()
+    engine = endless_engine()
     async with serving(engine) as (server, client):
         generation = client.generate("hello")
         seen = 0
@@ -195,7 +200,7 @@ async def test_abort_ends_a_stream_with_finish_reason_abort_and_status_ok() -> N
 
 
 async def test_abort_ends_a_request_whose_long_prompt_is_still_tokenized() -> None:
-    engine = ScriptedEngine()
+    engine = endless_engine()
     engine.may_submit.clear()
     async with serving(engine) as (server, client):
         generation = client.generate("x" * 3000)

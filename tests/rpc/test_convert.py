@@ -1,5 +1,8 @@
 """Requests and events survive the way over the wire."""
 
+import math
+import time
+
 import pytest
 
 from jaxserve.events import (
@@ -16,6 +19,7 @@ from jaxserve.events import (
 )
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import InvalidRequest
+from rpc.client.calls import LONGEST_CALL, prepare, seconds_until
 from rpc.convert import (
     completion_from_proto,
     completion_to_proto,
@@ -130,3 +134,21 @@ def test_log_probabilities_that_were_asked_for_are_none_of_them_where_there_are_
     assert completion_from_proto(message, pb.Output(logprobs=0, prompt_logprobs=1)) == completion
     unasked = completion_from_proto(message, pb.Output())
     assert (unasked.logprobs, unasked.prompt_logprobs) == (None, None)
+
+
+def test_a_call_has_no_longer_than_grpc_can_be_told() -> None:
+    for furthest, timeout in ((1e12, None), (None, math.inf)):
+        _, deadline = prepare(Request(prompt="x", deadline=furthest), {}, timeout)
+        seconds = seconds_until(deadline)
+        assert seconds is not None and 0 < seconds <= LONGEST_CALL
+    assert seconds_until(None) is None
+
+
+def test_a_call_ends_at_the_first_of_its_timeout_and_its_requests_deadline() -> None:
+    now = time.monotonic()
+    assert prepare(Request(prompt="x", deadline=now + 50), {}, 1000)[1] == now + 50
+    by_timeout = prepare(Request(prompt="x", deadline=now + 1000), {}, 50)[1]
+    assert by_timeout is not None and by_timeout < now + 1000
+    message, passed = prepare(Request(prompt="x"), {}, -math.inf)
+    assert passed is not None and now <= passed <= time.monotonic()
+    assert message.text == "x"

@@ -210,6 +210,19 @@ async def test_a_body_past_the_limit_is_refused_with_413_however_it_is_sent_and_
 
 
 @pytest.mark.asyncio
+async def test_a_tunnel_is_refused_and_holds_up_nobody() -> None:
+    """CONNECT is an upgrade for the parser, whatever its headers say."""
+    async with http_serving(ScriptedEngine()) as (_, address):
+        host, port = address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"CONNECT other:443 HTTP/1.1\r\nhost: other:443\r\n\r\n")
+        status = await asyncio.wait_for(reader.readline(), PATIENCE)
+        assert status.split()[1] in (b"400", b"404", b"405"), status
+        writer.close()
+        assert (await exchange(address, GET_HEALTH)).status == 200
+
+
+@pytest.mark.asyncio
 async def test_a_request_that_asks_for_http2_is_answered_as_it_is() -> None:
     """Java's HttpClient asks so in its first request to a server."""
     wish = ("connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAMAAABkAAQAAP__")
