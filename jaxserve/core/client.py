@@ -5,8 +5,10 @@ import json
 import socket
 import subprocess
 import threading
-from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from queue import SimpleQueue
 
 from jaxserve.config import EngineConfig
 from jaxserve.core.channel import Core, MessageSocket, Outbox
@@ -93,41 +95,43 @@ class CoreProcess:
         self._lock = threading.Lock()
         self._stopping = False
         self._ended = False
-        self._unsent: deque[bytes] = deque()
-        """Commands that wait behind one that is not sent to its end."""
-        self._is_sending = False
+        self._unsent: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        """What sends a command, or the rest of one, for which the core had no room."""
+        self._behind = 0
+        """How many of these are not sent to their end."""
+        # From the start: the system may have no thread left when one is needed, and a program that ends starts none.
+        threading.Thread(target=self._send_rest, name="jaxserve-core-send", daemon=True).start()
 
     def send(self, command: Message) -> None:
         """Gives the core a command. Thread-safe. A command to a core that has ended is dropped: `receive` says so.
 
-        Never waits, since an event loop may call it: where the core does not read, a thread sends the rest.
+        Never waits, since an event loop may call it: where the core does not read, the thread sends the rest.
         """
         data = encode(command)
         with self._lock:
             if self._ended:
                 return
             self._stopping = self._stopping or isinstance(command, Shutdown)
-            if self._is_sending:
-                self._unsent.append(data)
-                return
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                if rest := self._connection.send_at_once(data):
-                    self._is_sending = True
-                    threading.Thread(
-                        target=self._send_rest, args=(rest,), name="jaxserve-core-send", daemon=True
-                    ).start()
+            if self._behind:
+                send = partial(self._connection.send_bytes, data)
+            else:
+                try:
+                    rest = self._connection.send_at_once(data)
+                except (BrokenPipeError, ConnectionResetError):
+                    return
+                if not rest:
+                    return
+                send = partial(self._connection.send_rest, rest)
+            self._behind += 1
+            self._unsent.put(send)
 
-    def _send_rest(self, rest: memoryview) -> None:
-        """Sends what the core had no room for, and all that came meanwhile."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._connection.send_rest(rest)
-            while True:
-                with self._lock:
-                    if not self._unsent:
-                        self._is_sending = False
-                        return
-                    data = self._unsent.popleft()
-                self._connection.send_bytes(data)
+    def _send_rest(self) -> None:
+        """Sends what the core had no room for, and what came meanwhile, on a thread of its own."""
+        while (send := self._unsent.get()) is not None:
+            with contextlib.suppress(OSError):  # the core is gone, or has been closed, as `receive` says
+                send()
+            with self._lock:
+                self._behind -= 1
 
     def receive(self) -> Message | None:
         """The core's next message; None once it has ended as told, Failed once if it ended by itself."""
@@ -149,6 +153,7 @@ class CoreProcess:
         with self._lock:
             self._ended = True
             self._connection.close()
+        self._unsent.put(None)
 
     def kill(self) -> None:
         """Ends the process."""

@@ -1,8 +1,11 @@
 """What one request or one step does wrong stays its own."""
 
+import os
 import shutil
+import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -133,6 +136,25 @@ def test_a_killed_engine_process_ends_every_stream():
         assert not engine.is_healthy
     finally:
         engine.shutdown()
+
+
+def test_requests_for_which_a_core_has_no_room_reach_it_though_the_system_has_no_thread_left(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Engine(simulated_step_ms=0.5, slots=4, max_context=2048, core="process") as engine:
+        process = engine._core.pid
+        request = Request(token_ids=tuple(range(1000, 3000)), stopping=StoppingParams(max_tokens=2, ignore_eos=True))
+        with monkeypatch.context() as scarce:
+            scarce.setattr(threading.Thread, "start", refuse)
+            os.kill(process, signal.SIGSTOP)  # a core that reads nothing for a while
+            try:
+                streams = [engine.submit(replace(request, request_id=f"{number}")) for number in range(200)]
+            finally:
+                os.kill(process, signal.SIGCONT)
+            assert [collect(stream).finish_reason for stream in streams] == ["length"] * 200
 
 
 def test_a_request_that_cannot_be_delivered_ends_alone(monkeypatch: pytest.MonkeyPatch):
