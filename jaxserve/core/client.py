@@ -34,14 +34,19 @@ class CoreThread:
         self._thread.start()
 
     def _run(self) -> None:
-        try:
-            self._loop = build_step_loop(self._config, self._publish, self._replica)
-        except Exception as error:
-            self._outbox.put(Failed(str(error) or type(error).__name__))
-        else:
-            if not self._stopping:
-                self._outbox.put(self._loop.ready)
-                self._loop.run()
+        with contextlib.ExitStack() as settings:
+            try:
+                import jax  # only here, where the core runs
+
+                # Of this thread: whether a program wants its own numbers in 64 bits says nothing of the engine's.
+                settings.enter_context(jax.enable_x64(False))
+                self._loop = build_step_loop(self._config, self._publish, self._replica)
+            except Exception as error:
+                self._outbox.put(Failed(str(error) or type(error).__name__))
+            else:
+                if not self._stopping:
+                    self._outbox.put(self._loop.ready)
+                    self._loop.run()
         # Only now, when what a failed start held is let go: who reads to the end may leave the process.
         self._outbox.close()
 

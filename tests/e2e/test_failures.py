@@ -125,6 +125,33 @@ def test_steps_that_keep_failing_end_every_stream_and_the_engine_says_so():
             engine.submit(requests(1)[0])
 
 
+def test_a_program_whose_own_numbers_have_64_bits_gets_the_same_tokens():
+    # A row that draws, with penalties and a bias, and one that is preempted: all of the programs of a step.
+    drawn = {
+        "temperature": 0.7,
+        "seed": 3,
+        "top_p": 0.9,
+        "presence_penalty": 0.5,
+        "logit_bias": {5: 1.0},
+        "logprobs": 2,
+    }
+    prompts = [{"token_ids": [5, 6, 7], **drawn}, {"token_ids": list(range(3, 40)), "prompt_logprobs": 1}]
+
+    def tokens() -> list[tuple[int, ...]]:
+        shape = {"dtype": "float32", "slots": 4, "num_pages": 8, "prefill_chunks": (32,)}
+        with Engine(model=str(FAMILY), **shape) as engine:
+            completions = engine.generate([{"temperature": 0.0, **prompt} for prompt in prompts * 4], max_tokens=16)
+            assert (engine.loads().preemptions > 0, engine.loads().compiles_after_warmup) == (True, 0)
+            return [completion.token_ids for completion in completions]
+
+    expected = tokens()
+    jax.config.update("jax_enable_x64", True)  # not of this thread alone, as the context manager's
+    try:
+        assert tokens() == expected
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
 def test_a_killed_engine_process_ends_every_stream():
     engine = Engine(simulated_step_ms=5.0, slots=4, max_context=256, core="process")
     try:
