@@ -12,7 +12,7 @@ from breaking_proxy import BreakingProxy
 from serving import PATIENCE, back_to_the_start, eventually, lent, serving
 
 from jaxserve.engine import Engine
-from jaxserve.events import Completion, Delta, Event, Finished, FinishReason, Started
+from jaxserve.events import Completion, Delta, Event, Finished, FinishReason, Started, Timings, Usage
 from jaxserve.request_errors import EngineUnavailable, StreamNotFound
 from rpc.client import AsyncClient, Client, ConnectionLost, asynchronous, blocking, recovery
 from rpc.lifecycle import State
@@ -188,6 +188,14 @@ async def test_what_a_server_refuses_itself_is_not_tried_again(resuming: Engine)
         with pytest.raises(EngineUnavailable, match="draining") as error:
             await client.generate(prompt(10), resumable=True).text()
         assert not isinstance(error.value, ConnectionLost)
+
+
+def test_the_last_text_of_a_sequence_and_its_end_are_each_new_once():
+    """They follow all tokens: a stream that is taken up again may give either anew."""
+    position = recovery.Position("r")
+    ends = [Finished("r", index, FinishReason.STOP, Usage(1, 0, 3), Timings(0.0, 0.0, 0.0, 0.0)) for index in (0, 1)]
+    events = [Delta("r", 0, (), "held"), ends[0], Delta("r", 1, (), "held"), ends[1]]
+    assert [position.is_new(event) for event in events * 2] == [True] * 4 + [False] * 4
 
 
 class BrokenCall:

@@ -13,6 +13,7 @@ from serving import back_to_the_start, eventually, serving
 
 from jaxserve.events import FinishReason
 from jaxserve.request import Request
+from rpc.call_runner import INLINE_CHARACTERS, INLINE_TOKENS, _are_quick
 from rpc.server_config import ServerConfig
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
@@ -113,6 +114,13 @@ async def test_a_long_prompt_does_not_hold_up_the_event_loop() -> None:
         assert not slow.done()
         engine.may_submit.set()
         assert (await slow).text == "a"
+
+
+async def test_prompts_that_come_together_are_tokenized_on_the_event_loop_only_where_all_of_them_are_short() -> None:
+    half = Request(prompt="x" * (INLINE_CHARACTERS // 2)), Request(token_ids=(1,) * (INLINE_TOKENS // 2))
+    assert _are_quick([*half, *half])
+    assert not _are_quick([half[0]] * 3)
+    assert not _are_quick([half[1]] * 3)
 
 
 async def test_a_deadline_ends_the_request_in_mid_stream() -> None:
