@@ -23,7 +23,7 @@ pytestmark = pytest.mark.asyncio
 
 def endless_engine(slots: int = 8) -> ScriptedEngine:
     """One whose requests end by themselves long after a test has lost its patience: who ends them is what is tested."""
-    return ScriptedEngine(slots, max_context=1 << 20)
+    return ScriptedEngine(slots, max_context=1 << 20, stream_buffer_tokens=1 << 20)
 
 
 async def test_leaving_the_loop_early_ends_the_request() -> None:
