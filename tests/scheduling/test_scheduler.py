@@ -6,6 +6,7 @@ import pytest
 from scripted_device import ScriptedDevice, scripted_token, submit
 
 from jaxserve.scheduling.scheduler import Scheduler
+from jaxserve.scheduling.sequence import StepPlan
 
 
 def make(slots: int = 4, num_pages: int = 65, page_size: int = 4, chunks: tuple[int, ...] = (8, 32), **fields):
@@ -162,6 +163,27 @@ def test_a_failed_step_loses_and_repeats_no_token(after: int):
     device.run()
     for handle in range(5):
         assert device.tokens(handle) == expected(handle, 10, 12)
+
+
+def test_pages_that_a_lost_step_was_to_save_are_computed_again(monkeypatch: pytest.MonkeyPatch):
+    scheduler = make(slots=2, num_pages=9, page_size=4, host_pages=8, prefix_cache=False)
+    device = ScriptedDevice(scheduler)
+    for handle in range(2):
+        scheduler.submit(submit(handle, prompt=8, output=16))
+    run = device._run
+
+    def lose_saves(plan: StepPlan):
+        if plan.saves:
+            raise RuntimeError("injected")
+        return run(plan)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(device, "_run", lose_saves)
+        with pytest.raises(RuntimeError, match="injected"):
+            device.run()
+    device.fail()
+    device.run()
+    assert [device.tokens(handle) for handle in range(2)] == [expected(handle, 8, 16) for handle in range(2)]
 
 
 def test_higher_priority_goes_first():
