@@ -44,11 +44,13 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str = "warning", stream: TextIO | None = None) -> None:
-    """Sends the logs of jaxserve and rpc at `level` and above, and warnings of everything else, to a stream."""
+    """Sends the logs of jaxserve and rpc at `level` and above, and warnings of everything else, Python's own among them,
+    to a stream."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
     for name in ("jaxserve", "rpc", "pallas_kernels"):
         logging.getLogger(name).setLevel(level.upper())

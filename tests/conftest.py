@@ -31,6 +31,7 @@ def logging_unchanged() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in (None, "jaxserve", "rpc", "pallas_kernels")]
     before = [(logger, logger.handlers[:], logger.level) for logger in loggers]
     yield
+    logging.captureWarnings(False)
     for logger, handlers, level in before:
         logger.handlers[:] = handlers
         logger.setLevel(level)

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+import warnings
 
 import pytest
 
@@ -35,6 +36,17 @@ def test_an_exception_stays_on_the_line(stream: io.StringIO):
         logging.getLogger("jaxserve").exception("no")
     (line,) = stream.getvalue().splitlines()
     assert "ValueError: bad" in json.loads(line)["exception"]
+
+
+def test_a_warning_of_python_is_a_line_like_others(stream: io.StringIO):
+    """JAX warns so where its cache of compiled programs cannot be written."""
+    configure_logging(stream=stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("the disk is full", UserWarning, stacklevel=1)
+    (line,) = stream.getvalue().splitlines()
+    record = json.loads(line)
+    assert (record["level"], record["logger"]) == ("warning", "py.warnings") and "the disk is full" in record["message"]
 
 
 def test_only_warnings_are_logged_unless_asked_for(stream: io.StringIO):
