@@ -44,8 +44,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str = "warning", stream: TextIO | None = None) -> None:
-    """Sends the logs of jaxserve and rpc at `level` and above, and warnings of everything else, Python's own among them,
-    to a stream."""
+    """Sends the logs of jaxserve and rpc at `level` and above, and warnings of all else, Python's too, to a stream."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
     root = logging.getLogger()
