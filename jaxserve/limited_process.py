@@ -56,7 +56,8 @@ class LimitedProcess:
         with self._lock:
             process = self._running()
             _write(process, question.encode() + b"\n")
-            answer = _read_line(process, time.monotonic() + self._cpu_seconds + _PATIENCE)
+            patience = self._cpu_seconds + _PATIENCE
+            answer = _read_line(process, time.monotonic() + patience)
             if answer is not None:
                 return json.loads(answer)
             self._end()
@@ -65,7 +66,7 @@ class LimitedProcess:
                 raise LimitReached(f"takes more than {self._cpu_seconds:g} s of processor time")
             case signal.SIGKILL:
                 raise EngineUnavailable(
-                    f"the process to ask did not answer within {_PATIENCE:g} s, or the machine ran out of memory"
+                    f"the process to ask did not answer within {patience:g} s, or the machine ran out of memory"
                 )
             case _:
                 raise LimitReached(f"ended its process with exit code {process.returncode}")

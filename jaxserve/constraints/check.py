@@ -58,8 +58,8 @@ class ConstraintChecker:
         self._refusals: OrderedDict[bytes, str | None] = OrderedDict()
 
     def grammar(self, constraint: Constraint) -> str:
-        """The grammar that the core holds the output to. Raises InvalidRequest naming the field and
-        why, and EngineUnavailable where that cannot be found out now."""
+        """The grammar that the core holds the output to. Raises InvalidRequest naming the field and why, and
+        EngineUnavailable where that cannot be found out now."""
         if find_spec("llguidance") is None:
             raise InvalidRequest(constraint.kind, "constraints need the package llguidance, which this host lacks")
         grammar = grammar_of(constraint, self._max_bytes)

@@ -2,8 +2,7 @@
 
 It reads lines of JSON: first `tokens` (bytes as latin-1), `special_ids`, `eos_ids`, `cpu_seconds` and `memory_bytes`,
 then grammars, each a string. It says null once it is ready, and answers each grammar by a line: null, or why no output
-can be held to it. When the processor
-time of a grammar is used up, the kernel ends the program (SIGPROF).
+can be held to it. When the processor time of a grammar is used up, the kernel ends the program (SIGPROF).
 """
 
 import json

@@ -276,6 +276,12 @@ def slow_tokenizing(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, t
     return reached, may_go_on
 
 
+def is_accepted(engine: Engine, request_id: str) -> bool:
+    """Whether its stream may be taken up."""
+    stream = engine._kept._streams.get(("", request_id))
+    return stream is not None and stream.is_accepted
+
+
 async def test_leaving_a_request_while_its_prompt_is_tokenized_aborts_it(
     simulated: Engine, slow_tokenizing: tuple[threading.Event, threading.Event]
 ) -> None:
@@ -288,7 +294,7 @@ async def test_leaving_a_request_while_its_prompt_is_tokenized_aborts_it(
         await asyncio.wait([reading])
         await eventually(lambda: len(server.calls) == 0)
         may_go_on.set()
-        await eventually(lambda: ("", generation.request_id) in simulated._kept._streams)
+        await eventually(lambda: is_accepted(simulated, generation.request_id))
         attached = client.attach(generation.request_id)
         await attached.text()
         assert attached.finished is not None and attached.finished.finish_reason is FinishReason.ABORT
@@ -304,7 +310,7 @@ async def test_a_connection_that_breaks_while_a_prompt_is_tokenized_costs_no_tok
         generation._call.cancel()
         await eventually(lambda: len(server.calls) == 0)
         may_go_on.set()
-        await eventually(lambda: ("", generation.request_id) in simulated._kept._streams)
+        await eventually(lambda: is_accepted(simulated, generation.request_id))
         attached = client.attach(generation.request_id)
         assert sum([len(delta.token_ids) async for delta in attached]) == 20
         assert attached.finished is not None and attached.finished.finish_reason is FinishReason.LENGTH
