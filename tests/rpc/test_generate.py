@@ -213,18 +213,20 @@ async def test_long_prompts_are_served_where_the_system_gives_no_more_threads(mo
 
 
 async def test_a_server_that_gets_too_few_threads_says_so_and_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    start, before = threading.Thread.start, threading.active_count()
+    start, started = threading.Thread.start, list[threading.Thread]()
 
     def refuse_the_third(thread: threading.Thread) -> None:
-        if threading.active_count() >= before + 2:
-            raise RuntimeError("can't start new thread")
+        if thread.name.startswith("scarce"):
+            if len(started) == 2:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
         start(thread)
 
     with monkeypatch.context() as scarce:
         scarce.setattr("threading.Thread.start", refuse_the_third)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             started_pool(8, "scarce")
-    for thread in threading.enumerate():
-        if thread.name.startswith("scarce"):
-            thread.join(10)
-    assert threading.active_count() == before
+    assert len(started) == 2
+    for thread in started:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in started)
