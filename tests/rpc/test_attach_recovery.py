@@ -198,6 +198,20 @@ def test_the_last_text_of_a_sequence_and_its_end_are_each_new_once():
     assert [position.is_new(event) for event in events * 2] == [True] * 4 + [False] * 4
 
 
+def test_a_stream_that_gives_nothing_is_taken_up_as_often_as_is_said_and_a_token_starts_the_count_anew():
+    position = recovery.Position("r")
+    policy = recovery.Recovery(lambda tokens: tokens, None)
+    lost = ConnectionLost("gone")
+    for tokens in (0, 5):
+        position.tokens = tokens
+        waits = [policy.after(lost, position) for _ in range(recovery.ATTEMPTS)]
+        assert [delay for delay, _ in waits] == sorted({delay for delay, _ in waits})
+        assert [call() for _, call in waits] == [tokens] * recovery.ATTEMPTS
+    with pytest.raises(ConnectionLost) as error:
+        policy.after(lost, position)
+    assert error.value is lost
+
+
 class BrokenCall:
     def cancel(self) -> None:
         pass

@@ -288,6 +288,20 @@ def test_a_deadline_in_the_queue_ends_the_request_without_prefill():
     assert device.outputs[1][0].times == (0.0, 0.0, 5.0)
 
 
+def test_what_gave_way_waits_for_its_token_in_flight_though_there_are_pages():
+    scheduler = make(slots=3, num_pages=48, chunks=(4,), prefix_cache=False)
+    device = ScriptedDevice(scheduler, depth=2)
+    scheduler.submit(submit(0, prompt=4, output=40, priority=-1))
+    device.step()
+    for handle in (1, 2):
+        scheduler.submit(submit(handle, prompt=80, output=4))
+    while not scheduler.preemptions:
+        device.step()
+    scheduler.abort(2, device.now)  # it was in no step yet: its pages come back at once
+    device.run()
+    assert device.tokens(0) == expected(0, 4, 40)
+
+
 def test_aborting_what_is_not_active_is_a_no_op():
     scheduler = make()
     scheduler.abort(3, 0.0)
