@@ -121,6 +121,15 @@ async def test_special_tokens_which_are_no_text_move_no_offset() -> None:
     assert shown["tokens"] == ["\0", "A", "\0", "B"]
 
 
+async def test_ids_whose_text_is_yet_to_come_are_in_the_stream_for_who_asked_for_ids() -> None:
+    for ids_wanted in (True, False):
+        asked = Asked((Request(prompt="x"),), stream=True, include_usage=False, return_token_ids=ids_wanted)
+        answer = CompletionAnswer(asked, "1", "scripted", ByteTokenizer())
+        chunks = answer.delta_chunk(0, Delta("1", token_ids=(240, 159))).decode().split("data: ")[1:]
+        shown = [json.loads(chunk)["choices"][0] for chunk in chunks]
+        assert [(choice["token_ids"], choice["text"]) for choice in shown] == [([240, 159], "")] * ids_wanted
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_closed_connection_ends_its_request_though_others_wait_behind_it(
     stream: bool, caplog: pytest.LogCaptureFixture
