@@ -36,10 +36,11 @@ from jaxserve.events import Completion, Delta
 from jaxserve.front.active_requests import ActiveRequest, ActiveRequests
 from jaxserve.front.admission import Admission
 from jaxserve.front.delivery import Delivery
+from jaxserve.front.event_reader import EventReader
 from jaxserve.front.generating import Prompt, generate_all, generate_one, request_of
 from jaxserve.front.loads import EngineLoads
 from jaxserve.front.request_stream import RequestStream
-from jaxserve.front.resumable_stream import ResumableStream, ResumableStreams, StreamReader
+from jaxserve.front.resumable_stream import ResumableStream, ResumableStreams
 from jaxserve.front.statistics import Statistics
 from jaxserve.models.config import ModelConfig
 from jaxserve.request import Request
@@ -154,7 +155,7 @@ class Engine:
         """Sequences that may be in flight: those in slots and those waiting. A request has `n` of them."""
         return self.config.total_slots + self.config.max_waiting
 
-    def submit(self, request: Request) -> RequestStream | StreamReader:
+    def submit(self, request: Request) -> EventReader:
         """Accepts a request; exactly one Finished will end its stream. Thread-safe.
 
         Raises:
@@ -162,7 +163,7 @@ class Engine:
         """
         return self.submit_all((request,))[0]
 
-    def submit_all(self, requests: Sequence[Request]) -> list[RequestStream | StreamReader]:
+    def submit_all(self, requests: Sequence[Request]) -> list[EventReader]:
         """Accepts all of the requests or none of them, as `submit` does one."""
         for request in requests:
             self._admission.check(request)
@@ -174,7 +175,7 @@ class Engine:
             self._admission.prepare(request, self._take_handles(request.sampling.n), time.monotonic())
             for request in requests
         ]
-        streams: list[tuple[RequestStream | ResumableStream, RequestStream | StreamReader]] = []
+        streams: list[tuple[RequestStream | ResumableStream, EventReader]] = []
         try:
             for request, submit in zip(requests, submits, strict=True):
                 streams.append(self._new_stream(request, submit))
@@ -202,9 +203,7 @@ class Engine:
             raise
         return [reader for _, reader in streams]
 
-    def _new_stream(
-        self, request: Request, submit: Submit
-    ) -> tuple[RequestStream | ResumableStream, RequestStream | StreamReader]:
+    def _new_stream(self, request: Request, submit: Submit) -> tuple[RequestStream | ResumableStream, EventReader]:
         """What takes a request's events, and what reads them first."""
         n = request.sampling.n
 
@@ -218,7 +217,7 @@ class Engine:
         self._kept.add(kept)
         return kept, kept.attach(0)
 
-    def attach(self, request_id: str, from_token: int, tenant: str = "") -> StreamReader:
+    def attach(self, request_id: str, from_token: int, tenant: str = "") -> EventReader:
         """Takes up the stream of a resumable request after its first `from_token` tokens, over all of its sequences in
         the order in which they came. Its reader before, if any, ends with StreamTaken. Thread-safe.
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, TextIO
 
 from jaxserve.commands.start import CommandError, ExitStatus, output_errors
 from jaxserve.events import Delta, Finished, FinishReason
+from jaxserve.front.event_reader import EventReader
 from jaxserve.request import Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import InvalidRequest, RequestError
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
-    from jaxserve.front.request_stream import RequestStream
-    from jaxserve.front.resumable_stream import StreamReader
 
 PROMPT = "> "
 HELP = "Ctrl-C ends an answer, /clear starts over, Ctrl-D leaves."
@@ -85,7 +84,7 @@ class Conversation:
         self.turns.append({"role": "assistant", "content": answer})
         return True
 
-    def _submit(self) -> "RequestStream | StreamReader":
+    def _submit(self) -> EventReader:
         """Asks for an answer of max_tokens, or of as many as the conversation has left room for. Raises RequestError
         where it has left none."""
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
@@ -106,7 +105,7 @@ class Conversation:
         with output_errors():
             print(text, end="", file=self.output, flush=True)
 
-    def _print(self, stream: "RequestStream | StreamReader") -> tuple[str, Finished]:
+    def _print(self, stream: EventReader) -> tuple[str, Finished]:
         """Prints deltas to the end. SIGINT ends the answer; where there is no person to go on, the command too."""
         said: list[str] = []
         interrupted = False

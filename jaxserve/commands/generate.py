@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from jaxserve.commands.start import CommandError, ExitStatus
 from jaxserve.events import Completion, FinishReason, Output, TokenLogprob
 from jaxserve.front.completion import CompletionBuilder
+from jaxserve.front.event_reader import EventReader
 from jaxserve.request import Request
 from jaxserve.request_errors import InvalidRequest, RequestError
 
 if TYPE_CHECKING:
     from jaxserve.engine import Engine
-    from jaxserve.front.request_stream import RequestStream
-    from jaxserve.front.resumable_stream import StreamReader
 
 READ_AHEAD = 64
 """Lines read before there is room for their requests."""
@@ -119,7 +118,7 @@ class BatchRun:
         self._engine = engine
         self._write = write
         self._room = _Room(engine.capacity)
-        self._streams: set[RequestStream | StreamReader] = set()
+        self._streams: set[EventReader] = set()
         self._lines_by_id: dict[str, int] = {}
         self._reading: asyncio.Task[None] | None = None
 
@@ -182,7 +181,7 @@ class BatchRun:
         finally:
             self._room.give_back(sequences)
 
-    def _submit(self, line: Line, request: Request) -> "RequestStream | StreamReader":
+    def _submit(self, line: Line, request: Request) -> EventReader:
         before = self._lines_by_id.get(request.request_id)
         if before is not None:
             raise InvalidRequest("id", f"{request.request_id!r} is that of line {before}; ids must differ")
@@ -195,7 +194,7 @@ class BatchRun:
         field = error.field if isinstance(error, InvalidRequest) else None
         self._write({"id": line.id, "line": line.number, "error": {"field": field, "message": str(error)}})
 
-    async def _collect(self, stream: "RequestStream | StreamReader", request: Request) -> None:
+    async def _collect(self, stream: EventReader, request: Request) -> None:
         builder = CompletionBuilder(request.request_id)
         async for event in stream:
             builder.add(event)

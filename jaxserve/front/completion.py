@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from jaxserve.events import Completion, Delta, Event, Finished, Output, Started, TokenLogprob
-from jaxserve.front.request_stream import RequestStream
-from jaxserve.front.resumable_stream import StreamReader
+from jaxserve.front.event_reader import EventReader
 
 
 class CompletionBuilder:
@@ -63,7 +62,7 @@ class CompletionBuilder:
         )
 
 
-def collect(stream: RequestStream | StreamReader, with_logprobs: bool = False) -> Completion:
+def collect(stream: EventReader, with_logprobs: bool = False) -> Completion:
     """Reads a stream to its end. `with_logprobs`: its request asked for them."""
     builder = CompletionBuilder(stream.request_id, with_logprobs)
     for event in stream:

@@ -3,12 +3,11 @@
 Text, stop strings, the terminal event and the bound of what a reader may leave unread are decided here.
 """
 
-import asyncio
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from queue import SimpleQueue
 
 from jaxserve.core.client import Core
@@ -25,7 +24,8 @@ from jaxserve.core.messages import (
 )
 from jaxserve.events import Finished, FinishReason, Started, Timings, TokenLogprob, Usage
 from jaxserve.front.active_requests import ActiveRequests, ActiveSequence
-from jaxserve.front.request_stream import RequestStream, wake
+from jaxserve.front.event_reader import wake_readers
+from jaxserve.front.request_stream import RequestStream
 from jaxserve.front.resumable_stream import ResumableStream, ResumableStreams
 from jaxserve.front.statistics import Statistics
 
@@ -114,7 +114,7 @@ class Delivery:
                                 self._deliver(sequence, output)
                             except Exception as error:
                                 self._fail_alone(sequence, error)
-                    _wake(touched)
+                    wake_readers(stream.take_waiter() for stream in touched)
                     self._kept.sweep(SWEEP_INTERVAL)
                 case Profiled():
                     self.profiled.put(message)
@@ -214,7 +214,7 @@ class Delivery:
         for sequence in left:
             _flush(sequence)
             self._finish(sequence, FinishReason.ERROR, sequence.tokens, error=error)
-        _wake([sequence.of.stream for sequence in left])
+        wake_readers(sequence.of.stream.take_waiter() for sequence in left)
 
 
 def _token_logprobs(reported: list[TokenLogprobs]) -> list[TokenLogprob]:
@@ -239,17 +239,3 @@ def _timings(arrival: float, times: Sequence[float], ended: float) -> Timings:
         first_token=first_token - arrival if first_token else 0.0,
         total=ended - arrival,
     )
-
-
-def _wake(streams: Iterable[RequestStream | ResumableStream]) -> None:
-    """Wakes the readers of streams, with one call for each event loop."""
-    waiters: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
-    for stream in streams:
-        waiter = stream.take_waiter()
-        if waiter is not None:
-            waiters.setdefault(waiter[0], []).append(waiter[1])
-    for loop, futures in waiters.items():
-        try:
-            loop.call_soon_threadsafe(wake, futures)
-        except RuntimeError:
-            log.debug("an event loop closed while its streams were open")

@@ -6,15 +6,14 @@ from typing import Any
 
 from jaxserve.events import Completion, Delta, Finished
 from jaxserve.front.completion import collect
-from jaxserve.front.request_stream import RequestStream
-from jaxserve.front.resumable_stream import StreamReader
+from jaxserve.front.event_reader import EventReader
 from jaxserve.request import Request
 from jaxserve.request_errors import InvalidRequest, QueueFull, TenantBusy
 
 Prompt = str | Request | Mapping[str, Any]
 """Text, a request, or a mapping of a request's API names."""
 
-Submit = Callable[[Request], RequestStream | StreamReader]
+Submit = Callable[[Request], EventReader]
 """`Engine.submit`."""
 
 ROOM_INTERVAL = 0.02
@@ -48,7 +47,7 @@ async def generate_one(submit: Submit, request: Request) -> AsyncIterator[Delta]
 def generate_all(submit: Submit, capacity: int, requests: list[Request]) -> list[Completion]:
     """Waits for all, with no more than `capacity` sequences in flight at once, and for room where others take it. Ends
     all if one is refused."""
-    streams: list[RequestStream | StreamReader] = []
+    streams: list[EventReader] = []
     completions: list[Completion] = []
 
     def collect_next() -> Completion:
@@ -77,7 +76,7 @@ def _sequences(requests: list[Request]) -> int:
     return sum(n if isinstance(n, int) else 1 for n in (request.sampling.n for request in requests))
 
 
-def _submit_into_room(submit: Submit, request: Request) -> RequestStream | StreamReader:
+def _submit_into_room(submit: Submit, request: Request) -> EventReader:
     """Submits as soon as there is room: whatever takes it now will end."""
     while True:
         try:

@@ -1,13 +1,11 @@
 """Streams that outlive their reader: every event is kept, so that another reader goes on where the last one was."""
 
-import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 
 from jaxserve.events import Delta, Event, Finished, Started, TokenLogprob
-from jaxserve.front.request_stream import wake
+from jaxserve.front.event_reader import EventReader, Waiter, wake_readers
 from jaxserve.request_errors import DuplicateRequestId, InvalidRequest, QueueFull, StreamNotFound, StreamTaken
 
 RETRY_AFTER = 1.0
@@ -42,7 +40,7 @@ class ResumableStream:
         self.idle_since: float | None = None
         """Monotonic seconds since when nobody reads; None while somebody does. Once the request has ended that is since
         the latest event was read: a reader may have them all, or go without a word."""
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
         self.events: list[Event] = []
         self.begins: list[int] = []
         """Tokens before each event, over all sequences."""
@@ -52,20 +50,21 @@ class ResumableStream:
 
     def attach(self, from_token: int) -> "StreamReader":
         """A reader that begins after as many tokens; the one before it ends with StreamTaken. Raises InvalidRequest."""
-        with self.changed:
+        with self.lock:
             if not 0 <= from_token <= self.tokens:
                 raise InvalidRequest("from_token", f"must be in [0, {self.tokens}], got {from_token}")
             before = self._reader
             self._reader = StreamReader(self, from_token)
             self.idle_since = None if self.ended is None else time.monotonic()
-            self.changed.notify_all()
+            if before is not None:
+                before.notify()
         if before is not None:
-            _wake_one(before.take_waiter())
+            wake_readers([before.take_waiter()])
         return self._reader
 
     def leave(self, reader: "StreamReader") -> None:
         """The reader has gone; the request goes on."""
-        with self.changed:
+        with self.lock:
             if self._reader is reader:
                 self._reader = None
                 self.idle_since = time.monotonic()
@@ -83,75 +82,64 @@ class ResumableStream:
 
     def start(self, started: Started) -> None:
         """Gives `Started`."""
-        self._add(started, 0, _size(started.prompt_logprobs))
+        with self.lock:
+            self._add(started, 0, _size(started.prompt_logprobs))
 
     def push(self, index: int, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None) -> int:
         """Gives a Delta; returns the number of tokens that count as unread."""
         delta = Delta(self.request_id, index, tuple(token_ids), text, None if logprobs is None else tuple(logprobs))
-        return self._add(delta, len(token_ids), 4 * len(text) + _size(logprobs))
+        with self.lock:
+            self._add(delta, len(token_ids), 4 * len(text) + _size(logprobs))
+            return 0 if self._reader is None else self._reader.unread_tokens
 
     def finish(self, finished: Finished) -> None:
         """Gives a sequence's terminal event."""
-        self._add(finished, 0, 0)
-        with self.changed:
+        with self.lock:
             self._left -= 1
             if not self._left:
                 self.ended = self.idle_since = time.monotonic()
-            self.changed.notify_all()
+            self._add(finished, 0, 0)
 
-    def _add(self, event: Event, tokens: int, size: int) -> int:
-        with self.changed:
-            self.events.append(event)
-            self.begins.append(self.tokens)
-            self.tokens += tokens
-            self.bytes += EVENT_BYTES + size
-            self.changed.notify_all()
-            reader = self._reader
-            return 0 if reader is None or reader.is_read_at_end else self.tokens - reader.read_tokens
+    def _add(self, event: Event, tokens: int, size: int) -> None:
+        self.events.append(event)
+        self.begins.append(self.tokens)
+        self.tokens += tokens
+        self.bytes += EVENT_BYTES + size
+        if self._reader is not None:
+            self._reader.notify()
 
-    def take_waiter(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
-        """The reader's future, to be woken by the caller in its event loop."""
+    def take_waiter(self) -> Waiter | None:
+        """See `EventReader.take_waiter`."""
         reader = self._reader
         return None if reader is None else reader.take_waiter()
 
 
-class StreamReader:
+class StreamReader(EventReader):
     """Yields `Started`, the Deltas after a number of tokens, and every `Finished`; what is there at once is joined as
     far as it is of one sequence and has tokens. Once another reader has come it raises StreamTaken."""
 
     def __init__(self, stream: ResumableStream, from_token: int):
-        self.request_id = stream.request_id
-        self.read_tokens = from_token
-        self.is_read_at_end = False
+        super().__init__(stream.request_id, stream.cancel, stream.lock)
         self._stream = stream
         self._from_token = from_token
+        self._read_tokens = from_token
         self._next = 0
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
     @property
     def origin(self) -> ResumableStream:
-        """Where the events come from: the same for each reader of a request."""
+        """See `EventReader.origin`."""
         return self._stream
-
-    def cancel(self) -> None:
-        """Ends the request, not only the reading."""
-        self._stream.cancel()
 
     def leave(self) -> None:
         """Stops reading; the request goes on, to be taken up by another reader."""
         self._stream.leave(self)
 
-    def read_at_end(self) -> None:
-        """Its reader waits for the whole: what it has not read meanwhile is not counted."""
-        self.is_read_at_end = True
-
-    def take_waiter(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
-        """The future on which an asynchronous reader waits."""
-        waiter, self._waiter = self._waiter, None
-        return waiter
+    @property
+    def unread_tokens(self) -> int:
+        """Those that count as unread."""
+        return 0 if self._is_read_at_end else self._stream.tokens - self._read_tokens
 
     def _take(self) -> Event | None:
-        """The next event, if there is one. Called under the stream's lock."""
         stream = self._stream
         if not stream.is_read_by(self):
             raise StreamTaken(f"request {self.request_id!r}: another reader has taken the stream")
@@ -175,7 +163,7 @@ class StreamReader:
                 break
             parts.append(event)
             self._next += 1
-        self.read_tokens += sum(len(part.token_ids) for part in parts)
+        self._read_tokens += sum(len(part.token_ids) for part in parts)
         if len(parts) == 1:
             return delta
         logprobs = [entry for part in parts for entry in part.logprobs or ()]
@@ -185,33 +173,6 @@ class StreamReader:
 
     def _is_over(self) -> bool:
         return self._stream.ended is not None and self._next == len(self._stream.events)
-
-    def __iter__(self) -> Iterator[Event]:
-        return self
-
-    def __next__(self) -> Event:
-        with self._stream.changed:
-            while (event := self._take()) is None:
-                if self._is_over():
-                    raise StopIteration
-                self._stream.changed.wait()
-            return event
-
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self
-
-    async def __anext__(self) -> Event:
-        while True:
-            with self._stream.changed:
-                event = self._take()
-                if event is not None:
-                    return event
-                if self._is_over():
-                    raise StopAsyncIteration
-                loop = asyncio.get_running_loop()
-                future = loop.create_future()
-                self._waiter = (loop, future)
-            await future
 
 
 class ResumableStreams:
@@ -302,10 +263,3 @@ class ResumableStreams:
 
 def _size(logprobs: Sequence[TokenLogprob] | None) -> int:
     return LOGPROB_BYTES * sum(1 + len(entry.top) for entry in logprobs or ())
-
-
-def _wake_one(waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None) -> None:
-    if waiter is not None:
-        # Its event loop may have closed while the stream was open.
-        with suppress(RuntimeError):
-            waiter[0].call_soon_threadsafe(wake, [waiter[1]])

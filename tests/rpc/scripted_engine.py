@@ -4,7 +4,6 @@ A prompt's bytes are its token ids. The k-th token of a request is the letter k 
 nothing was lost, doubled or given to another: see `expected_ids`.
 """
 
-import asyncio
 import json
 import threading
 import time
@@ -17,7 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from jaxserve.config import EngineConfig
 from jaxserve.core.messages import StepRecord
 from jaxserve.events import Finished, FinishReason, Started, Timings, TokenLogprob, Usage
-from jaxserve.front.request_stream import RequestStream, wake
+from jaxserve.front.event_reader import wake_readers
+from jaxserve.front.request_stream import RequestStream
 from jaxserve.front.statistics import Statistics
 from jaxserve.request import Request
 from jaxserve.request_errors import (
@@ -306,7 +306,7 @@ class ScriptedEngine:
             else:
                 self._make_token(active)
             touched.append(active.stream)
-        self._wake(touched)
+        wake_readers(stream.take_waiter() for stream in touched)
 
     def _ending(self, active: _Active) -> FinishReason | None:
         if active.cancelled:
@@ -348,13 +348,3 @@ class ScriptedEngine:
         )
         self.statistics.on_finish(finished, active.made)
         active.stream.finish(finished)
-
-    def _wake(self, streams: list[RequestStream]) -> None:
-        waiters: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
-        for stream in streams:
-            waiter = stream.take_waiter()
-            if waiter is not None:
-                waiters.setdefault(waiter[0], []).append(waiter[1])
-        for loop, futures in waiters.items():
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(wake, futures)
