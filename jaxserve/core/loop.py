@@ -8,12 +8,13 @@ detokenizes nor speaks to clients: it takes messages in and gives one message ou
 """
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol, runtime_checkable
 
 from jaxserve.config import EngineConfig
@@ -84,29 +85,6 @@ class Runner(Protocol):
         ...
 
 
-class CommandQueue:
-    """Commands from other threads to the loop, which takes all that are there and sleeps when it has nothing to do."""
-
-    def __init__(self) -> None:
-        self._commands: deque[Message | Compiled] = deque()
-        self._arrived = threading.Event()
-
-    def put(self, command: Message | Compiled) -> None:
-        """Adds a command. Thread-safe; does not block."""
-        self._commands.append(command)
-        self._arrived.set()
-
-    def take(self, wait: bool, timeout: float | None = None) -> list[Message | Compiled]:
-        """All commands so far; waits for one first if `wait`, up to `timeout` seconds."""
-        if wait:
-            self._arrived.wait(timeout)
-        self._arrived.clear()
-        commands = []
-        while self._commands:
-            commands.append(self._commands.popleft())
-        return commands
-
-
 @dataclass(slots=True)
 class _Dispatched:
     """A step that is on its way."""
@@ -132,7 +110,8 @@ class StepLoop:
         publish: Publish,
         ready: Ready,
     ):
-        self.commands = CommandQueue()
+        self.commands: SimpleQueue[Message | Compiled] = SimpleQueue()
+        """From any thread."""
         self.ready = ready
         self._scheduler = scheduler
         self._runner = runner
@@ -235,7 +214,7 @@ class StepLoop:
             deadline = scheduler.next_deadline()
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         go_on = True
-        commands = self.commands.take(idle, timeout)
+        commands = self._take_commands(idle, timeout)
         if idle:
             self._host_since = time.monotonic()
         for command in commands:
@@ -263,6 +242,16 @@ class StepLoop:
                     raise TypeError(f"not a command: {command!r}")
         scheduler.expire(time.monotonic())
         return go_on
+
+    def _take_commands(self, wait: bool, timeout: float | None) -> list[Message | Compiled]:
+        """All commands so far; waits for one first if `wait`, up to `timeout` seconds."""
+        commands = []
+        if wait:
+            with suppress(Empty):
+                commands.append(self.commands.get(timeout=timeout))
+        while not self.commands.empty():
+            commands.append(self.commands.get_nowait())
+        return commands
 
     def _take_grammar(self, compiled: Compiled) -> None:
         matcher = compiled.matcher
