@@ -68,6 +68,11 @@ class Outbox:
         return message
 
 
+def framed(data: bytes) -> memoryview:
+    """A string behind its length, as it goes through a socket."""
+    return memoryview(_LENGTH.pack(len(data)) + data)
+
+
 class MessageSocket:
     """One end of a stream socket that carries byte strings, each after its length. One thread reads, one writes.
 
@@ -81,19 +86,18 @@ class MessageSocket:
 
     def send_bytes(self, data: bytes) -> None:
         """Sends a string. Raises BrokenPipeError or ConnectionResetError if the other end is gone."""
-        self._socket.sendall(_LENGTH.pack(len(data)) + data)
+        self.send_rest(framed(data))
 
-    def send_at_once(self, data: bytes) -> memoryview:
-        """Sends a string as far as it goes without waiting, and returns the bytes that did not, for `send_rest`. Raises
-        as `send_bytes` does."""
-        rest = memoryview(_LENGTH.pack(len(data)) + data)
+    def send_at_once(self, rest: memoryview) -> memoryview:
+        """Sends what is framed as far as it goes without waiting, and returns the bytes that did not, for `send_rest`.
+        Raises as `send_bytes` does."""
         with contextlib.suppress(BlockingIOError):
             while rest:
                 rest = rest[self._socket.send(rest, socket.MSG_DONTWAIT) :]
         return rest
 
     def send_rest(self, rest: memoryview) -> None:
-        """Sends what `send_at_once` left, waiting for room. Raises as `send_bytes` does."""
+        """Sends what is framed, or what `send_at_once` left, waiting for room. Raises as `send_bytes` does."""
         self._socket.sendall(rest)
 
     def recv_bytes(self) -> bytes:

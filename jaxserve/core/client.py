@@ -5,13 +5,11 @@ import json
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from queue import SimpleQueue
 
 from jaxserve.config import EngineConfig
-from jaxserve.core.channel import Core, MessageSocket, Outbox
+from jaxserve.core.channel import Core, MessageSocket, Outbox, framed
 from jaxserve.core.loop import StepLoop, build_step_loop
 from jaxserve.core.messages import Failed, Message, Progress, Shutdown, decode, encode
 from jaxserve.core.replicas import ReplicatedCore
@@ -100,8 +98,8 @@ class CoreProcess:
         self._lock = threading.Lock()
         self._stopping = False
         self._ended = False
-        self._unsent: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        """What sends a command, or the rest of one, for which the core had no room."""
+        self._unsent: SimpleQueue[memoryview | None] = SimpleQueue()
+        """Commands, and the rests of some, for which the core had no room."""
         self._behind = 0
         """How many of these are not sent to their end."""
         # From the start: the system may have no thread left when one is needed, and a program that ends starts none.
@@ -112,29 +110,25 @@ class CoreProcess:
 
         Never waits, since an event loop may call it: where the core does not read, the thread sends the rest.
         """
-        data = encode(command)
+        rest = framed(encode(command))
         with self._lock:
             if self._ended:
                 return
             self._stopping = self._stopping or isinstance(command, Shutdown)
-            if self._behind:
-                send = partial(self._connection.send_bytes, data)
-            else:
+            if not self._behind:
                 try:
-                    rest = self._connection.send_at_once(data)
+                    rest = self._connection.send_at_once(rest)
                 except (BrokenPipeError, ConnectionResetError):
                     return
-                if not rest:
-                    return
-                send = partial(self._connection.send_rest, rest)
-            self._behind += 1
-            self._unsent.put(send)
+            if rest:
+                self._behind += 1
+                self._unsent.put(rest)
 
     def _send_rest(self) -> None:
         """Sends what the core had no room for, and what came meanwhile, on a thread of its own."""
-        while (send := self._unsent.get()) is not None:
+        while (rest := self._unsent.get()) is not None:
             with contextlib.suppress(OSError):  # the core is gone, or has been closed, as `receive` says
-                send()
+                self._connection.send_rest(rest)
             with self._lock:
                 self._behind -= 1
 
