@@ -100,13 +100,12 @@ class Engine:
         self._sending = threading.Lock()
         """Held from a request's being active to its being sent: an abort that overtook it would have no effect."""
         self._requests = ActiveRequests(self.capacity, self.config.max_tenant_requests)
-        gauges = Gauges(0, 0, 0, self.device.num_pages, *[0] * 9)
-        config = self.config
+        config, gauges = self.config, Gauges(available_pages=self.device.num_pages)
         self._kept = ResumableStreams(config.resumable_streams, config.resumable_bytes, config.resumable_seconds)
-        self._delivery = Delivery(self._core, self._requests, self.config.stream_buffer_tokens, gauges, self._kept)
+        self._delivery = Delivery(self._core, self._requests, config.stream_buffer_tokens, gauges, self._kept)
         self._watchdog: Watchdog | None = None
-        if self.config.watchdog_seconds is not None:
-            self._watchdog = Watchdog(self.config.watchdog_seconds, self._steps_at_work)
+        if config.watchdog_seconds is not None:
+            self._watchdog = Watchdog(config.watchdog_seconds, self._steps_at_work)
         atexit.register(self.shutdown)
 
     def _describe(self) -> tuple[ModelConfig, Tokenizer]:

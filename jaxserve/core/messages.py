@@ -140,24 +140,23 @@ class SequenceOutput:
 class Gauges:
     """The core's state after a step."""
 
-    step: int
-    running: int
-    waiting: int
-    available_pages: int
-    cached_pages: int
-    fenced_pages: int
-    saved_pages: int
+    step: int = 0
+    running: int = 0
+    waiting: int = 0
+    available_pages: int = 0
+    cached_pages: int = 0
+    saved_pages: int = 0
     """Pages of preempted sequences in host memory."""
-    restored_pages: int
+    restored_pages: int = 0
     """Pages copied back from there so far."""
-    preemptions: int
-    prefix_queries: int
+    preemptions: int = 0
+    prefix_queries: int = 0
     """Prompt tokens looked up in the prefix cache."""
-    prefix_hits: int
+    prefix_hits: int = 0
     """Prompt tokens found there."""
-    overrun_tokens: int
+    overrun_tokens: int = 0
     """Row-steps spent on sequences that had already ended."""
-    compiles_after_warmup: int
+    compiles_after_warmup: int = 0
     restarting: int = 0
     """Cores that are rebuilding the state of their device after a failed step."""
 

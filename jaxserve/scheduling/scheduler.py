@@ -325,7 +325,6 @@ class Scheduler:
             waiting=len(self._waiting),
             available_pages=self.allocator.available,
             cached_pages=self.allocator.cached,
-            fenced_pages=self._pages.fenced,
             saved_pages=self._pages.saved,
             restored_pages=self._pages.restored,
             preemptions=self.preemptions,

@@ -40,11 +40,6 @@ class SequencePages:
         self._restores: list[tuple[SavedPages, int, list[int]]] = []
 
     @property
-    def fenced(self) -> int:
-        """Pages that come back when a step in flight retires."""
-        return sum(len(pages) for _, pages in self._fences)
-
-    @property
     def do_any_return(self) -> bool:
         """Whether pages come back when a step in flight retires."""
         return bool(self._fences) or self._ending > self._retired

@@ -9,7 +9,7 @@ import pytest
 from jaxserve.core.channel import MessageSocket, Outbox
 from jaxserve.core.messages import Gauges, Progress, SequenceOutput, StepOutput, StepRecord, decode, encode
 
-GAUGES = Gauges(*range(13))
+GAUGES = Gauges(*range(12))
 
 
 @pytest.fixture

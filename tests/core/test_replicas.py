@@ -23,7 +23,7 @@ from jaxserve.core.messages import (
 )
 from jaxserve.core.replicas import ReplicatedCore
 
-GAUGES = Gauges(*range(13))
+GAUGES = Gauges(*range(12))
 READY = Ready("cpu", "cpu", 128, 40, "cpu_xla", "xla")
 
 
@@ -138,7 +138,7 @@ def test_gauges_are_summed_and_slots_numbered_through_all_replicas(group: Replic
     cores[1].say(output(record=StepRecord(1, 2, 0, 0.0, 1.0, 0.1, 0.9, [0], [1, 2], [3], [1], [2])))
     both = group.receive()
     assert isinstance(both, StepOutput) and both.record is not None
-    assert both.gauges == Gauges(*(2 * number for number in range(13)))
+    assert both.gauges == Gauges(*(2 * number for number in range(12)))
     assert (both.record.given_slots, both.record.taken_slots, both.record.freed_slots) == ([4], [5, 6], [7])
     assert (both.record.slots, both.record.prompt_slots, both.record.replica) == ([5], [6], 1)
 
