@@ -4,7 +4,7 @@ Plain data, sent as msgpack arrays: never pickled. One message a step goes out, 
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 
@@ -220,7 +220,7 @@ class Failed:
 
 
 Message = Submit | Abort | Shutdown | Vocabulary | Progress | Ready | StepOutput | Failed | Profile | Profiled
-_TYPES: tuple[type, ...] = (Submit, Abort, Shutdown, Vocabulary, Progress, Ready, StepOutput, Failed, Profile, Profiled)
+_TYPES: tuple[type, ...] = get_args(Message)
 _NUMBER = {kind: number for number, kind in enumerate(_TYPES)}
 
 
