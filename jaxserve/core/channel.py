@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 import time
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from jaxserve.core.messages import Message
 
@@ -14,7 +14,6 @@ _LENGTH = struct.Struct("!I")
 _READ_BYTES = 1 << 18
 
 
-@runtime_checkable
 class Core(Protocol):
     """A running core, seen from the front."""
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from jaxserve.config import EngineConfig
 from jaxserve.constraints.compiler import Compiled, GrammarCompiler
@@ -58,7 +58,6 @@ class StepFailure(RuntimeError):
     """The device failed a step."""
 
 
-@runtime_checkable
 class Runner(Protocol):
     """What the loop needs of a device: `ModelRunner`, or a simulated one."""
 
