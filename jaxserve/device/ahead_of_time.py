@@ -5,6 +5,7 @@ must run on the CPU (`jax_platforms`), or the plugins look for real devices.
 """
 
 import functools
+import math
 import os
 import re
 from collections import Counter
@@ -198,10 +199,7 @@ def _figures(
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     assert leaf.sharding is not None
-    size = leaf.dtype.itemsize
-    for axis in leaf.sharding.shard_shape(leaf.shape):
-        size *= axis
-    return size
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def _aliases(text: str) -> dict[int, int]:

@@ -176,9 +176,7 @@ class Packer:
             token_rows[start:end] = piece.row
             positions[start:end] = np.arange(piece.start, piece.start + end - start)
             start = end
-        tokens[start:] = 0
         token_rows[start:] = -1
-        positions[start:] = 0
         return packed
 
     def features(self, packed: np.ndarray, rows: int) -> int:

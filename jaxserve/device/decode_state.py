@@ -1,6 +1,6 @@
 """What a slot remembers between steps, on the device. All else reaches a step as data from the host."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
@@ -52,9 +52,8 @@ def take_slot(
     `prompt` and `output` hold token ids, past the end of the vocabulary where unused; `output` is not empty for a
     sequence that was preempted.
     """
-    return DecodeState(
-        last_token=state.last_token,
-        ended=state.ended,
+    return replace(
+        state,
         output_counts=state.output_counts.at[slot].set(0).at[slot, output].add(1, mode="drop"),
         in_prompt=state.in_prompt.at[slot].set(False).at[slot, prompt].set(True, mode="drop"),
         bias_ids=state.bias_ids.at[slot].set(bias_ids),

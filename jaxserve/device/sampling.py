@@ -36,15 +36,10 @@ def constrain_logits(
     return jnp.where(constrained & ~search.bits(allowed, logits.shape[1]), -jnp.inf, logits)
 
 
-def _is_early(rows: Upload) -> Bool[Array, " row"]:
-    """Whether a row's sequence may not stop yet."""
-    return rows.length < rows.min_length
-
-
 def _mask_stop_ids(logits: Logits, rows: Upload) -> Logits:
     vocab = logits.shape[-1]
-    early = _is_early(rows)[:, None] & (rows.stop_ids >= 0)
-    ids = jnp.where(early, rows.stop_ids, vocab)
+    early = (rows.length < rows.min_length)[:, None]
+    ids = jnp.where(early & (rows.stop_ids >= 0), rows.stop_ids, vocab)
     return logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
 
 
