@@ -30,7 +30,7 @@ def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
         )
     with model_errors():
         from jaxserve.checkpoints.description import describe_model
-        from jaxserve.device.allocation import allocate, attention_needs, device_limit, full_context
+        from jaxserve.device.allocation import allocate, attention_needs, context_pages, device_limit, full_context
         from jaxserve.device.kv_cache import page_bytes
         from jaxserve.device.roofline import model_cost
         from jaxserve.device.sharding import Placement
@@ -57,7 +57,7 @@ def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
         allocation = allocate(model, attention, config, limit=device_limit(placement), weights=weights)
     arrays = named_parameters(params).values()
     context = full_context(model, config)
-    pages = math.ceil(context / config.page_size)
+    pages = context_pages(model, config)
     return {
         "model": asdict(model),
         "tokenizer": {

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxserve.commands.start import CommandError, model_errors
 from jaxserve.config import EngineConfig
-from jaxserve.device.allocation import allocate, attention_needs, full_context
+from jaxserve.device.allocation import allocate, attention_needs, context_pages, full_context
 from jaxserve.device.devices import DEVICES, Device
 from jaxserve.device.errors import AllocationError, PlacementError
 from jaxserve.device.kv_cache import page_bytes
@@ -103,17 +103,17 @@ def _memory(
 ) -> dict[str, int]:
     """Who has how much of a device. Raises AllocationError unless one request at full context has room."""
     found = allocate(model, attention, config, limit=device.memory, weights=cost.weight_bytes)
-    context_pages = -(-full_context(model, config) // config.page_size)
-    if found.num_pages - 1 < context_pages:
+    pages = context_pages(model, config)
+    if found.num_pages - 1 < pages:
         raise AllocationError(
             f"does not fit: {found.num_pages - 1} pages of {config.page_size} tokens have room, and one request at "
-            f"full context takes {context_pages}"
+            f"full context takes {pages}"
         )
     return {
         **asdict(found),
         "cache": found.cache,
         "tokens": (found.num_pages - 1) * config.page_size,
-        "requests_at_full_context": (found.num_pages - 1) // context_pages,
+        "requests_at_full_context": (found.num_pages - 1) // pages,
     }
 
 
@@ -193,7 +193,6 @@ def compiled_steps(model: ModelConfig, config: EngineConfig, device: Device, num
     from jaxserve.device.ahead_of_time import CannotCompile, choosing_figures, forward_figures, placement_on
 
     jax.config.update("jax_platforms", "cpu")  # or the compilers' plugins look for devices
-    config = replace(config, max_context=full_context(model, config))
     attention = _attention(model, config, device)
     try:
         placement = placement_on(device, config.tensor_parallel)

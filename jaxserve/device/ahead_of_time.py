@@ -15,6 +15,7 @@ import jax
 from jax.experimental import topologies
 
 from jaxserve.config import EngineConfig
+from jaxserve.device.allocation import context_pages
 from jaxserve.device.choosing import make_choosing
 from jaxserve.device.devices import DEVICES, Device
 from jaxserve.device.kv_cache import KVCache
@@ -151,19 +152,17 @@ def forward_figures(
 ) -> StepFigures:
     """The first half of a step of all slots and `chunk` prompt tokens, compiled from shapes alone."""
     inputs = StepInputs.abstract(model, config, attention, num_pages, placement)
-    max_pages = -(-(config.max_context or model.max_context) // config.page_size)
     with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
-        lowered = lower_forward(inputs, model, attention, placement, config.slots, chunk, max_pages)
+        lowered = lower_forward(inputs, model, attention, placement, config.slots, chunk, context_pages(model, config))
     return _figures("forward", config.slots, chunk, lowered.compile(), inputs.cache, len(inputs.weights))
 
 
 def choosing_figures(model: ModelConfig, config: EngineConfig, placement: Placement) -> list[StepFigures]:
     """The programs of the second half of a step of all slots, compiled from shapes alone."""
     state = abstract_state(config.slots, model.vocab_size, placement)
-    max_pages = -(-(config.max_context or model.max_context) // config.page_size)
     with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
         programs = make_choosing(search_on(placement.platform))
-        lowered = lower_choosing(programs, state, model, placement, config.slots, max_pages)
+        lowered = lower_choosing(programs, state, model, placement, config.slots, context_pages(model, config))
     compiled = lowered.map(lambda name, program: _figures(name, config.slots, 0, program.compile(), KVCache(()), 0))
     return list(compiled)
 

@@ -1,6 +1,5 @@
 """How many pages the KV cache gets: one rule for the engine, `jaxserve info` and `jaxserve plan`."""
 
-import math
 from dataclasses import dataclass
 
 from jaxserve.config import EngineConfig
@@ -49,10 +48,15 @@ def full_context(model: ModelConfig, config: EngineConfig) -> int:
     return min(config.max_context or DEFAULT_CONTEXT, model.max_context)
 
 
+def context_pages(model: ModelConfig, config: EngineConfig) -> int:
+    """Pages of a request at full context."""
+    return -(-full_context(model, config) // config.page_size)
+
+
 def attention_needs(model: ModelConfig, config: EngineConfig, device_kind: str | None = None) -> AttentionNeeds:
     """What the engine will ask of attention, on a device of this kind as JAX names it."""
     group = model.num_q_heads // model.num_kv_heads
-    max_pages = -(-full_context(model, config) // config.page_size)
+    max_pages = context_pages(model, config)
     return AttentionNeeds(cache_dtype(config), group=group, max_pages=max_pages, device_kind=device_kind)
 
 
@@ -82,7 +86,7 @@ def allocate(
     state = config.slots * (model.vocab_size * 5 + MAX_LOGIT_BIAS * 8 + 5)
     temporaries = estimated_temporaries(model, config) if temporaries is None else temporaries
     headroom = 0 if limit is None else int(limit * HEADROOM)
-    wanted = config.slots * math.ceil(full_context(model, config) / config.page_size) + 1
+    wanted = config.slots * context_pages(model, config) + 1
     if config.num_pages is not None:
         pages = config.num_pages
     elif config.cache_bytes is not None or limit is None:

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 
 from jaxserve.config import EngineConfig
-from jaxserve.device.allocation import full_context
+from jaxserve.device.allocation import context_pages, full_context
 from jaxserve.device.batch import Packer
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduling.sequence import EMITTED, STOPPED, StepPlan, StepResults
@@ -40,10 +40,9 @@ class SimulatedRunner:
         assert config.simulated_step_ms is not None
         self._seconds = config.simulated_step_ms / 1e3
         self._vocab_size = model.vocab_size
-        context = full_context(model, config)
-        max_pages = -(-context // config.page_size)
+        max_pages = context_pages(model, config)
         self.num_pages = config.num_pages or config.slots * max_pages + 1
-        self.max_context = min(context, (self.num_pages - 1) * config.page_size)
+        self.max_context = min(full_context(model, config), (self.num_pages - 1) * config.page_size)
         self._slots = config.slots
         self._packer = Packer(config.slots, max_pages)
         self._chunk_sizes = (0, *config.prefill_chunks)
