@@ -200,7 +200,7 @@ def compiled_steps(model: ModelConfig, config: EngineConfig, device: Device, num
         raise CommandError(str(error)) from error
     chunks = (0, max(config.prefill_chunks))
     figures = [forward_figures(model, config, attention, placement, num_pages, chunk) for chunk in chunks]
-    return [found.to_json() for found in (*figures, *choosing_figures(model, config, placement))]
+    return [asdict(found) for found in (*figures, *choosing_figures(model, config, placement))]
 
 
 def plan(config: EngineConfig, device: Device, count: int, *, compiles: bool = False) -> Plan:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import jax
 from jax.experimental import topologies
@@ -112,10 +112,6 @@ class StepFigures:
     """Operations that run one of several computations: at each a GPU waits for the host, and the host for the GPU."""
     kernels: dict[str, KernelFigures]
     """Pallas kernels for TPUs, by name."""
-
-    def to_json(self) -> dict[str, object]:
-        """As plain data."""
-        return asdict(self)
 
 
 def placement_on(device: Device, count: int) -> Placement:

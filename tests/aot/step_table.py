@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
@@ -116,9 +116,9 @@ def figures(cell: Cell) -> dict[str, object]:
     placement = placement_on(DEVICES[cell.device], cell.tensor_parallel)
     found = derived(cell)
     return found | {
-        "decode": forward_figures(model, config, attention, placement, found["pages"], 0).to_json(),
-        "mixed": forward_figures(model, config, attention, placement, found["pages"], CHUNK).to_json(),
-        "choosing": [program.to_json() for program in choosing_figures(model, config, placement)],
+        "decode": asdict(forward_figures(model, config, attention, placement, found["pages"], 0)),
+        "mixed": asdict(forward_figures(model, config, attention, placement, found["pages"], CHUNK)),
+        "choosing": [asdict(program) for program in choosing_figures(model, config, placement)],
     }
 
 
