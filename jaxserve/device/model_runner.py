@@ -34,7 +34,7 @@ from jaxserve.device.step import Prediction
 from jaxserve.device.vocabulary import search_on
 from jaxserve.models.packing import pack_params
 from jaxserve.request import MAX_LOGIT_BIAS
-from jaxserve.scheduling.sequence import Sequence, StepPlan, StepResults
+from jaxserve.scheduling.sequence import StepPlan, StepResults
 from pallas_kernels import native_build, select
 
 log = logging.getLogger(__name__)
@@ -180,19 +180,11 @@ class ModelRunner:
 
     def _compile_for_pages(self, progress):
         shapes = [(rows, 0) for rows in self.row_counts] + [(self.config.slots, chunk) for chunk in self.chunk_sizes]
-        done = 0
-        state = abstract_state(self.config.slots, self.model_config.vocab_size, self._placement)
+        model, placement, max_pages = self.model_config, self._placement, self._max_pages
+        state = abstract_state(self.config.slots, model.vocab_size, placement)
         inputs = StepInputs(self._build_model, self._weights, self._cache_layout, state)
-
-        def lower_forward(rows: int, chunk: int):
-            step = (rows, chunk, self._max_pages)
-            return lowering.lower_forward(inputs, self.model_config, self.attention, self._placement, *step)
-
-        def lower_choosing(rows: int):
-            return lowering.lower_choosing(programs, state, self.model_config, self._placement, rows, self._max_pages)
-
-        programs = make_choosing(search_on(self._placement.platform))
-        total = len(shapes) + len(self.row_counts) * len(programs)
+        programs = make_choosing(search_on(placement.platform))
+        done, total = 0, len(shapes) + len(self.row_counts) * len(programs)
 
         def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
             nonlocal done
@@ -208,8 +200,12 @@ class ModelRunner:
             def submit(_: str, lowered: jax.stages.Lowered) -> Future[jax.stages.Compiled]:
                 return pool.submit(compile_program, lowered)
 
-            forwards = {shape: pool.submit(compile_program, lower_forward(*shape)) for shape in shapes}
-            choosing = {rows: lower_choosing(rows).map(submit) for rows in self.row_counts}
+            step = (inputs, model, self.attention, placement)
+            forwards = {shape: submit("forward", lowering.lower_forward(*step, *shape, max_pages)) for shape in shapes}
+            choosing = {
+                rows: lowering.lower_choosing(programs, state, model, placement, rows, max_pages).map(submit)
+                for rows in self.row_counts
+            }
             return (
                 {shape: future.result() for shape, future in forwards.items()},
                 {rows: programs.map(lambda _, future: future.result()) for rows, programs in choosing.items()},
@@ -236,7 +232,7 @@ class ModelRunner:
                 self._scorer.warm_up(forward.chunk_hidden)
             else:
                 self._warm_up_choosing(forward)
-        self._own_slot(0, np.zeros(0, np.int32), np.zeros(0, np.int32), {})
+        self._own_slot(0, [], 0, {})
         zero = self._copies.to_host(self._copies.save(self._cache, [0]), 1)
         self._cache = self._copies.restore(self._cache, zero, 0, [0])
         jax.block_until_ready(self._state)
@@ -257,7 +253,7 @@ class ModelRunner:
             self._cache = self._copies.restore(self._cache, saved.data, first, pages)
         for slot, sequence in plan.new_owners:
             if features_of(sequence.submit) & (PENALIZES | BIASES):
-                self._own_slot_for(slot, sequence)
+                self._own_slot(slot, sequence.token_ids, sequence.prompt_length, sequence.submit.logit_bias)
         chunk = next(size for size in (0, *self.chunk_sizes) if size >= plan.chunk_tokens)
         enough = (count for count in self.row_counts if count >= len(plan.sequences))
         rows = self.config.slots if chunk else next(enough)
@@ -311,16 +307,11 @@ class ModelRunner:
             logprobs.append(logprobs_of(ids[row], values[row], top))
         return StepResults(tokens, flags, logprobs, scores)
 
-    def _own_slot_for(self, slot: int, sequence: Sequence) -> None:
-        prompt = np.asarray(sequence.token_ids[: sequence.prompt_length], np.int32)
-        output = np.asarray(sequence.token_ids[sequence.prompt_length :], np.int32)
-        self._own_slot(slot, prompt, output, sequence.submit.logit_bias)
-
-    def _own_slot(self, slot: int, prompt: np.ndarray, output: np.ndarray, bias: dict[int, float]) -> None:
+    def _own_slot(self, slot: int, token_ids: list[int], prompt_length: int, bias: dict[int, float]) -> None:
         beyond = self.model_config.vocab_size
         ids = np.full((2, self.max_context), beyond, np.int32)
-        ids[0, : len(prompt)] = prompt
-        ids[1, : len(output)] = output
+        ids[0, :prompt_length] = token_ids[:prompt_length]
+        ids[1, : len(token_ids) - prompt_length] = token_ids[prompt_length:]
         bias_ids = np.full(MAX_LOGIT_BIAS, beyond, np.int32)
         bias_values = np.zeros(MAX_LOGIT_BIAS, np.float32)
         bias_ids[: len(bias)] = list(bias.keys())
