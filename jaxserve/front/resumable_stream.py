@@ -42,9 +42,8 @@ class ResumableStream:
         the latest event was read: a reader may have them all, or go without a word."""
         self.lock = threading.Lock()
         self.events: list[Event] = []
-        self.begins: list[int] = []
-        """Tokens before each event, over all sequences."""
         self.tokens = 0
+        """Of these, over all sequences."""
         self._left = sequences
         self._reader: StreamReader | None = None
 
@@ -102,7 +101,6 @@ class ResumableStream:
 
     def _add(self, event: Event, tokens: int, size: int) -> None:
         self.events.append(event)
-        self.begins.append(self.tokens)
         self.tokens += tokens
         self.bytes += EVENT_BYTES + size
         if self._reader is not None:
@@ -122,8 +120,9 @@ class StreamReader(EventReader):
         super().__init__(stream.request_id, stream.cancel, stream.lock)
         self._stream = stream
         self._from_token = from_token
-        self._read_tokens = from_token
         self._next = 0
+        self._tokens = 0
+        """Of the events before that one."""
 
     @property
     def origin(self) -> ResumableStream:
@@ -137,16 +136,17 @@ class StreamReader(EventReader):
     @property
     def unread_tokens(self) -> int:
         """Those that count as unread."""
-        return 0 if self._is_read_at_end else self._stream.tokens - self._read_tokens
+        return 0 if self._is_read_at_end else self._stream.tokens - max(self._tokens, self._from_token)
 
     def _take(self) -> Event | None:
         stream = self._stream
         if not stream.is_read_by(self):
             raise StreamTaken(f"request {self.request_id!r}: another reader has taken the stream")
         while self._next < len(stream.events):
-            event, begin = stream.events[self._next], stream.begins[self._next]
+            event, begin = stream.events[self._next], self._tokens
             self._next += 1
             if isinstance(event, Delta):
+                self._tokens += len(event.token_ids)
                 if begin < self._from_token:
                     continue
                 event = self._joined(event)
@@ -163,7 +163,7 @@ class StreamReader(EventReader):
                 break
             parts.append(event)
             self._next += 1
-        self._read_tokens += sum(len(part.token_ids) for part in parts)
+            self._tokens += len(event.token_ids)
         if len(parts) == 1:
             return delta
         logprobs = [entry for part in parts for entry in part.logprobs or ()]
@@ -248,8 +248,8 @@ class ResumableStreams:
         self._streams.pop((stream.owner, stream.request_id), None)
 
     def _in_order_of_end(self) -> list[ResumableStream]:
-        ended = [(stream.ended, stream) for stream in self._streams.values() if stream.ended is not None]
-        return [stream for _, stream in sorted(ended, key=lambda each: each[0])]
+        ended = [stream for stream in self._streams.values() if stream.ended is not None]
+        return sorted(ended, key=lambda stream: stream.ended or 0.0)
 
     def _shrink(self) -> None:
         total = sum(stream.bytes for stream in self._streams.values())
