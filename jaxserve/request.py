@@ -64,6 +64,16 @@ def _unicode(name: str, value: str) -> None:
         raise InvalidRequest(name, f"is not valid Unicode text at character {error.start}") from None
 
 
+def _only_one(field: str, values: Mapping[str, Any]) -> str:
+    """Name of the value that is not None. Raises InvalidRequest, for `field`, unless there is exactly one."""
+    given = [name for name, value in values.items() if value is not None]
+    if len(given) != 1:
+        *names, last = values
+        what = "none is set" if not given else f"{' and '.join(given)} are set"
+        raise InvalidRequest(field, f"exactly one of {', '.join(names)} and {last} must be set; {what}")
+    return given[0]
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen from the logits, in this order: logit bias, penalties, temperature,
@@ -209,17 +219,9 @@ class Constraint:
     @property
     def kind(self) -> str:
         """Name of the field that is set."""
-        given = [field.name for field in fields(self) if getattr(self, field.name) not in (None, False)]
-        # The schema `false` is one, which nothing matches.
-        if self.json_schema is False:
-            given.append("json_schema")
-        if len(given) != 1:
-            what = "none is set" if not given else f"{' and '.join(given)} are set"
-            raise InvalidRequest(
-                "constraint",
-                f"exactly one of json_schema, regex, grammar, choice and json_object must be set; {what}",
-            )
-        return given[0]
+        # False asks for no object; the schema `false` is one, which nothing matches.
+        json_object = None if self.json_object is False else self.json_object
+        return _only_one("constraint", vars(self) | {"json_object": json_object})
 
     def validate(self) -> None:
         """Checks the form. Raises InvalidRequest."""
@@ -286,10 +288,8 @@ class Request:
 
     def validate(self) -> None:
         """Checks what needs no model: that there is one prompt, and its form. Raises InvalidRequest."""
-        given = [name for name in ("prompt", "token_ids", "messages") if getattr(self, name) is not None]
-        if len(given) != 1:
-            what = "none is set" if not given else f"{' and '.join(given)} are set"
-            raise InvalidRequest("prompt", f"exactly one of prompt, token_ids and messages must be set; {what}")
+        prompts = {"prompt": self.prompt, "token_ids": self.token_ids, "messages": self.messages}
+        _only_one("prompt", prompts)
         if self.prompt is not None and not isinstance(self.prompt, str):
             raise InvalidRequest("prompt", f"must be a string, got {type(self.prompt).__name__}")
         check_messages(self.messages or ())
