@@ -107,13 +107,10 @@ class Placement:
         """See `check_shares`."""
         check_shares(model, self.tensor_parallel)
 
-    def spec(self, *axes: str | None) -> PartitionSpec:
-        """The mesh axes of an array whose axes have these logical names; None for an axis that is never sharded."""
-        return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
-
     def sharding(self, *axes: str | None) -> NamedSharding:
-        """`spec` on this replica's devices; no axes at all for what is whole on each."""
-        return NamedSharding(self.mesh, self.spec(*axes))
+        """Of an array whose axes have these logical names, None for one that is never sharded; no axes at all for what
+        is whole on each device."""
+        return NamedSharding(self.mesh, PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes)))
 
     def parameter(self, name: str) -> NamedSharding:
         """Of a parameter by its name in `models.parameters`."""
