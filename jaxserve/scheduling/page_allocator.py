@@ -31,8 +31,6 @@ class PageAllocator:
     """
 
     def __init__(self, num_pages: int):
-        if num_pages < 2:
-            raise ValueError(f"num_pages: must be at least 2 (page 0 is reserved), got {num_pages}")
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, 0, -1))
         self._references = [0] * num_pages
