@@ -92,7 +92,7 @@ class ScriptedDevice:
     def run(self, steps: int = 10_000) -> int:
         """Steps until nothing is active; returns how many it took."""
         for count in range(steps):
-            if not self.scheduler.active and not self.pending:
+            if self.scheduler.is_idle and not self.pending:
                 self._deliver(self.scheduler.take_ended())
                 return count
             self.step()

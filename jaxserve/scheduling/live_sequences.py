@@ -22,9 +22,6 @@ class LiveSequences:
         """A heap; those of sequences that have ended are dropped when they have come, or are the most of it."""
         self._arrivals = 0
 
-    def __len__(self) -> int:
-        return len(self._by_handle)
-
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._by_handle.values())
 

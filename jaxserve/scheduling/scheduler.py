@@ -308,11 +308,6 @@ class Scheduler:
         return output
 
     @property
-    def active(self) -> int:
-        """Sequences that have not ended."""
-        return len(self._live)
-
-    @property
     def is_idle(self) -> bool:
         """Whether every active request is held."""
         return self._live.are_all_held

@@ -17,7 +17,7 @@ def make(slots: int = 4, num_pages: int = 65, **fields):
 def prompt_tokens(device: ScriptedDevice) -> int:
     """Runs to the end; prompt tokens that were computed on the way."""
     computed = 0
-    while device.scheduler.active or device.pending:
+    while not device.scheduler.is_idle or device.pending:
         plan = device.step()
         computed += plan.chunk_tokens if plan is not None else 0
     return computed
@@ -44,7 +44,7 @@ def test_only_the_first_of_a_requests_sequences_scores_its_prompt(prompt: int):
     device = ScriptedDevice(scheduler)
     scheduler.submit(submit(0, prompt=prompt, output=4, fork_seeds=[1, 2], prompt_logprobs=0))
     scored = []
-    while scheduler.active:
+    while not scheduler.is_idle:
         plan = device.step()
         pieces = [] if plan is None else plan.pieces
         scored += [(plan.sequences[piece.row].handle, len(piece.targets)) for piece in pieces if piece.targets]
@@ -57,7 +57,7 @@ def test_shared_pages_are_counted_once():
     device = ScriptedDevice(scheduler)
     scheduler.submit(submit(0, prompt=41, output=3, fork_seeds=[1] * 7))
     fewest = 64
-    while scheduler.active:
+    while not scheduler.is_idle:
         device.step()
         fewest = min(fewest, scheduler.allocator.available)
     assert 64 - fewest <= 10 + 8  # ten full pages of the prompt, and one of each sequence's own

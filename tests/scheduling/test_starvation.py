@@ -99,7 +99,7 @@ def test_four_times_the_pages_that_there_are_all_finish_with_bounded_preemptions
         scheduler.submit(submit(handle, prompt, output))
     silent = 0
     tokens = 0
-    while scheduler.active or device.pending:
+    while not scheduler.is_idle or device.pending:
         device.step()
         now = sum(len(device.tokens(handle)) for handle in requests)
         # Prompt tokens are progress that is not seen here: the longest of them takes so many steps.
@@ -164,7 +164,7 @@ def test_50_seeded_cancels_in_each_phase_end_their_request_once_and_return_its_p
         for handle, (prompt, output) in lengths.items():
             scheduler.submit(submit(handle, prompt, output))
         target, wait = random_.randrange(7), random_.randint(0, 3)
-        while scheduler.active or device.pending:
+        while not scheduler.is_idle or device.pending:
             if PHASES[phase](device, target) and device.reason(target) is None:
                 if wait == 0:
                     scheduler.abort(target, device.now)
