@@ -20,7 +20,7 @@ from jaxserve.scheduling.sequence import Sequence, StepPlan
 
 
 class Column(IntEnum):
-    """Columns of a row before its page table."""
+    """Columns of a row before its page table, by the names of `Upload`'s fields."""
 
     SLOT = 0
     DECODES = 1
@@ -40,6 +40,8 @@ class Column(IntEnum):
     STOP_IDS = 15
 
 
+REALS = range(Column.TEMPERATURE, Column.STOP_IDS)
+"""Columns of floats."""
 ROW_COLUMNS = Column.STOP_IDS + MAX_STOP_TOKEN_IDS
 SAMPLES, TOP_K, TOP_P, PENALIZES, BIASES, EARLY, REPORTS_LOGPROBS, CONSTRAINED = (1 << bit for bit in range(8))
 """Bits of FEATURES: what a row needs beyond the argmax. A feature that no row has costs nothing in a step. EARLY is not
@@ -105,29 +107,15 @@ class Upload:
         table = packed[: packed.shape[0] - 3 * chunk].reshape(rows, -1)
         tokens, token_rows, positions = packed[packed.shape[0] - 3 * chunk :].reshape(3, chunk)
 
-        def column(name: Column) -> Array:
-            return table[:, name]
+        def values(column: Column) -> Array:
+            bits = table[:, column]
+            return lax.bitcast_convert_type(bits, jnp.float32) if column in REALS else bits
 
-        def real(name: Column) -> Array:
-            return lax.bitcast_convert_type(table[:, name], jnp.float32)
-
+        fields = {column.name.lower(): values(column) for column in Column}
+        fields["decodes"] = fields["decodes"] != 0
+        fields["stop_ids"] = table[:, Column.STOP_IDS : ROW_COLUMNS]
         return Upload(
-            slot=column(Column.SLOT),
-            decodes=column(Column.DECODES) != 0,
-            sample_index=column(Column.SAMPLE_INDEX),
-            length=column(Column.LENGTH),
-            max_length=column(Column.MAX_LENGTH),
-            min_length=column(Column.MIN_LENGTH),
-            features=column(Column.FEATURES),
-            seed=column(Column.SEED),
-            top_k=column(Column.TOP_K),
-            temperature=real(Column.TEMPERATURE),
-            top_p=real(Column.TOP_P),
-            min_p=real(Column.MIN_P),
-            presence_penalty=real(Column.PRESENCE_PENALTY),
-            frequency_penalty=real(Column.FREQUENCY_PENALTY),
-            repetition_penalty=real(Column.REPETITION_PENALTY),
-            stop_ids=table[:, Column.STOP_IDS : ROW_COLUMNS],
+            **fields,
             page_table=table[:, ROW_COLUMNS:],
             chunk_tokens=tokens,
             chunk_rows=token_rows,
