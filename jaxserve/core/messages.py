@@ -140,11 +140,15 @@ class SequenceOutput:
 class Gauges:
     """The core's state after a step."""
 
-    step: int = 0
+    steps: int = 0
     running: int = 0
+    """Requests that hold a slot."""
     waiting: int = 0
+    """Requests accepted and not yet running."""
     available_pages: int = 0
+    """Pages free or evictable: all of them when nothing runs."""
     cached_pages: int = 0
+    """Pages held by no request whose content may be hit."""
     saved_pages: int = 0
     """Pages of preempted sequences in host memory."""
     restored_pages: int = 0
@@ -157,6 +161,7 @@ class Gauges:
     overrun_tokens: int = 0
     """Row-steps spent on sequences that had already ended."""
     compiles_after_warmup: int = 0
+    """More than 0 is a defect."""
     restarting: int = 0
     """Cores that are rebuilding the state of their device after a failed step."""
 

@@ -315,7 +315,7 @@ class Scheduler:
     def gauges(self, compiles_after_warmup: int) -> Gauges:
         """The state after the last call."""
         return Gauges(
-            step=self._step,
+            steps=self._step,
             running=len(self.slots.running),
             waiting=len(self._waiting),
             available_pages=self.allocator.available,

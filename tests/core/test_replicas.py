@@ -174,7 +174,7 @@ def test_each_replica_with_work_is_watched_by_its_own_steps(group: ReplicatedCor
     group.send(submit(1))
     before = group.steps_at_work()
     assert list(before) == [0, 1]
-    cores[1].say(replace(output(), gauges=replace(GAUGES, step=8)))
+    cores[1].say(replace(output(), gauges=replace(GAUGES, steps=8)))
     assert group.receive() is not None
     after = group.steps_at_work()
     assert after[0] is before[0] and after[1] is not before[1]
