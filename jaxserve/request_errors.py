@@ -1,5 +1,7 @@
 """Why a request is not served, each with what its sender can do about it."""
 
+RETRY_AFTER = 1.0
+"""Seconds after which a client for which there is no room is told to try again."""
 MAX_MESSAGE_BYTES = 600
 """Of an error's message. Over gRPC it is sent percent-encoded and again in the details; clients take 8 KiB of headers
 in all."""
@@ -40,7 +42,7 @@ class ModelNotFound(RequestError):
 class QueueFull(RequestError):
     """The admission queue is at its bound; try again after `retry_after` seconds."""
 
-    def __init__(self, limit: int, retry_after: float):
+    def __init__(self, limit: int, retry_after: float = RETRY_AFTER):
         super().__init__(f"the queue is full: it takes {limit} sequences, those that run included")
         self.limit = limit
         self.retry_after = retry_after
@@ -49,7 +51,7 @@ class QueueFull(RequestError):
 class TenantBusy(QueueFull):
     """A tenant has as many requests in flight as one may; others may still be accepted."""
 
-    def __init__(self, limit: int, retry_after: float):
+    def __init__(self, limit: int, retry_after: float = RETRY_AFTER):
         super().__init__(limit, retry_after)
         self.args = (f"the tenant has {limit} requests in flight (limit {limit})",)
 

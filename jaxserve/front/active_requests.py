@@ -13,9 +13,6 @@ from jaxserve.request import Request
 from jaxserve.request_errors import DuplicateRequestId, EngineUnavailable, QueueFull, TenantBusy
 from jaxserve.tokenizing.text_stream import TextStream
 
-RETRY_AFTER = 1.0
-"""Seconds after which a refused client is told to try again."""
-
 
 @dataclass
 class ActiveRequest:
@@ -95,10 +92,10 @@ class ActiveRequests:
             ids.add(key)
             added[request.tenant] += request.sampling.n
         if len(self._by_handle) + added.total() > self.capacity:
-            raise QueueFull(self.capacity, RETRY_AFTER)
+            raise QueueFull(self.capacity)
         limit = self._tenant_limit
         if limit is not None and any(tenant and self._tenants[tenant] + n > limit for tenant, n in added.items()):
-            raise TenantBusy(limit, RETRY_AFTER)
+            raise TenantBusy(limit)
 
     def add(self, requests: Sequence[tuple[ActiveRequest, Sequence[TextStream | None]]]) -> None:
         """Takes all of the requests in, each with a text for each of its sequences, or raises what `check_room` does

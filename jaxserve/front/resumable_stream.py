@@ -8,8 +8,6 @@ from jaxserve.events import Delta, Event, Finished, Started, TokenLogprob
 from jaxserve.front.event_reader import EventReader, Waiter, wake_readers
 from jaxserve.request_errors import DuplicateRequestId, InvalidRequest, QueueFull, StreamNotFound, StreamTaken
 
-RETRY_AFTER = 1.0
-"""Seconds after which a client is told to try again when as many streams are kept as may be."""
 EVENT_BYTES = 200
 """About what one event takes, beside its text and log-probabilities."""
 LOGPROB_BYTES = 100
@@ -208,7 +206,7 @@ class ResumableStreams:
             if len(self._streams) >= self._limit:
                 ended = self._in_order_of_end()
                 if not ended:
-                    raise QueueFull(self._limit, RETRY_AFTER)
+                    raise QueueFull(self._limit)
                 self._forget(ended[0])
             self._streams[stream.owner, stream.request_id] = stream
 
