@@ -1,7 +1,7 @@
 """What the scheduler knows of a request, and what it tells the device and hears from it: one plan and one set of
 results a step."""
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.core.messages import SequenceOutput, Submit, TokenLogprobs
@@ -30,79 +30,60 @@ class SavedPages:
     """The runner's own, from the dispatch of the step that saves them."""
 
 
+@dataclass(slots=True, eq=False)
 class Sequence:
     """The scheduler's record of one sequence; a request has one or several."""
 
-    __slots__ = (
-        "cached",
-        "capacity",
-        "computed",
-        "done",
-        "first_scheduled",
-        "first_token",
-        "handle",
-        "held",
-        "in_flight",
-        "keys",
-        "last_step",
-        "max_length",
-        "order",
-        "pages",
-        "prefill_end",
-        "prefill_start",
-        "prompt_length",
-        "quiet_until",
-        "registered",
-        "saved",
-        "scored",
-        "shared_prompt",
-        "slot",
-        "submit",
-        "token_ids",
-    )
+    submit: Submit
+    arrival: InitVar[int]
+    handle: int = field(init=False)
+    max_length: int = field(init=False)
+    order: tuple[int, int] = field(init=False)
+    """Smaller goes first, and gives way last."""
+    token_ids: list[int] = field(init=False)
+    """Prompt and verified output."""
+    prompt_length: int = field(init=False)
+    prefill_end: int = field(init=False)
+    """Tokens to compute before it decodes: its prompt, or all that it had when it was preempted."""
+    prefill_start: int = 0
+    """Tokens that the prefix cache had when it took its slot."""
+    computed: int = 0
+    """Tokens whose keys and values are written by the steps dispatched so far."""
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    capacity: int = 0
+    """Tokens that its pages hold."""
+    keys: list[PageKey] = field(default_factory=list)
+    """Chain of keys of its full pages, as far as it is known."""
+    registered: int = 0
+    """Pages of it that others may find."""
+    cached: int | None = None
+    """Tokens found in the prefix cache when it first took a slot."""
+    saved: SavedPages | None = None
+    """Its pages in host memory, after it gave way."""
+    in_flight: int = 0
+    """Steps dispatched with it and not yet retired."""
+    last_step: int = 0
+    """The last step dispatched with it."""
+    quiet_until: int = 0
+    """Tokens up to which one more is only appended: until then no page fills up, nothing ends, nothing begins."""
+    scored: int = 0
+    """Prompt tokens after the first whose log-probabilities were given, where they are asked for."""
+    shared_prompt: "SharedPrompt | None" = None
+    """Where several sequences have this prompt."""
+    first_scheduled: float = 0.0
+    first_token: float = 0.0
+    held: bool = False
+    """Its grammar is being compiled; it waits, and not in the queue."""
+    done: bool = False
 
-    def __init__(self, submit: Submit, arrival: int):
-        self.submit = submit
+    def __post_init__(self, arrival: int) -> None:
+        submit = self.submit
         self.handle = submit.handle
         self.max_length = submit.max_length
         self.order = (arrival - PRIORITY_LEAD * submit.priority, arrival)
-        """Smaller goes first, and gives way last."""
         self.token_ids = list(submit.token_ids)
-        """Prompt and verified output."""
-        self.prompt_length = len(submit.token_ids)
-        self.prefill_end = self.prompt_length
-        """Tokens to compute before it decodes: its prompt, or all that it had when it was preempted."""
-        self.prefill_start = 0
-        """Tokens that the prefix cache had when it took its slot."""
-        self.computed = 0
-        """Tokens whose keys and values are written by the steps dispatched so far."""
-        self.slot = -1
-        self.pages: list[int] = []
-        self.capacity = 0
-        """Tokens that its pages hold."""
-        self.keys: list[PageKey] = []
-        """Chain of keys of its full pages, as far as it is known."""
-        self.registered = 0
-        """Pages of it that others may find."""
-        self.cached: int | None = None
-        """Tokens found in the prefix cache when it first took a slot."""
-        self.saved: SavedPages | None = None
-        """Its pages in host memory, after it gave way."""
-        self.in_flight = 0
-        """Steps dispatched with it and not yet retired."""
-        self.last_step = 0
-        """The last step dispatched with it."""
-        self.quiet_until = 0
-        """Tokens up to which one more is only appended: until then no page fills up, nothing ends, nothing begins."""
-        self.scored = 0
-        """Prompt tokens after the first whose log-probabilities were given, where they are asked for."""
-        self.shared_prompt: SharedPrompt | None = None
-        """Where several sequences have this prompt."""
-        self.first_scheduled = 0.0
-        self.first_token = 0.0
-        self.held = False
-        """Its grammar is being compiled; it waits, and not in the queue."""
-        self.done = False
+        self.prompt_length = self.prefill_end = len(submit.token_ids)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
