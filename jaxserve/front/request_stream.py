@@ -3,20 +3,19 @@
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from jaxserve.events import Delta, Event, Finished, Started, TokenLogprob
 from jaxserve.front.event_reader import EventReader
 
 
+@dataclass(slots=True)
 class _Unread:
     """What a sequence was given since its last Delta."""
 
-    __slots__ = ("logprobs", "text", "token_ids")
-
-    def __init__(self, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None):
-        self.token_ids = token_ids
-        self.text = [text]
-        self.logprobs = logprobs
+    token_ids: list[int]
+    text: list[str]
+    logprobs: list[TokenLogprob] | None
 
     def add(self, token_ids: list[int], text: str, logprobs: list[TokenLogprob] | None) -> None:
         """Adds what came before it was read."""
@@ -59,7 +58,7 @@ class RequestStream(EventReader):
         with self._lock:
             unread = self._unread.get(index)
             if unread is None:
-                self._unread[index] = _Unread(token_ids, text, logprobs)
+                self._unread[index] = _Unread(token_ids, [text], logprobs)
             else:
                 unread.add(token_ids, text, logprobs)
             self._unread_tokens += len(token_ids)
