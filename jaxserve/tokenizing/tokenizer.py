@@ -36,7 +36,6 @@ class Tokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, source: TokenizerSource):
         """Use `from_source`."""
         self._tokenizer = tokenizer
-        self._plain = _without_special_tokens(tokenizer)
         self._source = source
         self._chat_template = None
         if source.chat_template is not None:
@@ -72,25 +71,21 @@ class Tokenizer:
             tokenizer.post_processor = _post_processor(tokenizer, source, add_bos, add_eos)
         return Tokenizer(tokenizer, source)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids of a text.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; with `add_special_tokens` it begins and ends as the model wants raw prompts.
 
-        Args:
-            text: any Unicode text; NUL is legal.
-            add_special_tokens: begin and end it with special tokens as the model wants raw prompts.
-            parse_special: the texts of special tokens become those tokens; otherwise they are text like any other.
-
-        Raises ValueError for text that is not valid Unicode, and where a token is not in the model's vocabulary.
+        The texts of special tokens become those tokens. Raises ValueError for text that is not valid Unicode, and where
+        a token is not in the model's vocabulary.
         """
         _check_unicode(text)
-        tokenizer = self._tokenizer if parse_special else self._plain
         # Unlike `encode`, this releases the GIL and leaves out the offsets, which take longer than the ids.
-        ids = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         # A tokenizer may have tokens that the model has no embedding for.
         if len(self._bytes) > self.vocab_size and max(ids, default=0) >= self.vocab_size:
             beyond = max(ids)
             raise ValueError(
-                f"{tokenizer.id_to_token(beyond)!r} is token {beyond}; the model has no more than {self.vocab_size}"
+                f"{self._tokenizer.id_to_token(beyond)!r} is token {beyond}; "
+                f"the model has no more than {self.vocab_size}"
             )
         return ids
 
@@ -185,21 +180,6 @@ def _declared_tokens(tokenizer_config: Mapping[str, Any]) -> list[AddedToken]:
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder cannot be read: {error}") from None
-
-
-def _without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer, to which special tokens are text. It shares the model, and so takes little memory."""
-    plain = tokenizers.Tokenizer(tokenizer.model)
-    if tokenizer.normalizer is not None:
-        plain.normalizer = tokenizer.normalizer
-    if tokenizer.pre_tokenizer is not None:
-        plain.pre_tokenizer = tokenizer.pre_tokenizer
-    if tokenizer.post_processor is not None:
-        plain.post_processor = tokenizer.post_processor
-    added = [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
-    plain.add_tokens(added)
-    plain.encode_special_tokens = True
-    return plain
 
 
 def _bos_id(tokenizer: tokenizers.Tokenizer, source: TokenizerSource) -> int | None:

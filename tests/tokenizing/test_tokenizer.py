@@ -95,13 +95,10 @@ def test_a_raw_prompt_begins_with_bos_where_the_file_or_the_format_says_so():
     assert Tokenizer.from_source(byte_level_source(add_bos=True)).encode("", add_special_tokens=False) == []
 
 
-def test_special_tokens_in_a_text_are_parsed_only_where_asked_for():
+def test_special_tokens_in_a_text_are_parsed_and_user_defined_ones_shown():
     tokenizer = Tokenizer.from_source(byte_level_source(user_defined=("<tool>",)))
     assert tokenizer.encode("<s>") == [0]
-    plain = tokenizer.encode("<s>", parse_special=False)
-    assert len(plain) == 3 and tokenizer.decode(plain) == "<s>"
-    # A user-defined token is text: it is always found, and always shown.
-    assert tokenizer.encode("<tool>") == tokenizer.encode("<tool>", parse_special=False) == [2]
+    assert tokenizer.encode("<tool>") == [2]
     assert tokenizer.decode([0, 2, 1]) == "<tool>"
 
 
@@ -325,7 +322,6 @@ def test_special_tokens_that_only_tokenizer_config_declares_are_tokens():
     tokenizer = Tokenizer.from_source(source)
     assert tokenizer.encode("<s><t>") == [256, 257]
     assert tokenizer.special_ids == {256, 257}
-    assert len(tokenizer.encode("<s>", parse_special=False)) == 3
     again = Tokenizer.from_source(_hugging_face(byte_level_source(), tokenizer.to_files()))
     assert again.encode("<s><t>") == [256, 257]
 
