@@ -54,13 +54,11 @@ class ChatTemplate:
         limits: RenderLimits | None = None,
         tool_source: str | None = None,
     ):
-        self.source = source
-        self._limits = limits or RenderLimits()
         settings = {
             "template": source,
             "tool_template": source if tool_source is None else tool_source,
             "variables": dict(special_tokens),
-            **asdict(self._limits),
+            **asdict(limits or RenderLimits()),
         }
         self._renderer = LimitedProcess(_PROGRAM, settings)
 
@@ -70,25 +68,14 @@ class ChatTemplate:
         with suppress(ChatTemplateError, EngineUnavailable):
             self.render([])
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, object]] = (),
-    ) -> str:
-        """The prompt for a chat; with `add_generation_prompt`, up to where the assistant's answer begins. `tools` are
-        functions that the model may call, as JSON schemas; a template without tools leaves them out.
+    def render(self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()) -> str:
+        """The prompt for a chat, up to where the assistant's answer begins. `tools` are functions that the model may
+        call, as JSON schemas; a template without tools leaves them out.
 
         Raises ChatTemplateError, and EngineUnavailable where no process can be had that renders.
         """
         try:
-            chat = json.dumps(
-                {
-                    "messages": list(messages),
-                    "add_generation_prompt": add_generation_prompt,
-                    "tools": list(tools) or None,
-                }
-            )
+            chat = json.dumps({"messages": list(messages), "tools": list(tools) or None})
         except (TypeError, ValueError) as error:
             raise ChatTemplateError(f"chat template: messages must be JSON values: {error}") from error
         try:

@@ -4,10 +4,10 @@ A template is a program that came with a checkpoint. The sandbox of Jinja keeps 
 that the kernel sets here keep it from endless loops, from memory, and from files and sockets should the sandbox fail.
 
 It reads lines of JSON: first `template`, `tool_template` (of chats with tools), `variables`, `cpu_seconds`,
-`memory_bytes` and `max_characters`, then, for each chat, `messages`, `tools` (null where there are none) and
-`add_generation_prompt`. It gives an empty object once it is ready, and answers each chat by a line with `text` or
-`error`. When the processor time of a chat is used up, the kernel ends the program (SIGPROF). This file is run by its
-path and must not import jaxserve, whose modules take seconds to load.
+`memory_bytes` and `max_characters`, then, for each chat, `messages` and `tools` (null where there are none). It gives
+an empty object once it is ready, and answers each chat by a line with `text` or `error`. When the processor time of a
+chat is used up, the kernel ends the program (SIGPROF). This file is run by its path and must not import jaxserve, whose
+modules take seconds to load.
 """
 
 import datetime
@@ -102,7 +102,7 @@ def main() -> None:
         source = settings["tool_template" if chat["tools"] else "template"]
         template = compiled.get(source) or environment().from_string(source)
         compiled[source] = template
-        return template.render(**settings["variables"], **chat, documents=None)
+        return template.render(**settings["variables"], **chat, add_generation_prompt=True, documents=None)
 
     _say("{}")
     for line in lines:

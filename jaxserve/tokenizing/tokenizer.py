@@ -124,28 +124,20 @@ class Tokenizer:
         if self._chat_template is not None:
             self._chat_template.start()
 
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, object]] = (),
-    ) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()) -> str:
         """The prompt that the model's chat template makes of messages and tools. Raises ChatTemplateError."""
         if self._chat_template is None:
             raise ChatTemplateError("the model has no chat template")
-        return self._chat_template.render(messages, add_generation_prompt, tools)
+        return self._chat_template.render(messages, tools)
 
     def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, object]] = (),
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()
     ) -> list[int]:
         """Token ids of `render_chat`. A template writes its special tokens itself, so none are added.
 
         Raises ChatTemplateError, and ValueError as `encode`.
         """
-        return self.encode(self.render_chat(messages, add_generation_prompt, tools), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, tools), add_special_tokens=False)
 
     def to_files(self) -> dict[str, str]:
         """Files of a Hugging Face folder, content by name, that make the same tokenizer, here and in transformers."""

@@ -110,14 +110,14 @@ def test_a_template_that_never_ends_or_fills_the_memory_is_refused(source, messa
 def test_a_template_is_usable_after_it_was_ended():
     template = ChatTemplate(
         "{% for m in messages %}{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"
-        "{% endfor %}{{ add_generation_prompt }}",
+        "{% endfor %}none",
         {},
         LIMITS,
     )
     for _ in range(2):
         with pytest.raises(ChatTemplateError, match="processor time"):
             template.render([{"role": "user"}])
-        assert template.render([], add_generation_prompt=False) == "False"
+        assert template.render([]) == "none"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
