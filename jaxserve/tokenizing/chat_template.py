@@ -5,12 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from jaxserve.limited_process import LimitedProcess, LimitReached
 from jaxserve.request_errors import EngineUnavailable
 
-_PROGRAM = (str(Path(__file__).with_name("chat_template_process.py")),)
+_PROGRAM = ("-m", "jaxserve.tokenizing.chat_template_process")
 
 
 def has_tools(template: str | None) -> bool:

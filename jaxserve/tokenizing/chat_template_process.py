@@ -3,19 +3,15 @@
 A template is a program that came with a checkpoint. The sandbox of Jinja keeps it from Python's internals; the limits
 that the kernel sets here keep it from endless loops, from memory, and from files and sockets should the sandbox fail.
 
-It reads lines of JSON: first `template`, `tool_template` (of chats with tools), `variables`, `cpu_seconds`,
-`memory_bytes` and `max_characters`, then, for each chat, `messages` and `tools` (null where there are none). It gives
-an empty object once it is ready, and answers each chat by a line with `text` or `error`. When the processor time of a
-chat is used up, the kernel ends the program (SIGPROF). This file is run by its path and must not import jaxserve, whose
-modules take seconds to load.
+The settings are `template`, `tool_template` (of chats with tools), `variables`, `max_characters` and those of
+`answer_lines`. A chat is `messages` and `tools` (null where there are none); its answer is `text` or `error`.
 """
 
 import datetime
 import json
 import resource
-import signal
-import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import jinja2.debug  # loaded lazily for tracebacks, when no file can be opened any more
@@ -24,6 +20,8 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from jaxserve.limited_program import answer_lines
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -83,40 +81,21 @@ def answer(render: Callable[[], str], max_characters: int) -> dict[str, str]:
     return {"text": text}
 
 
-def main() -> None:
-    """Answers lines until there are no more."""
-    # What a terminal or a service manager sends to every process is for the server, which ends this program.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # would be inherited where the server ignores it
-    lines = sys.stdin.buffer
-    settings = json.loads(lines.readline())
+def renderer(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, str]]:
+    """Renders chats. From now on this process opens no files."""
     # What Python and Jinja load when first used must be loaded before files are out of reach.
     answer(environment().from_string("{{ 'text' }}{{ strftime_now('%Y') }}{{ raise_exception('') }}").render, 0)
-    resource.setrlimit(resource.RLIMIT_AS, (settings["memory_bytes"],) * 2)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     compiled: dict[str, Template] = {}
 
-    def render() -> str:
+    def render(chat: dict[str, Any]) -> str:
         source = settings["tool_template" if chat["tools"] else "template"]
         template = compiled.get(source) or environment().from_string(source)
         compiled[source] = template
         return template.render(**settings["variables"], **chat, add_generation_prompt=True, documents=None)
 
-    _say("{}")
-    for line in lines:
-        signal.setitimer(signal.ITIMER_PROF, settings["cpu_seconds"])
-        chat = json.loads(line)
-        reply = json.dumps(answer(render, settings["max_characters"]))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _say(reply)
-
-
-def _say(line: str) -> None:
-    sys.stdout.buffer.write(line.encode() + b"\n")
-    sys.stdout.buffer.flush()
+    return lambda chat: answer(partial(render, chat), settings["max_characters"])
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines(renderer)
