@@ -1,16 +1,16 @@
 """Compiles the grammars of requests that wait for it, beside the step loop."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from jaxserve.core.messages import Vocabulary
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
 
 _KEPT = 64
 """Compiled grammars that are kept for requests to come: tens of KiB each, most of them."""
@@ -39,9 +39,8 @@ class GrammarCompiler:
         self._report = report
         self._asked: SimpleQueue[Vocabulary | tuple[int, str] | None] = SimpleQueue()
         self._is_closed = False
-        self._vocabulary: LLTokenizer | Exception | None = None
-        self._grammars: OrderedDict[str, LLMatcher] = OrderedDict()
-        """As compiled; what is given out is a copy. Used on the thread alone."""
+        self._compile: Callable[[str], LLMatcher] | Exception = RuntimeError("the vocabulary comes first")
+        """Gives the same matcher for the same grammar, of which copies are given out. Used on the thread alone."""
         self._thread = threading.Thread(target=self._run, name="jaxserve-grammars", daemon=True)
         self._thread.start()
 
@@ -65,30 +64,22 @@ class GrammarCompiler:
                 self._learn(asked)
             else:
                 handle, grammar = asked
-                self._report(Compiled(handle, self._compiled(grammar)))
-
-    def _compiled(self, grammar: str) -> "LLMatcher | Exception":
-        try:
-            return self._matcher(grammar)
-        except Exception as error:
-            return error
+                self._report(Compiled(handle, self._matcher(grammar)))
 
     def _learn(self, vocabulary: Vocabulary) -> None:
         try:
-            from jaxserve.constraints.matching import build_vocabulary  # only here is llguidance needed
+            # Only here is llguidance needed.
+            from jaxserve.constraints.matching import build_vocabulary, compile_grammar
 
-            self._vocabulary = build_vocabulary(vocabulary.tokens, vocabulary.special_ids, vocabulary.eos_ids)
+            known = build_vocabulary(vocabulary.tokens, vocabulary.special_ids, vocabulary.eos_ids)
+            self._compile = lru_cache(_KEPT)(partial(compile_grammar, known))
         except Exception as error:  # who needs it is told
-            self._vocabulary = error
+            self._compile = error
 
-    def _matcher(self, grammar: str) -> "LLMatcher":
-        from jaxserve.constraints.matching import compile_grammar
-
-        assert self._vocabulary is not None, "the vocabulary comes first"
-        if isinstance(self._vocabulary, Exception):
-            raise self._vocabulary
-        matcher = self._grammars.pop(grammar, None) or compile_grammar(self._vocabulary, grammar)
-        self._grammars[grammar] = matcher
-        if len(self._grammars) > _KEPT:
-            self._grammars.popitem(last=False)
-        return matcher.deep_copy()
+    def _matcher(self, grammar: str) -> "LLMatcher | Exception":
+        if isinstance(self._compile, Exception):
+            return self._compile
+        try:
+            return self._compile(grammar).deep_copy()
+        except Exception as error:
+            return error
