@@ -62,8 +62,6 @@ def _checked_schema(value: str | bool | Mapping[str, Any], max_bytes: int) -> Ma
         schema = json.loads(text)
         wrong = unsupported_keyword(schema)
         plain = with_plain_names(schema)
-    except json.JSONDecodeError as error:
-        raise InvalidRequest("json_schema", f"is not JSON: {error}") from None
     except (TypeError, ValueError) as error:
         raise InvalidRequest("json_schema", f"is not JSON: {error}") from None
     except RecursionError:

@@ -5,7 +5,7 @@ names from those of `properties` by how they are written, and would take it for 
 writes letters as they are alone. So what may follow is said by a pattern.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxserve.constraints.schema_keywords import PARTS, PARTS_BY_NAME
@@ -21,7 +21,7 @@ def with_plain_names(schema: Any) -> Any:
     named, further = schema.get("properties"), changed.get("additionalProperties", True)
     if isinstance(named, Mapping) and named and further is not False:
         # Of what may be anything the names need not be told apart: a property is what all say of it.
-        pattern = _ANY if further in (True, {}) else _any_but(named)
+        pattern = _ANY if further in (True, {}) else f"(?s)^{_not_among(list(named))}$"
         changed |= {"patternProperties": {pattern: further}, "additionalProperties": False}
     return changed
 
@@ -34,13 +34,8 @@ def _with_plain_names(keyword: str, value: Any) -> Any:
     return value
 
 
-def _any_but(words: Iterable[str]) -> str:
-    """A regular expression of every text but these words."""
-    return f"(?s)^{_not_among(list(words))}$"
-
-
 def _not_among(words: list[str]) -> str:
-    """Of what may follow where these rests of words may not."""
+    """A regular expression of every text but these words."""
     rests: dict[str, list[str]] = {}
     for word in words:
         if word:
