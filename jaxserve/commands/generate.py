@@ -89,26 +89,6 @@ class Summary:
         return ExitStatus.REQUESTS_FAILED if self.failed else ExitStatus.SUCCESS
 
 
-class _Room:
-    """Sequences that may still come into the engine. One task takes."""
-
-    def __init__(self, capacity: int):
-        self._free = capacity
-        self._changed = asyncio.Event()
-
-    async def take(self, count: int) -> None:
-        """Waits until there is room for as many, and takes it."""
-        while self._free < count:
-            self._changed.clear()
-            await self._changed.wait()
-        self._free -= count
-
-    def give_back(self, count: int) -> None:
-        """As many have ended."""
-        self._free += count
-        self._changed.set()
-
-
 class BatchRun:
     """One run of the command. The first SIGINT reads no further and aborts what is in flight: each request still has
     its line, with what it had generated. A second one raises KeyboardInterrupt."""
@@ -117,32 +97,29 @@ class BatchRun:
         self.summary = Summary()
         self._engine = engine
         self._write = write
-        self._room = _Room(engine.capacity)
+        self._room = asyncio.Semaphore(engine.capacity)
+        """Sequences that may still come into the engine."""
         self._streams: set[EventReader] = set()
         self._lines_by_id: dict[str, int] = {}
-        self._reading: asyncio.Task[None] | None = None
 
     async def run(self, lines: Iterable[bytes]) -> Summary:
         """Serves every line. Raises CommandError where the input cannot be read, and what `write` raises."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self.interrupt)
         try:
             async with asyncio.TaskGroup() as group:
-                self._reading = group.create_task(self._submit_all(lines, group))
-        except* CommandError as errors:
-            raise errors.exceptions[0] from None
-        except* OSError as errors:
+                reading = group.create_task(self._submit_all(lines, group))
+                loop.add_signal_handler(signal.SIGINT, self._interrupt, reading)
+        except* (CommandError, OSError) as errors:
             raise errors.exceptions[0] from None
         finally:
             loop.remove_signal_handler(signal.SIGINT)
         return self.summary
 
-    def interrupt(self) -> None:
+    def _interrupt(self, reading: asyncio.Task[None]) -> None:
         """Ends the run early. Runs in the event loop."""
         self.summary.interrupted = True
         asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
-        if self._reading is not None:
-            self._reading.cancel()
+        reading.cancel()
         for stream in self._streams:
             stream.cancel()
 
@@ -157,14 +134,12 @@ class BatchRun:
                 except RequestError as error:
                     self._refuse(line, error)
                     continue
-                sequences = self._sequences(request)
-                await self._room.take(sequences)
+                n = request.sampling.n
+                # The engine refuses what is none of these.
+                sequences = n if isinstance(n, int) and 1 <= n <= self._engine.max_n else 1
+                for _ in range(sequences):
+                    await self._room.acquire()
                 group.create_task(self._serve(line, request, sequences))
-
-    def _sequences(self, request: Request) -> int:
-        """How many sequences the request has, if the engine will take it."""
-        n = request.sampling.n
-        return n if isinstance(n, int) and 1 <= n <= self._engine.max_n else 1
 
     async def _serve(self, line: Line, request: Request, sequences: int) -> None:
         try:
@@ -179,7 +154,8 @@ class BatchRun:
                 stream.cancel()
                 self._streams.discard(stream)
         finally:
-            self._room.give_back(sequences)
+            for _ in range(sequences):
+                self._room.release()
 
     def _submit(self, line: Line, request: Request) -> EventReader:
         before = self._lines_by_id.get(request.request_id)
@@ -279,7 +255,7 @@ def run_batch(engine: "Engine", lines: Iterable[bytes], output: BinaryIO) -> Exi
     """Serves every line, and says on standard error what came of them. Raises CommandError, and OSError where a
     result cannot be written."""
     began = time.monotonic()
-    summary = asyncio.run(_run(engine, lines, line_writer(output)))
+    summary = asyncio.run(BatchRun(engine, line_writer(output)).run(lines))
     seconds = time.monotonic() - began
     print(
         f"{summary.done} requests done, {summary.failed} failed; {summary.tokens} tokens in {seconds:.1f} s "
@@ -287,10 +263,6 @@ def run_batch(engine: "Engine", lines: Iterable[bytes], output: BinaryIO) -> Exi
         file=sys.stderr,
     )
     return summary.status
-
-
-async def _run(engine: "Engine", lines: Iterable[bytes], write: Write) -> Summary:
-    return await BatchRun(engine, write).run(lines)
 
 
 def line_writer(output: BinaryIO) -> Write:
