@@ -7,7 +7,7 @@ from jaxserve.commands.start import CommandError, model_errors
 from jaxserve.config import EngineConfig
 from jaxserve.device.allocation import allocate, attention_needs, context_pages, full_context
 from jaxserve.device.devices import DEVICES, Device
-from jaxserve.device.errors import AllocationError, PlacementError
+from jaxserve.device.errors import AllocationError
 from jaxserve.device.kv_cache import page_bytes
 from jaxserve.device.roofline import ModelCost, model_cost
 from jaxserve.device.sharding import check_shares
@@ -28,9 +28,7 @@ def make_plan(model: ModelConfig, config: EngineConfig, device: Device, count: i
     """
     if count % config.tensor_parallel:
         raise CommandError(f"tensor_parallel: must divide the {count} devices, got {config.tensor_parallel}")
-    _check_shares(model, config.tensor_parallel)
-    attention = _attention(model, config, device)
-    cost = _cost(model, config, attention)
+    attention, cost = _attention_and_cost(model, config, device)
     replicas = count // config.tensor_parallel
     plan: Plan = {
         "device": {**asdict(device), "count": count},
@@ -52,50 +50,36 @@ def make_plan(model: ModelConfig, config: EngineConfig, device: Device, count: i
 
 def would_fit(model: ModelConfig, config: EngineConfig, device: Device) -> list[str]:
     """Options that make it fit, the nearest first: more devices to share it, int8 weights, another kind of device."""
-    found = []
+    found: dict[tuple[str, str], str] = {}
     tries = [(device, shares, config.quantization) for shares in _SHARES if shares > config.tensor_parallel]
     tries += [(device, shares, "int8") for shares in _SHARES if config.quantization == "none"]
     tries += [(other, config.tensor_parallel, config.quantization) for other in DEVICES.values() if other != device]
     for kind, shares, quantization in tries:
-        options = f"--device {kind.kind}-{shares} --tensor-parallel {shares}"
-        options += f" --quantization {quantization}" if quantization != config.quantization else ""
         changed = replace(config, tensor_parallel=shares, quantization=quantization)
-        same_kind = (kind.kind, quantization) in {(device_kind, how) for _, device_kind, how in found}
-        if not same_kind and _fits(model, changed, kind):
-            found.append((options, kind.kind, quantization))
-    return [options for options, _, _ in found]
+        if (kind.kind, quantization) not in found and _fits(model, changed, kind):
+            options = f"--device {kind.kind}-{shares} --tensor-parallel {shares}"
+            options += f" --quantization {quantization}" if quantization != config.quantization else ""
+            found[kind.kind, quantization] = options
+    return list(found.values())
 
 
 def _fits(model: ModelConfig, config: EngineConfig, device: Device) -> bool:
     try:
-        _check_shares(model, config.tensor_parallel)
-        attention = _attention(model, config, device)
-        _memory(model, config, device, attention, _cost(model, config, attention))
+        _memory(model, config, device, *_attention_and_cost(model, config, device))
     except (AllocationError, CommandError):
         return False
     return True
 
 
-def _check_shares(model: ModelConfig, tensor_parallel: int) -> None:
+def _attention_and_cost(model: ModelConfig, config: EngineConfig, device: Device) -> tuple[PagedAttention, ModelCost]:
+    """Raises CommandError where devices of the kind cannot have the model so."""
     try:
-        check_shares(model, tensor_parallel)
-    except PlacementError as error:
-        raise CommandError(str(error)) from error
-
-
-def _attention(model: ModelConfig, config: EngineConfig, device: Device) -> PagedAttention:
-    try:
-        return select(device.platform, config.attention, attention_needs(model, config, device.jax_kind))
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-
-
-def _cost(model: ModelConfig, config: EngineConfig, attention: PagedAttention) -> ModelCost:
-    try:
+        check_shares(model, config.tensor_parallel)
+        attention = select(device.platform, config.attention, attention_needs(model, config, device.jax_kind))
         per_token = page_bytes(model, attention, config) / config.page_size
     except ValueError as error:
         raise CommandError(str(error)) from error
-    return model_cost(model, config.dtype, config.quantization, per_token, config.tensor_parallel)
+    return attention, model_cost(model, config.dtype, config.quantization, per_token, config.tensor_parallel)
 
 
 def _memory(
@@ -193,7 +177,7 @@ def compiled_steps(model: ModelConfig, config: EngineConfig, device: Device, num
     from jaxserve.device.ahead_of_time import CannotCompile, choosing_figures, forward_figures, placement_on
 
     jax.config.update("jax_platforms", "cpu")  # or the compilers' plugins look for devices
-    attention = _attention(model, config, device)
+    attention, _ = _attention_and_cost(model, config, device)
     try:
         placement = placement_on(device, config.tensor_parallel)
     except CannotCompile as error:
