@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxserve.commands.options import add_field_options, engine_config, given_fields, source_fields
+from jaxserve.commands.options import add_field_options, engine_config, field_docs, given_fields
 from jaxserve.commands.start import CommandError, ExitStatus, OutputError, output_errors, start_engine
 from jaxserve.config import EngineConfig
 from jaxserve.core import garbage_collection
@@ -282,8 +282,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    model = source_fields(EngineConfig.__module__, EngineConfig.__name__)["model"].doc.replace("`", "")
-    parser.add_argument("source", metavar="SRC", help=model)
+    parser.add_argument("source", metavar="SRC", help=field_docs(EngineConfig)["model"])
     parser.add_argument("folder", metavar="DST", help="folder to write, which must not exist")
     add_field_options(parser, EngineConfig, ("dtype", "quantization"))
     parser.set_defaults(run=_convert)

@@ -6,11 +6,12 @@ time, so they are read from the source.
 
 import argparse
 import ast
+import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import MISSING, fields
+from functools import cache
+from itertools import pairwise
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from jaxserve.config import EngineConfig
@@ -27,33 +28,17 @@ class Options(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class SourceField:
-    """A field of a class as its source has it."""
-
-    default: ast.expr | None
-    doc: str
-    """One line; empty where there is none."""
-
-
-def source_fields(module: str, class_name: str) -> dict[str, SourceField]:
-    """The annotated fields of a class, read from the module's source without importing it."""
-    spec = find_spec(module)
-    assert spec is not None and spec.origin is not None, f"{module} has no source"
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
-    found: dict[str, SourceField] = {}
-    for node, following in zip(body, [*body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found[node.target.id] = SourceField(node.value, _docstring(following))
+@cache
+def field_docs(dataclass_type: type) -> dict[str, str]:
+    """The docstrings of the fields that have one, each in one line, for help: without backticks."""
+    (class_def,) = ast.parse(inspect.getsource(dataclass_type)).body
+    assert isinstance(class_def, ast.ClassDef)
+    found: dict[str, str] = {}
+    for pair in pairwise(class_def.body):
+        match pair:
+            case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                found[name] = " ".join(text.split()).replace("`", "")
     return found
-
-
-def _docstring(node: ast.stmt | None) -> str:
-    match node:
-        case ast.Expr(ast.Constant(str(text))):
-            return " ".join(text.split())
-    return ""
 
 
 def add_field_options(
@@ -69,17 +54,16 @@ def add_field_options(
         names: fields; None takes all.
         defaults: those of the command where they are not the field's own; shown in the help.
     """
-    documented = source_fields(dataclass_type.__module__, dataclass_type.__name__)
+    docs = field_docs(dataclass_type)
     hints = get_type_hints(dataclass_type)
     for field in fields(dataclass_type):
         if names is not None and field.name not in names:
             continue
         assert field.default is not MISSING, f"{field.name} has no plain default"
         default = defaults.get(field.name, field.default)
-        text = f"{documented[field.name].doc} (default: {_shown(default)})"
+        text = f"{docs[field.name]} (default: {_shown(default)})".replace("%", "%%")
         settings = _settings(field.name, hints[field.name])
-        help_text = text.replace("%", "%%").replace("`", "")
-        options.add_argument(option_name(field.name), default=argparse.SUPPRESS, help=help_text, **settings)
+        options.add_argument(option_name(field.name), default=argparse.SUPPRESS, help=text, **settings)
 
 
 def given_fields(arguments: argparse.Namespace, dataclass_type: type) -> dict[str, Any]:
@@ -90,8 +74,7 @@ def given_fields(arguments: argparse.Namespace, dataclass_type: type) -> dict[st
 
 def engine_config(arguments: argparse.Namespace, defaults: Mapping[str, Any] = {}) -> EngineConfig:
     """The configuration that the command line asks for, over `defaults`. Raises ValueError naming field and limit."""
-    given: dict[str, Any] = {**defaults, **given_fields(arguments, EngineConfig)}
-    return replace(EngineConfig(), **given)
+    return EngineConfig(**{**defaults, **given_fields(arguments, EngineConfig)})
 
 
 def option_name(field: str) -> str:
