@@ -77,7 +77,7 @@ def main() -> int:
         model = load_model(arguments.model, dtype, quantization)
         graphdef, params = model.graphdef, model.params
         if native_build.available():
-            graphdef, params = pack_params(model.config, params)
+            graphdef, params = pack_params(model.config, params, quantization)
         compiled = window_logprobs(graphdef, model.config)
         loss = divergence = agree = 0.0
         for index, window in enumerate(windows):

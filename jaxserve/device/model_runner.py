@@ -98,7 +98,7 @@ class ModelRunner:
         graphdef, params = model.graphdef, model.params
         if self.matmul == "native":
             progress("packing weights", None)
-            graphdef, params = pack_params(model.config, params)
+            graphdef, params = pack_params(model.config, params, config.quantization)
         self._weights, self._build_model = flatten_model(graphdef, params)
         if device.platform == "cpu":
             use_huge_pages(self._weights)

@@ -49,14 +49,6 @@ def quantize_weight(
     return {name: value}
 
 
-def quantization_of(params: nnx.State) -> Quantization:
-    """That the parameters of a model show, packed or not."""
-    named = named_parameters(params)
-    if any(name.endswith(".scale") for name in named):
-        return "int8"
-    return "int4" if any(value.dtype == jnp.uint8 for value in named.values()) else "none"
-
-
 def scale_name(name: str) -> str:
     """Of the scale that goes with a weight: `lm_head.weight` -> `lm_head.scale`; a bias has none of its own."""
     return name.removesuffix(".weight") + ".scale"
