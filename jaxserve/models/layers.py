@@ -23,7 +23,6 @@ from pallas_kernels.block_quantization import dequantize_blocks, quantize_blocks
 from pallas_kernels.linear import LiveRows
 
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
-_INIT_STDDEV = 0.02
 
 
 def project(
@@ -56,13 +55,6 @@ def project_int8(
     total = jax.lax.dot_general(rows, weight, _CONTRACT_LAST, preferred_element_type=jnp.int32)
     out = total.astype(jnp.float32) * row_scale[:, None] * scale
     return (out if bias is None else out + bias).astype(dtype)
-
-
-def initial(rngs: nnx.Rngs | None, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Random weights, for tests and measurements without a checkpoint; zeros without `rngs`."""
-    if rngs is None:
-        return jnp.zeros(shape, dtype)
-    return (_INIT_STDDEV * jax.random.normal(rngs.params(), shape)).astype(dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -106,7 +98,6 @@ class Linear(nnx.Module):
         size_in: int,
         size_out: int,
         form: LinearForm,
-        rngs: nnx.Rngs | None,
         *,
         bias: bool = False,
         gated: bool = False,
@@ -114,7 +105,7 @@ class Linear(nnx.Module):
         block_bits: int = 4,
     ):
         outputs = 2 * size_out if gated else size_out
-        weight, scale = initial(rngs, (outputs, size_in), form.dtype), None
+        weight, scale = jnp.zeros((outputs, size_in), form.dtype), None
         if form.quantization == "int8":
             weight, scale = quantize_rows(weight)
         elif form.quantization == "int4":
@@ -123,7 +114,7 @@ class Linear(nnx.Module):
             weight = packed.pack(weight, gated=gated)
         self.weight = nnx.Param(weight)
         self.scale = None if scale is None else nnx.Param(scale)
-        self.bias = nnx.Param(initial(rngs, (outputs,), jnp.float32)) if bias else None
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
         self.size_out, self.gated = size_out, gated
         self.matmul: Matmul = form.matmul
         self.shards = form.shards if gathers else UNSHARDED

@@ -15,16 +15,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jaxserve.config import Matmul, Quantization
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import (
-    Linear,
-    LinearForm,
-    RMSNorm,
-    Rotation,
-    initial,
-    project,
-    rotation,
-    split_heads,
-)
+from jaxserve.models.layers import Linear, LinearForm, RMSNorm, Rotation, project, rotation, split_heads
 from jaxserve.models.shards import UNSHARDED, Shards
 from pallas_kernels import linear as packed
 from pallas_kernels.linear import LiveRows
@@ -65,12 +56,12 @@ are normed and rotated, not scaled."""
 class Attention(nnx.Module):
     """Norm, projections around the `attend` callback, and the residual; q, k and v are one product."""
 
-    def __init__(self, config: ModelConfig, form: LinearForm, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, form: LinearForm):
         self.config = config
         rows = config.q_size + 2 * config.kv_size
         self.shards = form.shards
-        self.qkv = Linear(config.hidden_size, rows, form, rngs, bias=config.qkv_bias, gathers=False)
-        self.out = Linear(config.q_size, config.hidden_size, form, rngs)
+        self.qkv = Linear(config.hidden_size, rows, form, bias=config.qkv_bias, gathers=False)
+        self.out = Linear(config.q_size, config.hidden_size, form)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -97,9 +88,9 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """Norm, SwiGLU and the residual; gate and up are one product."""
 
-    def __init__(self, config: ModelConfig, form: LinearForm, rngs: nnx.Rngs | None):
-        self.gate_up = Linear(config.hidden_size, config.intermediate_size, form, rngs, gated=True)
-        self.down = Linear(config.intermediate_size, config.hidden_size, form, rngs)
+    def __init__(self, config: ModelConfig, form: LinearForm):
+        self.gate_up = Linear(config.hidden_size, config.intermediate_size, form, gated=True)
+        self.down = Linear(config.intermediate_size, config.hidden_size, form)
 
     def __call__(
         self, x: Float[Array, "token hidden"], norm: RMSNorm, live: LiveRows | None
@@ -111,11 +102,11 @@ class FeedForward(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and feed-forward on the residual stream."""
 
-    def __init__(self, config: ModelConfig, form: LinearForm, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, form: LinearForm):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, form, rngs)
+        self.attention = Attention(config, form)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.feed_forward = FeedForward(config, form, rngs)
+        self.feed_forward = FeedForward(config, form)
 
     def __call__(
         self,
@@ -131,7 +122,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A decoder of the Llama family.
+    """A decoder of the Llama family. Made with zeros for parameters, which a checkpoint gives.
 
     Args:
         config: the model.
@@ -140,7 +131,6 @@ class Llama(nnx.Module):
             bits in blocks, the lm head 8.
         matmul: native packs the linear maps, and the embedding where it is also the lm head, for CPU.
         shards: devices that share the model. Parameters are made whole; a call is given each device's share of them.
-        rngs: of random initial weights; None makes them zero.
     """
 
     def __init__(
@@ -151,17 +141,16 @@ class Llama(nnx.Module):
         matmul: Matmul = "xla",
         *,
         shards: Shards = UNSHARDED,
-        rngs: nnx.Rngs | None = None,
     ):
         form = LinearForm(jnp.dtype(dtype), quantization, matmul, shards)
         self.config, self.shards = config, shards
-        embedding = initial(rngs, (config.vocab_size, config.hidden_size), form.dtype)
+        embedding = jnp.zeros((config.vocab_size, config.hidden_size), form.dtype)
         own_head = not config.tie_embeddings or quantization != "none"
         self.packs_embedding = matmul == "native" and not own_head
         self.embedding = nnx.Param(packed.pack(embedding) if self.packs_embedding else embedding)
-        self.layers = nnx.List(DecoderLayer(config, form, rngs) for _ in range(config.num_layers))
+        self.layers = nnx.List(DecoderLayer(config, form) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, form, rngs, block_bits=8) if own_head else None
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, form, block_bits=8) if own_head else None
 
     def hidden[C: Caches](
         self,

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from dense_attention import dense_logits
 from flax import nnx
+from random_model import random_model
 from test_llama import TINY
 
-from jaxserve.models.llama import Llama, abstract_llama
+from jaxserve.models.llama import abstract_llama
 from jaxserve.models.packing import pack_params
 from pallas_kernels import linear, native_build
 
@@ -35,7 +36,7 @@ def shapes(params: nnx.State) -> dict[tuple, tuple]:
     ],
 )
 def test_packed_parameters_give_the_logits_of_those_they_were_packed_from(dtype, quantization, error):
-    graphdef, params = nnx.split(Llama(TINY, dtype, quantization, rngs=nnx.Rngs(0)))
+    graphdef, params = random_model(TINY, dtype, quantization)
     packed_graphdef, packed = pack_params(TINY, params, quantization)
     token_ids = jnp.arange(20, dtype=jnp.int32)
     expected = dense_logits(graphdef, TINY, params, token_ids)
@@ -45,7 +46,7 @@ def test_packed_parameters_give_the_logits_of_those_they_were_packed_from(dtype,
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 def test_packing_gives_the_abstract_native_model_and_shares_the_rest(quantization):
-    _, params = nnx.split(Llama(TINY, "bfloat16", quantization, rngs=nnx.Rngs(0)))
+    _, params = random_model(TINY, "bfloat16", quantization)
     graphdef, packed = pack_params(TINY, params, quantization)
     abstract_graphdef, abstract = abstract_llama(TINY, "bfloat16", quantization, "native")
     assert graphdef == abstract_graphdef
