@@ -1,6 +1,7 @@
 """`jaxserve info`: what a checkpoint holds and what it will take, read from its headers."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from jaxserve.commands.start import CommandError, model_errors
@@ -21,13 +22,12 @@ def stored_types(model: str) -> dict[str, str]:
         return {"dtype": dtype, "quantization": quantization}
 
 
-def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
-    """The model's configuration, its tokenizer, and sizes under `config`. No weights are read. Raises CommandError."""
-    stored = stored_types(config.model).get("quantization", "none")
-    if stored not in ("none", config.quantization):
-        raise CommandError(
-            f"{config.model}: holds {stored} weights; quantization {config.quantization!r} was asked for"
-        )
+def describe(config: EngineConfig, stored: Mapping[str, str]) -> dict[str, dict[str, object]]:
+    """The model's configuration, its tokenizer, and sizes under `config`, where it holds `stored_types`. No weights are
+    read. Raises CommandError."""
+    held = stored.get("quantization", "none")
+    if held not in ("none", config.quantization):
+        raise CommandError(f"{config.model}: holds {held} weights; quantization {config.quantization!r} was asked for")
     with model_errors():
         from jaxserve.checkpoints.description import describe_model
         from jaxserve.device.allocation import allocate, attention_needs, context_pages, device_limit, full_context
