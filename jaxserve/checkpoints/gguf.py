@@ -20,12 +20,8 @@ from jaxserve.models.config import (
 from jaxserve.request import MAX_STOP_TOKEN_IDS
 from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer, TokenizerSource
 
-TYPES = tuple(
-    kind
-    for kind in GGMLQuantizationType
-    if kind.name
-    in {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
-)
+_TYPE_NAMES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+TYPES = tuple(GGMLQuantizationType[name] for name in _TYPE_NAMES)
 """Tensor types that are read."""
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -200,7 +196,7 @@ def _stored_tensor(file: Path, name: str, info: TensorInfo, config: ModelConfig)
     blocks = None
     if info.type in _BLOCK_BITS:
         blocks = StoredBlocks(_BLOCK_BITS[info.type], partial(_read_blocks, file, name, info, heads))
-    return StoredTensor(file, info.shape, info.type.name, partial(_read, file, name, info, heads), blocks)
+    return StoredTensor(file, info.shape, partial(_read, file, name, info, heads), blocks)
 
 
 def _read_raw(file: Path, name: str, info: TensorInfo, interleaved_heads: int | None) -> np.ndarray:

@@ -36,9 +36,7 @@ def save_orbax(
     quantization: Quantization,
     source: TokenizerSource,
 ) -> None:
-    """Writes a folder, which must not exist, under its name only when it is complete. Raises CheckpointError."""
-    if folder.exists():
-        raise CheckpointError(f"{folder}: exists already")
+    """Writes a folder, which does not exist, under its name only when it is complete. Raises CheckpointError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -47,7 +47,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
         if start + end > size:
             raise CheckpointError(f"{file}: tensor {name} ends at byte {start + end}; the file is truncated at {size}")
         read = partial(_read, file, name, start + begin, end - begin, shape, dtype)
-        tensors[name] = StoredTensor(file, shape, entry["dtype"], read)
+        tensors[name] = StoredTensor(file, shape, read)
     return tensors
 
 

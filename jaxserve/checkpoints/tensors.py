@@ -29,8 +29,6 @@ class StoredTensor:
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str
-    """As the format calls it."""
     read: Callable[[], np.ndarray]
     """Reads the data into floating-point numpy of `shape`; raises CheckpointError."""
     blocks: StoredBlocks | None = None

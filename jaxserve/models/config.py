@@ -1,7 +1,7 @@
 """What distinguishes one model of the Llama family from another, as data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -74,7 +74,7 @@ class ModelConfig:
     """q and k are normed in each head before they are rotated (Qwen3)."""
     sliding_window: int | None = None
     """A token sees itself and the `sliding_window - 1` before it; None sees all."""
-    eos_ids: tuple[int, ...] = field(default=())
+    eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
 
     def __post_init__(self) -> None:
