@@ -43,7 +43,6 @@ def describe(config: EngineConfig, stored: Mapping[str, str]) -> dict[str, dict[
         tokenizer = Tokenizer.from_source(source)
         # Quantized weights have scales, a head of their own and, of 4 bits, two in an element: those are no parameters.
         _, floating = abstract_llama(model, config.dtype)
-        _, params = abstract_llama(model, config.dtype, config.quantization)
         placement = Placement.of_replica(0, config.replicas, config.tensor_parallel)
         placement.check(model)
         # On a CPU the form that needs no compiler: both hold a page in as many bytes.
@@ -53,9 +52,8 @@ def describe(config: EngineConfig, stored: Mapping[str, str]) -> dict[str, dict[
             a_page = page_bytes(model, attention, config)
         except ValueError as error:
             raise CommandError(str(error)) from error
-        weights = model_cost(model, config.dtype, config.quantization, a_page, config.tensor_parallel).weight_bytes
+        weights = model_cost(model, config.dtype, config.quantization, 0, config.tensor_parallel).weight_bytes
         allocation = allocate(model, attention, config, limit=device_limit(placement), weights=weights)
-    arrays = named_parameters(params).values()
     context = full_context(model, config)
     pages = context_pages(model, config)
     return {
@@ -71,7 +69,7 @@ def describe(config: EngineConfig, stored: Mapping[str, str]) -> dict[str, dict[
             "dtype": config.dtype,
             "quantization": config.quantization,
             "parameters": sum(math.prod(array.shape) for array in named_parameters(floating).values()),
-            "bytes": sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays),
+            "bytes": model_cost(model, config.dtype, config.quantization, 0, 1).weight_bytes,
         },
         "cache": {
             "page_tokens": config.page_size,
