@@ -11,7 +11,7 @@ from typing import Any, get_args
 from jaxserve.checkpoints.folder import read_json, read_text
 from jaxserve.checkpoints.tensors import CheckpointError
 from jaxserve.config import Quantization
-from jaxserve.models.config import ModelConfig, UnsupportedModel
+from jaxserve.models.config import ModelConfig, UnsupportedModel, with_tuples
 from jaxserve.tokenizing.tokenizer_source import GGUFTokenizer, HuggingFaceTokenizer, TokenizerSource
 
 DESCRIPTION = "jaxserve.json"
@@ -78,9 +78,7 @@ def _read_tokenizer(folder: Path, settings: dict[str, Any]) -> TokenizerSource:
     from_gguf = read_json(folder, _GGUF_TOKENIZER)
     tokenizer: HuggingFaceTokenizer | GGUFTokenizer
     if from_gguf is not None:
-        # JSON has lists where the dataclass has tuples.
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in from_gguf.items()}
-        tokenizer = GGUFTokenizer(**given)
+        tokenizer = GGUFTokenizer(**with_tuples(from_gguf))
     else:
         tokenizer_json = read_text(folder, "tokenizer.json")
         if tokenizer_json is None:

@@ -120,17 +120,17 @@ class ModelConfig:
     def from_json(data: Mapping[str, Any]) -> "ModelConfig":
         """The inverse of `to_json`. Raises UnsupportedModel where a field is missing, unknown or out of range."""
         try:
-            fields = _with_tuples(data)
-            rope = _with_tuples(fields.pop("rope"))
+            fields = with_tuples(data)
+            rope = with_tuples(fields.pop("rope"))
             scaling = rope.pop("scaling")
             if scaling is not None:
-                scaling = _with_tuples(scaling)
+                scaling = with_tuples(scaling)
                 scaling = _SCALINGS[scaling.pop("kind")](**scaling)
             return ModelConfig(**fields, rope=RopeConfig(**rope, scaling=scaling))
         except (KeyError, TypeError, ValueError) as error:
             raise UnsupportedModel(f"is not a model configuration: {error}") from None
 
 
-def _with_tuples(data: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has lists where these dataclasses have tuples."""
+def with_tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass from JSON, which has lists where it has tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
