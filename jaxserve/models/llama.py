@@ -202,6 +202,4 @@ def abstract_llama(
     shards: Shards = UNSHARDED,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure, and its parameters as shapes and dtypes: nothing is allocated."""
-    model = nnx.eval_shape(lambda: Llama(config, dtype, quantization, matmul, shards=shards))
-    graphdef, params = nnx.split(model)
-    return graphdef, params
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, dtype, quantization, matmul, shards=shards)))
