@@ -13,26 +13,16 @@ from jaxserve.request import Request
 
 
 @dataclass
-class StreamTimes:
-    """One request as its client saw it. Times are monotonic seconds."""
+class Arrivals:
+    """When a client sent a request, and when the messages of its stream came, in monotonic seconds."""
 
     sent: float
     """When it was sent, or should have been: a client that is late does not make the engine faster."""
     arrivals: list[float] = field(default_factory=list)
     """Of each message with tokens."""
-    token_ids: list[int] = field(default_factory=list)
     tokens: int = 0
-    """Generated, as the usage says: not every protocol sends token ids."""
     ended: float = 0.0
-    """When the terminal message came."""
-    finished: Finished | None = None
-    terminals: int = 0
-    """Terminal messages; there must be one."""
-
-    def to_json(self) -> dict[str, float | list[float] | list[int]]:
-        """What of it passes between processes, which share the clock."""
-        shared = ("sent", "arrivals", "token_ids", "tokens", "ended")
-        return {name: getattr(self, name) for name in shared}
+    """When the terminal message came, or the client left."""
 
     @property
     def first_token(self) -> float:
@@ -53,7 +43,22 @@ class StreamTimes:
     @property
     def gaps(self) -> list[float]:
         """Seconds between messages, which may carry more than one token: ITL."""
-        return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(self.arrivals)]
+
+
+@dataclass
+class StreamTimes(Arrivals):
+    """One request as its client saw it; `tokens` are as the usage says: not every protocol sends token ids."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finished: Finished | None = None
+    terminals: int = 0
+    """Terminal messages; there must be one."""
+
+    def to_json(self) -> dict[str, float | list[float] | list[int]]:
+        """What of it passes between processes, which share the clock."""
+        shared = ("sent", "arrivals", "token_ids", "tokens", "ended")
+        return {name: getattr(self, name) for name in shared}
 
     @property
     def delivery_lag(self) -> float:
@@ -144,7 +149,7 @@ async def closed_loop(
     return await in_turn(lambda request, sent: follow(send(request), sent), requests, concurrency)
 
 
-def latency_figures(streams: Sequence[StreamTimes]) -> dict[str, float | None]:
+def latency_figures(streams: Sequence[Arrivals]) -> dict[str, float | None]:
     """Percentiles of TTFT, TPOT, ITL and the whole, in milliseconds."""
     return {
         **percentiles([stream.first_token for stream in streams], "ttft_ms", 1e3),

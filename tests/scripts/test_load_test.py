@@ -133,7 +133,7 @@ async def test_a_closed_loop_that_is_refused_does_not_ask_again_at_once(
 
 def timed(first: float, gap: float, tokens: int = 4, ending: str = "completed") -> Outcome:
     arrivals = [first + gap * number for number in range(tokens)]
-    return Outcome(0, ending, 0.0, arrivals, tokens, arrivals[-1])  # type: ignore[arg-type]
+    return Outcome(0.0, arrivals, tokens, arrivals[-1], ending=ending)  # type: ignore[arg-type]
 
 
 def test_goodput_counts_what_kept_every_limit():

@@ -116,7 +116,7 @@ class Clients:
         while line := await reader.readline():
             match json.loads(line):
                 case {"outcome": outcome}:
-                    run.outcomes.append(Outcome.from_json(outcome))
+                    run.outcomes.append(Outcome(**outcome))
                 case {"progress": counts}:
                     progress.show(number, counts, run.outcomes)
                 case {"done": done}:

@@ -21,9 +21,9 @@ def draw(folder: Path, results: Drawn) -> None:
     whole = {word: outcomes for word, outcomes in whole.items() if any(one.arrivals for one in outcomes)}
     if whole:
         panels = {
-            "time to first token, ms": _values(whole, lambda one: [1e3 * (one.arrivals[0] - one.sent)]),
+            "time to first token, ms": _values(whole, lambda one: [1e3 * one.first_token]),
             "between messages, ms": _values(whole, lambda one: [1e3 * gap for gap in one.gaps]),
-            "whole request, ms": _values(whole, lambda one: [1e3 * (one.arrivals[-1] - one.sent)]),
+            "whole request, ms": _values(whole, lambda one: [1e3 * one.total]),
         }
         distributions(folder / "latency.png", {k: v for k, v in panels.items() if v}, "Latency as clients see it")
     for kind, unit in (("closed", "open streams"), ("poisson", "requests a second")):

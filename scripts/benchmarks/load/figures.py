@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.latency import latency_figures
 from benchmarks.load.clients import Run
 from benchmarks.load.outcome import Outcome
-from benchmarks.summary import Figure, percentile, percentiles, rounded
+from benchmarks.summary import Figure, percentile, rounded
 
 LIMITS = ("ttft", "itl", "tpot", "e2e")
 """What can be limited: seconds to the first token, the p99 of the time between messages, the mean time of a token after
@@ -35,17 +36,12 @@ class Limits:
         if outcome.ending != "completed" or outcome.broken or not outcome.arrivals:
             return False
         figures = {
-            "ttft": outcome.arrivals[0] - outcome.sent,
+            "ttft": outcome.first_token,
             "itl": percentile(outcome.gaps, 99) if outcome.gaps else 0.0,
-            "tpot": per_token(outcome) or 0.0,
-            "e2e": outcome.arrivals[-1] - outcome.sent,
+            "tpot": outcome.per_token or 0.0,
+            "e2e": outcome.total,
         }
         return all(figures[name] <= limit for name, limit in self.seconds.items())
-
-
-def per_token(outcome: Outcome) -> float | None:
-    """Mean seconds of a token after the first; None for a single token."""
-    return (outcome.arrivals[-1] - outcome.arrivals[0]) / (outcome.tokens - 1) if outcome.tokens > 1 else None
 
 
 def figures_of(run: Run, limits: Limits, leaked: Sequence[str]) -> dict[str, Figure | list[str]]:
@@ -63,10 +59,7 @@ def figures_of(run: Run, limits: Limits, leaked: Sequence[str]) -> dict[str, Fig
         **{ending: endings[ending] for ending in ("completed", "cancelled", "deadline", "refused", "failed")},
         "requests_per_s": rounded(len(whole) / seconds) if seconds else None,
         "output_tokens_per_s": rounded(sum(one.tokens for one in outcomes) / seconds) if seconds else None,
-        **percentiles([one.arrivals[0] - one.sent for one in whole], "ttft_ms", 1e3),
-        **percentiles([value for one in whole if (value := per_token(one)) is not None], "tpot_ms", 1e3),
-        **percentiles([gap for one in whole for gap in one.gaps], "itl_ms", 1e3),
-        **percentiles([one.arrivals[-1] - one.sent for one in whole], "e2e_ms", 1e3),
+        **latency_figures(whole),
         "good_share": rounded(good / len(judged)) if judged else None,
         "goodput_rps": rounded(good / seconds) if seconds else None,
         "client_cpu_share": rounded(run.cpu_share),

@@ -1,12 +1,12 @@
 """What became of one request, and what about it broke a promise of the server."""
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from benchmarks.latency import StreamTimes, follow
+from benchmarks.latency import Arrivals, StreamTimes, follow
 from benchmarks.load.plan import Planned
 from benchmarks.load.targets import Target
 from jaxserve.events import Delta, Event, FinishReason
@@ -17,32 +17,16 @@ Ending = Literal["completed", "cancelled", "deadline", "refused", "failed"]
 
 
 @dataclass
-class Outcome:
-    """One request as its client saw it. Times are monotonic seconds."""
+class Outcome(Arrivals):
+    """One request as its client saw it; `tokens` are those in the messages."""
 
-    index: int
-    ending: Ending
-    sent: float
-    arrivals: list[float] = field(default_factory=list)
-    """Of each message with tokens."""
-    tokens: int = 0
-    """In the messages."""
-    ended: float = 0.0
+    index: int = 0
+    ending: Ending = "failed"
     planned: str = "complete"
     """How it was to behave."""
     broken: list[str] = field(default_factory=list)
     """Promises that were broken."""
     error: str = ""
-
-    @property
-    def gaps(self) -> list[float]:
-        """Seconds between messages."""
-        return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
-
-    @staticmethod
-    def from_json(data: Mapping[str, object]) -> "Outcome":
-        """What the client's process wrote of one."""
-        return Outcome(**data)  # pyright: ignore[reportArgumentType]
 
 
 class _Left(Exception):
@@ -53,7 +37,7 @@ async def run_planned(target: Target, planned: Planned, request: Request, sent: 
     """Sends a request, behaves as planned, and says what became of it. Raises nothing."""
     times = StreamTimes(sent)
     timeout = planned.amount if planned.behaviour == "deadline" else None
-    outcome = Outcome(planned.index, "failed", sent, planned=planned.behaviour)
+    outcome = Outcome(sent, index=planned.index, planned=planned.behaviour)
     try:
         async with aclosing(target.send(request, timeout)) as events:
             read = _until(events, planned.amount) if planned.behaviour == "cancel" else events
