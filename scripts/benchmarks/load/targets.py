@@ -4,7 +4,7 @@ import asyncio
 import json
 import ssl
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
@@ -205,25 +205,14 @@ async def http_session(address: Address) -> AsyncGenerator["aiohttp.ClientSessio
 
 
 @asynccontextmanager
-async def _http_target(address: Address) -> AsyncGenerator[Target]:
-    async with http_session(address) as session:
-        yield HttpTarget(session, address.url)
-
-
-@asynccontextmanager
-async def _grpc_target(address: Address) -> AsyncGenerator[Target]:
-    async with address.grpc_client() as client:
-        yield GrpcTarget(client)
-
-
-@asynccontextmanager
-async def _vllm_target(address: Address) -> AsyncGenerator[Target]:
-    async with grpc.aio.insecure_channel(urlsplit(address.url).netloc, options=CHANNEL_OPTIONS) as channel:
-        yield VllmTarget(channel)
-
-
-def connect(address: Address) -> AbstractAsyncContextManager[Target]:
+async def connect(address: Address) -> AsyncGenerator[Target]:
     """The target at an address, while the context lasts."""
     if address.scheme == "vllm":
-        return _vllm_target(address)
-    return _grpc_target(address) if address.is_grpc else _http_target(address)
+        async with grpc.aio.insecure_channel(urlsplit(address.url).netloc, options=CHANNEL_OPTIONS) as channel:
+            yield VllmTarget(channel)
+    elif address.is_grpc:
+        async with address.grpc_client() as client:
+            yield GrpcTarget(client)
+    else:
+        async with http_session(address) as session:
+            yield HttpTarget(session, address.url)
