@@ -212,7 +212,7 @@ def test_a_second_run_sends_other_prompts_unless_it_is_told_the_seed(monkeypatch
 
 
 async def test_a_server_that_is_gone_is_reported_with_what_was_seen_of_it(monkeypatch: pytest.MonkeyPatch):
-    reads = iter([Sample(0.0, 0, 0, 8, 0)])
+    reads = iter([Sample(0.0, 0, 0, 0)])
 
     async def read() -> Sample:
         for sample in reads:

@@ -29,8 +29,6 @@ class Sample:
     at: float
     running: float
     waiting: float
-    slots: float | None
-    """None where the server does not say."""
     pages_used: float
     """Pages neither free nor evictable, or by HTTP their share of all, 0 to 1."""
 
@@ -90,7 +88,7 @@ async def open_gauges(address: Address) -> AsyncGenerator[Gauges | None]:
             async def by_grpc() -> Sample:
                 loads = await client.loads()
                 used = loads.total_pages - loads.available_pages
-                return Sample(time.monotonic(), loads.running, loads.waiting, loads.slots, used)
+                return Sample(time.monotonic(), loads.running, loads.waiting, used)
 
             yield Gauges(by_grpc)
         return
@@ -127,4 +125,4 @@ def parse_metrics(text: str) -> Sample:
         return float(found.group(1)) if found else 0.0
 
     running, waiting = value("num_requests_running"), value("num_requests_waiting")
-    return Sample(time.monotonic(), running, waiting, None, value("kv_cache_usage_perc"))
+    return Sample(time.monotonic(), running, waiting, value("kv_cache_usage_perc"))
