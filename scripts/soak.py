@@ -23,6 +23,7 @@ import argparse
 import asyncio
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,9 +169,7 @@ async def soak(arguments: argparse.Namespace, address: str, pids: list[int]) -> 
         await fill(client, limits, arguments.settle)
         if seconds - warm_up >= LONG_RUN:
             await fill_history(client, limits)
-        kept = await at_rest(
-            client, arguments.settle
-        )  # a server that is not at rest before is not judged by what it holds
+        kept = await at_rest(client, arguments.settle)
         start = time.monotonic()
         beside = [asyncio.create_task(task) for task in (watched.run(), canary.run())]
         await asyncio.gather(*(one.run(start + warm_up) for one in chaos))
@@ -180,7 +179,7 @@ async def soak(arguments: argparse.Namespace, address: str, pids: list[int]) -> 
         await asyncio.gather(*(one.run(start + seconds) for one in chaos))
         for task in beside:
             task.cancel()
-        ended = [result for result in await asyncio.gather(*beside, return_exceptions=True)]
+        ended = await asyncio.gather(*beside, return_exceptions=True)
         kept += await at_rest(client, arguments.settle)
         await asyncio.sleep(1.0)  # connections that were cut are closed by both sides
         watched.sample()
@@ -207,7 +206,7 @@ async def soak(arguments: argparse.Namespace, address: str, pids: list[int]) -> 
         "seed": arguments.seed,
         "minutes": arguments.minutes,
         "clients": arguments.clients,
-        "done": dict(sum((one.done for one in chaos), start=type(chaos[0].done)())),
+        "done": sum((one.done for one in chaos), start=Counter()),
         "memory_mb": rounded(watched.memory[-1][1] / 1e6),
         "memory_slope_mb_per_hour": None if trend is None else rounded(trend.slope),
         "memory_slope_error": None if trend is None else rounded(trend.error),

@@ -9,7 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from benchmarks.workload import random_prompts
 from jaxserve.events import Delta, Finished, FinishReason
@@ -187,7 +187,7 @@ async def limits_of(client: AsyncClient) -> Limits:
     info = await client.model_info()
     probe = Request(token_ids=(300,), sampling=SamplingParams(n=3), stopping=StoppingParams(max_tokens=1))
     try:
-        await client.generate(replace(probe)).text()
+        await client.generate(probe).text()
     except InvalidRequest:
         return Limits(info.vocab_size, info.max_context, 1)
     return Limits(info.vocab_size, info.max_context, 3)
