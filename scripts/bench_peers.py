@@ -213,7 +213,7 @@ def main() -> int:
     with ExitStack() as stack:
         workers, absent = start_workers(arguments, stack)
         ours = next(workers[name] for name in OURS if name in workers)
-        vocab_size = int(str(ours.ready["vocab_size"]))
+        vocab_size = ours.ready["vocab_size"]
         result = {
             "model": arguments.model,
             "rounds": arguments.rounds,

@@ -9,8 +9,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Self
+
+from benchmarks.workers import await_end
 
 START_LIMIT = 60.0
 """Seconds until the gateway must know every server."""
@@ -57,9 +58,7 @@ class Gateway:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _await_servers(self, count: int) -> None:
@@ -92,9 +91,5 @@ class Gateway:
     def close(self) -> None:
         """Stops it."""
         self._process.terminate()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        await_end(self._process, 10)
         self._said.close()

@@ -5,11 +5,10 @@ import signal
 import subprocess
 import tempfile
 from dataclasses import fields
-from types import TracebackType
 from typing import Self
 
 from benchmarks.machine import cpu_seconds, process_tree
-from benchmarks.workers import module_environment, python_module
+from benchmarks.workers import await_end, module_environment, python_module
 from jaxserve.commands.options import option_name
 from jaxserve.config import EngineConfig
 
@@ -54,24 +53,22 @@ class ServerProcess:
             text=True,
             env=module_environment(),
         )
-        self.address = str(self._await("listening")["address"])
-        self.http_address = str(self._await("listening")["address"])
+        self.address: str = self._await("listening")["address"]
+        self.http_address: str = self._await("listening")["address"]
         ready = self._await("ready")
-        self.model = str(ready["model"])
+        self.model: str = ready["model"]
         """The name that requests use."""
-        self.ready_seconds = float(str(ready["seconds"]))
+        self.ready_seconds: float = ready["seconds"]
         """From the start of the server to its readiness, as it says."""
         self._processes = process_tree(self._process.pid)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _await(self, event: str) -> dict[str, object]:
+    def _await(self, event: str) -> dict:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             report = json.loads(line)
@@ -103,11 +100,7 @@ class ServerProcess:
     def close(self) -> None:
         """Stops it as an operator does."""
         self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        await_end(self._process, 60)
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._errors.close()

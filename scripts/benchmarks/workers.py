@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from benchmarks.machine import OtherLoad, process_tree
@@ -36,6 +35,15 @@ def client_environment() -> dict[str, str]:
     return {**module_environment(), "GRPC_EXPERIMENTS": "-event_engine_client"}
 
 
+def await_end(process: subprocess.Popen, seconds: float) -> None:
+    """Waits for a process that was told to end, and kills it where it does not in time."""
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class Worker:
     """A running worker. Between cases it waits for input, and takes no CPU time.
 
@@ -56,15 +64,13 @@ class Worker:
             text=True,
             env=client_environment(),
         )
-        self.ready: dict[str, object] = self._answer()
+        self.ready = self._answer()
         """What it said of itself."""
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _answer(self) -> dict:
@@ -95,9 +101,5 @@ class Worker:
         """Ends the worker."""
         if self._process.stdin is not None:
             self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        await_end(self._process, 30)
         self._errors.close()
