@@ -5,6 +5,10 @@ from typing import get_args
 
 from jaxserve.config import CoreKind, EngineConfig, Quantization
 
+OPTIONS = ("model", "dtype", "quantization", "attention", "matmul", "slots", "prefill_chunks", "max_context",
+           "pipeline_depth", "core", "simulated_step_ms")  # fmt: skip
+"""The fields of an EngineConfig that have an option."""
+
 
 def add_engine_arguments(
     parser: argparse.ArgumentParser, *, several_slots: bool = False, core: CoreKind = EngineConfig.core
@@ -43,17 +47,4 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, rounds: int) -> None:
 
 def engine_config(arguments: argparse.Namespace, **fields: object) -> EngineConfig:
     """The configuration that the options ask for; `fields` override them."""
-    options: dict[str, object] = {
-        "model": arguments.model,
-        "dtype": arguments.dtype,
-        "quantization": arguments.quantization,
-        "attention": arguments.attention,
-        "matmul": arguments.matmul,
-        "slots": arguments.slots,
-        "prefill_chunks": tuple(arguments.prefill_chunks),
-        "max_context": arguments.max_context,
-        "pipeline_depth": arguments.pipeline_depth,
-        "core": arguments.core,
-        "simulated_step_ms": arguments.simulated_step_ms,
-    }
-    return EngineConfig(**{**options, **fields})  # pyright: ignore[reportArgumentType]
+    return EngineConfig.from_json({name: getattr(arguments, name) for name in OPTIONS} | fields)
