@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.steps import Interval
 
@@ -21,13 +21,14 @@ def require_plots() -> None:
         raise SystemExit("--plot needs matplotlib: pip install 'jaxserve[plot]'")
 
 
-def _axes(rows: int, title: str, height: float) -> "list[Axes]":
+def _axes(rows: int, title: str, height: float, width: float = 9.0, **options: Any) -> "list[Axes]":
+    """Panels one below the other, `options` being those of pyplot.subplots."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(rows, 1, figsize=(9, height), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(rows, 1, figsize=(width, height), layout="constrained", squeeze=False, **options)
     figure.suptitle(title)
     return list(axes[:, 0])
 
@@ -142,27 +143,15 @@ def streams_over_time(
 ) -> None:
     """Streams as bars in as few lanes as they need: grey until the first token, then in the colour of how they ended.
     Below, the server's own gauges at the same times."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     origin = min(bar.sent for bar in bars)
     lanes = _in_lanes(bars)
     count = max(lanes) + 1
     height = min(7.0, max(1.8, 0.16 * count))
     ratios = [height, 1.6] if gauges else [height]
-    figure, axes = pyplot.subplots(
-        len(ratios),
-        1,
-        figsize=(10, sum(ratios) + 1.2),
-        sharex=True,
-        layout="constrained",
-        squeeze=False,
-        height_ratios=ratios,
+    axes = _axes(
+        len(ratios), f"Streams over time, {title}", sum(ratios) + 1.2, width=10, sharex=True, height_ratios=ratios
     )
-    figure.suptitle(f"Streams over time, {title}")
-    top = axes[0, 0]
+    top = axes[0]
     for ending, colour in ENDINGS.items():
         chosen = [(bar, lane) for bar, lane in zip(bars, lanes, strict=True) if bar.ending == ending]
         if not chosen:
@@ -183,7 +172,7 @@ def streams_over_time(
     top.grid(axis="x", alpha=0.3)
     top.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
     if gauges:
-        below = axes[1, 0]
+        below = axes[1]
         for (name, points), colour in zip(gauges.items(), ("#2b6cb0", "#dd6b20"), strict=False):
             below.step(
                 [at - origin for at, _ in points],
@@ -196,8 +185,8 @@ def streams_over_time(
         below.set_ylabel("requests")
         below.grid(alpha=0.3)
         below.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False, title="server says")
-    axes[-1, 0].set_xlim(0, max(bar.ended for bar in bars) - origin)
-    axes[-1, 0].set_xlabel("seconds")
+    axes[-1].set_xlim(0, max(bar.ended for bar in bars) - origin)
+    axes[-1].set_xlabel("seconds")
     _save(top, file)
 
 
