@@ -11,13 +11,13 @@ import os
 import statistics
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.engine_arguments import add_engine_arguments, add_run_arguments, engine_config
 from benchmarks.matmul_floor import MatmulFloor
+from benchmarks.steps import step_seconds
 from benchmarks.summary import report
 from benchmarks.workload import greedy_request, random_prompts
 
@@ -58,15 +58,9 @@ def run_round(engine: Engine, arguments: argparse.Namespace, seed: int) -> tuple
 
 
 def median_interval(records: list[StepRecord], rows: int | None, mixed: bool) -> float | None:
-    """Median milliseconds between a step of the kind retiring and the step before it; None if there was none."""
-    intervals = [
-        1e3 * (step.retired - before.retired)
-        for before, step in pairwise(records)
-        if (step.chunk_tokens > 0) == mixed
-        and (rows is None or step.sequences == rows)
-        and step.step == before.step + 1
-    ]
-    return statistics.median(intervals) if intervals else None
+    """Median milliseconds of `step_seconds`; None if there was no such step."""
+    intervals = step_seconds(records, rows, mixed)
+    return 1e3 * statistics.median(intervals) if intervals else None
 
 
 def process_start() -> float:

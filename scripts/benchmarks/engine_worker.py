@@ -14,23 +14,11 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Sequence
-from itertools import pairwise
 
 from benchmarks.latency import closed_loop
+from benchmarks.steps import step_seconds
 from benchmarks.workload import greedy_request
 from jaxserve import Engine, EngineConfig
-from jaxserve.core.messages import StepRecord
-
-
-def decode_seconds(records: Sequence[StepRecord], sequences: int) -> tuple[int, float]:
-    """Steps in which `sequences` decoded and no prompt rode along, and the seconds between their ends."""
-    intervals = [
-        step.retired - before.retired
-        for before, step in pairwise(records)
-        if step.chunk_tokens == 0 and step.sequences == sequences and step.step == before.step + 1
-    ]
-    return len(intervals), sum(intervals)
 
 
 def measure(
@@ -57,8 +45,9 @@ def measure(
     if case == "prefill":
         made = sum(map(len, prompts))
     elif case == "decode":
-        steps, seconds = decode_seconds([r for r in engine.step_records if r.step > first], len(prompts))
-        made = steps * len(prompts)
+        records = [record for record in engine.step_records if record.step > first]
+        intervals = step_seconds(records, len(prompts), mixed=False)
+        seconds, made = sum(intervals), len(intervals) * len(prompts)
     return {"seconds": seconds, "tokens": made, "tokens_per_s": made / seconds}
 
 

@@ -60,6 +60,16 @@ def gaps(intervals: Sequence[Interval]) -> list[float]:
     return [max(0.0, after[0] - before[1]) for before, after in pairwise(intervals)]
 
 
+def step_seconds(records: Sequence[StepRecord], rows: int | None, mixed: bool) -> list[float]:
+    """Seconds from a step's retiring to the next one's, for next ones of a kind: with a piece of a prompt where
+    `mixed` and without one else, and of `rows` sequences unless that is None."""
+    return [
+        step.retired - before.retired
+        for before, step in pairwise(records)
+        if (step.chunk_tokens > 0) == mixed and rows in (None, step.sequences) and step.step == before.step + 1
+    ]
+
+
 def window_seconds(records: Sequence[StepRecord]) -> float:
     """From the first dispatch to the last retirement."""
     return records[-1].retired - records[0].dispatched
