@@ -35,13 +35,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 from benchmarks import steps
 from benchmarks.churn import PROMPT_LEN, Round, Work, run_round
 from benchmarks.engine_arguments import add_engine_arguments, add_run_arguments, engine_config
 from benchmarks.machine import OtherLoad, process_tree
 from benchmarks.neighbours import SHORT_LEN, Neighbourhood
 from benchmarks.plots import require_plots
-from benchmarks.summary import Figure, median_of, percentile, percentiles, report, rounded
+from benchmarks.summary import Figure, median_of, percentiles, report, rounded
 
 from jaxserve import Engine
 from jaxserve.core import garbage_collection
@@ -137,7 +138,7 @@ def run_neighbours(engine: Engine, arguments: argparse.Namespace) -> dict[str, F
     for number in range(arguments.rounds):
         for kind, length in (("long", arguments.long_len), ("short", SHORT_LEN)):
             seconds = Neighbourhood(engine, length, seed=number).measure(probes)
-            p99[kind].append(1e3 * percentile(seconds, 99))
+            p99[kind].append(1e3 * float(np.percentile(seconds, 99)))
     long, short = (statistics.median(p99[kind]) for kind in ("long", "short"))
     return {
         "short_p99_ms_long_neighbours": rounded(long),

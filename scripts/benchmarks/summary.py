@@ -4,29 +4,17 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 Figure = float | int | str | bool | None
 Result = Mapping[str, "Figure | Result | Sequence[Figure] | Sequence[Result]"]
 """What a benchmark reports: JSON, in its own words."""
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which `percent` of the values lie, interpolated between neighbours. Raises ValueError for none.
-
-    Example: of 1, 2, 3, 4 the 50th percentile is 2.5.
-    """
-    if not values:
-        raise ValueError("no values to take a percentile of")
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
 def percentiles(values: Sequence[float], name: str, scale: float = 1.0) -> dict[str, float | None]:
     """`name_p50`, `name_p90` and `name_p99` of values times `scale`; None where there are none."""
     return {
-        f"{name}_p{percent}": rounded(scale * percentile(values, percent)) if values else None
+        f"{name}_p{percent}": rounded(scale * float(np.percentile(values, percent))) if values else None
         for percent in (50, 90, 99)
     }
 

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from benchmarks.load.client import Part
 from benchmarks.load.outcome import Outcome
 from benchmarks.load.targets import Address
-from benchmarks.summary import percentile
 from benchmarks.workers import client_environment, python_module
 
 LINE_BYTES = 1 << 26
@@ -106,7 +107,7 @@ class Clients:
         progress.end()
         run.cpu_seconds = sum(done["cpu_seconds"] for done in dones)
         run.cpu_share = max(done["cpu_seconds"] / max(done["seconds"], 1e-9) for done in dones)
-        run.late_p99 = percentile([late for done in dones for late in done["late"]], 99)
+        run.late_p99 = float(np.percentile([late for done in dones for late in done["late"]], 99))
         run.outcomes.sort(key=lambda outcome: outcome.index)
         return run
 

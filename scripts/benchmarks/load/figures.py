@@ -4,10 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from benchmarks.latency import latency_figures
 from benchmarks.load.clients import Run
 from benchmarks.load.outcome import Outcome
-from benchmarks.summary import Figure, percentile, rounded
+from benchmarks.summary import Figure, rounded
 
 LIMITS = ("ttft", "itl", "tpot", "e2e")
 """What can be limited: seconds to the first token, the p99 of the time between messages, the mean time of a token after
@@ -37,7 +39,7 @@ class Limits:
             return False
         figures = {
             "ttft": outcome.first_token,
-            "itl": percentile(outcome.gaps, 99) if outcome.gaps else 0.0,
+            "itl": float(np.percentile(outcome.gaps, 99)) if outcome.gaps else 0.0,
             "tpot": outcome.per_token or 0.0,
             "e2e": outcome.total,
         }
