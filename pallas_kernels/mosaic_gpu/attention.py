@@ -42,20 +42,12 @@ class MosaicGpuPagedAttention:
     """
 
     name: str = "mosaic_gpu"
+    kv_head_axis: int | None = 1
+    stacks_layers: bool = False
     interpret: plgpu.InterpretGPUParams | None = None
     """Set to run on the CPU, for tests: the products are then plain, and everything around them is what a GPU runs."""
     blocks: int | None = None
     """Blocks of threads of the grid; None takes what fills an H100. No bit depends on it."""
-
-    @property
-    def stacks_layers(self) -> bool:
-        """A cache for each layer."""
-        return False
-
-    @property
-    def kv_head_axis(self) -> int | None:
-        """The axis of kv heads in all arrays of the cache."""
-        return 1
 
     def missing(self, needs: AttentionNeeds) -> str | None:
         """A float32 cache, large groups, and every GPU but Hopper: wgmma is of compute capability 9.0 alone."""

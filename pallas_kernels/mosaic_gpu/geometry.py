@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from pallas_kernels.quantized import LARGEST, is_quantized
+
 BLOCK = 64
 """Keys of a block: the rows of a wgmma tile. Blocks start at multiples of it, so the order of sums is fixed."""
 MAX_GROUP = 64
 """Query heads that may share a kv head."""
 SHARED_BYTES = 227 * 1024 - 4096
 """Shared memory of a block of threads on Hopper, less what Mosaic and the barriers take."""
-QUANTIZED = ("int8", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Geometry:
     @property
     def quantized(self) -> bool:
         """Whether a scale goes with each token and head."""
-        return self.dtype in QUANTIZED
+        return is_quantized(self.dtype)
 
     @property
     def q_rows(self) -> int:
@@ -45,14 +46,9 @@ class Geometry:
         return max(1, BLOCK // self.page_size)
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of an element of the cache."""
-        return jnp.dtype(self.dtype).itemsize
-
-    @property
     def block_bytes(self) -> int:
         """Bytes of a block's keys and values of one head, with their scales."""
-        return 2 * BLOCK * (self.head_dim * self.itemsize + 4 * self.quantized)
+        return 2 * BLOCK * (self.head_dim * jnp.dtype(self.dtype).itemsize + 4 * self.quantized)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -63,13 +59,13 @@ def padded_head_dim(head_dim: int) -> int:
 def check_cache(page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> None:
     """Raises ValueError, naming the size and the limit, for a cache that the kernels do not take."""
     name = jnp.dtype(dtype).name
-    if name not in ("bfloat16", *QUANTIZED):
-        raise ValueError(f"a cache on mosaic_gpu must be bfloat16, {' or '.join(QUANTIZED)}, got {name}")
+    if name != "bfloat16" and not is_quantized(name):
+        raise ValueError(f"a cache on mosaic_gpu must be bfloat16, {' or '.join(LARGEST)}, got {name}")
     if head_dim > 256:
         raise ValueError(f"head_dim on mosaic_gpu must be at most 256, got {head_dim}")
     if page_size % 8 or page_size > 256 or (BLOCK % page_size and page_size % BLOCK):
         raise ValueError(f"page_size on mosaic_gpu must be 8, 16, 32, 64, 128, 192 or 256, got {page_size}")
-    if name in QUANTIZED and page_size < 32:
+    if is_quantized(name) and page_size < 32:
         # The copy engine writes to shared memory at multiples of 128 bytes: 32 scales.
         raise ValueError(f"page_size of a {name} cache on mosaic_gpu must be at least 32, got {page_size}")
 
