@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu.geometry import BLOCK, SHARED_BYTES, Geometry, tiled
 from pallas_kernels.mosaic_gpu.grid import GRID_AXIS, MULTIPROCESSORS, for_each_unit
 from pallas_kernels.mosaic_gpu.products import Product, Ref
-from pallas_kernels.mosaic_gpu.ring import Pages, Ring, transfer
+from pallas_kernels.mosaic_gpu.ring import Pages, Ring, transfer, wait_for_last
 from pallas_kernels.mosaic_gpu.scores import LOWEST, Scores
 from pallas_kernels.mosaic_gpu.work import ChunkWork
 
@@ -177,7 +177,7 @@ class ChunkKernel:
         def _wait_for_last_unit():
             plgpu.barrier_wait(scratch.queries_free)
 
-        scratch.ring.drain(steps)
+        wait_for_last(scratch.ring.free, steps)
 
     def _consume(self, work: ChunkWork, sinks: Ref | None, out: Ref, scratch: _Scratch, tile) -> None:
         wgmma, head_dim = plgpu.Layout.WGMMA, self.geometry.head_dim

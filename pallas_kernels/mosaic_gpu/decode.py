@@ -177,7 +177,7 @@ def _produce(geometry: Geometry, tokens: Ref, pages: Pages, work: DecodeWork, sc
 
     units, steps = for_each_unit(work.units[0], geometry.kv_heads, load_unit, jnp.int32(0))
     wait_for_last(scratch.queries_free, units)
-    scratch.ring.drain(steps)
+    wait_for_last(scratch.ring.free, steps)
 
 
 def _consume(

@@ -47,10 +47,6 @@ class Ring(NamedTuple):
         """Stages in the ring."""
         return self.keys.shape[0]
 
-    def drain(self, steps) -> None:
-        """The producer's last part: waits until the consumers are through with all steps."""
-        wait_for_last(self.free, steps)
-
     def load(self, geometry: Geometry, pages: Pages, row, head, block, step) -> None:
         """The producer's part: waits until the step's stage is free and starts the copies of a block into it."""
         stage = lax.rem(step, jnp.int32(self.stages))
@@ -59,13 +55,9 @@ class Ring(NamedTuple):
         copied = [_page_of(geometry, pages.table, row, block, index) for index in range(geometry.pages_per_block)]
         for index, (page, offset) in enumerate(copied):
             source, target = (page, head, pl.ds(offset, size)), (stage, pl.ds(index * size, size))
-            plgpu.copy_gmem_to_smem(pages.keys.at[source], self.keys.at[target], self.full.at[stage])
-            plgpu.copy_gmem_to_smem(pages.values.at[source], self.values.at[target], self.full.at[stage])
-            if geometry.quantized:
-                plgpu.copy_gmem_to_smem(pages.key_scales.at[source], self.key_scales.at[target], self.full.at[stage])
-                plgpu.copy_gmem_to_smem(
-                    pages.value_scales.at[source], self.value_scales.at[target], self.full.at[stage]
-                )
+            for array, buffer in zip(pages[:4], self[:4], strict=True):
+                if array is not None:
+                    plgpu.copy_gmem_to_smem(array.at[source], buffer.at[target], self.full.at[stage])
 
     def _wait_until_free(self, stage, step) -> None:
         @pl.when(step >= self.stages)

@@ -30,15 +30,14 @@ def write_tokens(
         first: the index in `tokens` of the first one.
         interpret: parameters of the interpreter, None on a GPU.
     """
-    vectors = [array.ndim == 3 for array in tokens]
 
     def kernel(*refs):
         sources, targets = refs[: len(tokens)], refs[len(tokens) : 2 * len(tokens)]
         page, offset, staged, barrier = refs[2 * len(tokens) :]
         place = lax.axis_index("token")
         number, position, token = page[place], offset[place], first + place
-        copied = [pair for pair, vector in zip(zip(sources, targets, strict=True), vectors, strict=True) if vector]
-        scalars = [pair for pair, vector in zip(zip(sources, targets, strict=True), vectors, strict=True) if not vector]
+        pairs = list(zip(sources, targets, strict=True))
+        copied, scalars = pairs[: len(staged)], pairs[len(staged) :]
 
         @pl.when(number > 0)
         def _write():
@@ -53,14 +52,11 @@ def write_tokens(
                 plgpu.copy_smem_to_gmem(buffer, target.at[number, :, position])
             plgpu.wait_smem_to_gmem(0)
 
-    scratch = (
-        tuple(plgpu.SMEM(array.shape[1:], array.dtype) for array in tokens if array.ndim == 3),
-        plgpu.Barrier(num_arrivals=sum(vectors)),
-    )
+    staged = tuple(plgpu.SMEM(array.shape[1:], array.dtype) for array in tokens if array.ndim == 3)
     plgpu.kernel(
         kernel,
         grid=page.shape,
         grid_names=("token",),
-        scratch_types=scratch,
+        scratch_types=(staged, plgpu.Barrier(num_arrivals=len(staged))),
         interpret=interpret,
     )(*tokens, *pages, page, offset)
