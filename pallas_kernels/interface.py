@@ -39,6 +39,15 @@ class Attended(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """What becomes of the products of queries and keys; see `PagedAttention.write_and_attend`."""
+
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+
+
+@dataclass(frozen=True)
 class AttentionNeeds:
     """What an engine will ask of attention beyond the plain: known before an implementation is chosen."""
 

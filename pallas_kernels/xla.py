@@ -17,6 +17,7 @@ from pallas_kernels.interface import (
     Attended,
     AttentionNeeds,
     LayerCache,
+    Scoring,
     check_cache,
     check_operands,
     check_sizes,
@@ -29,15 +30,6 @@ TILE = 8
 """Tokens of a tile. One token costs what eight do."""
 BLOCK = 128
 """Keys of a block, or one page where that is larger."""
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What becomes of the products of queries and keys."""
-
-    scale: float
-    sliding_window: int | None
-    softcap: float | None
 
 
 @dataclass(frozen=True)

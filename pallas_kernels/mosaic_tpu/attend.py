@@ -21,22 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.interface import LayerCache
+from pallas_kernels.interface import LayerCache, Scoring
 from pallas_kernels.mosaic_tpu.layout import LANES, VMEM_LIMIT, PageLayout, in_hbm
 from pallas_kernels.mosaic_tpu.page_copies import Ring, Scalars, Writer
 from pallas_kernels.mosaic_tpu.work import AttendUnits
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """The score of a key that is not seen: finite, so that differences of scores are numbers."""
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What becomes of the products of queries and keys; see `PagedAttention.write_and_attend`."""
-
-    scale: float
-    sliding_window: int | None
-    softcap: float | None
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from pallas_kernels.interface import (
     Attended,
     AttentionNeeds,
     LayerCache,
+    Scoring,
     check_cache,
     check_operands,
     stored_form,
 )
-from pallas_kernels.mosaic_tpu.attend import Kernel, Scoring, attend
+from pallas_kernels.mosaic_tpu.attend import Kernel, attend
 from pallas_kernels.mosaic_tpu.layout import LANES, PageLayout, check_page_layout
 from pallas_kernels.mosaic_tpu.work import AttendUnits, chunk_units, chunk_writes, decode_units
 from pallas_kernels.mosaic_tpu.write import write_pages

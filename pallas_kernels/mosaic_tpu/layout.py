@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.interface import LayerCache, check_sizes
+from pallas_kernels.interface import LayerCache, check_sizes, separate_layout
 from pallas_kernels.quantized import is_quantized
 
 LANES = 128
@@ -104,13 +104,9 @@ class PageLayout:
 
     def cache(self, num_pages: int) -> LayerCache:
         """Shapes and dtypes."""
-
-        def arrays() -> LayerCache:
-            pages = jnp.zeros((num_pages, self.kv_heads, self.page_size, self.lanes), self.dtype)
-            scales = jnp.zeros((num_pages, self.scale_heads, self.scale_lanes), jnp.float32) if self.quantized else None
-            return LayerCache(pages, None if self.shared else pages, scales, scales)
-
-        return jax.eval_shape(arrays)
+        pages = (num_pages, self.kv_heads, self.page_size, self.lanes)
+        layout = separate_layout(pages, (num_pages, self.scale_heads, self.scale_lanes), self.dtype)
+        return layout._replace(v_pages=None) if self.shared else layout
 
 
 def in_hbm(cache: LayerCache) -> LayerCache:
