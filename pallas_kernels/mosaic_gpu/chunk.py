@@ -111,25 +111,19 @@ class ChunkKernel:
             sinks: float32 [kv_head, TILE], of each row of a tile, in units of log 2.
             interpret: parameters of the interpreter, None on a GPU.
         """
-        operands = [queries, *work, pages.table, pages.keys, pages.values]
-        operands += [pages.key_scales, pages.value_scales] if self.geometry.quantized else []
-        operands += [] if sinks is None else [sinks]
+        operands, structure = jax.tree.flatten((queries, work, pages, sinks))
         consumers = self.plan.consumers
 
         def kernel(*refs):
-            queries, units, row, position, tokens, table, keys, values, *rest = refs[: len(operands)]
+            queries, work, pages, sinks = structure.unflatten(refs[: len(operands)])
             out, scratch = refs[len(operands) :]
-            work = ChunkWork(units, row, position, tokens)
-            key_scales, value_scales = rest[:2] if self.geometry.quantized else (None, None)
-            pages = Pages(keys, values, key_scales, value_scales, table)
-            sink = None if sinks is None else rest[-1]
             warpgroup = lax.axis_index("warpgroup")
 
             @pl.when(warpgroup < consumers)
             def _attend():
                 if consumers > 1:
                     plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-                self._consume(work, sink, out, scratch, warpgroup)
+                self._consume(work, sinks, out, scratch, warpgroup)
 
             @pl.when(warpgroup == consumers)
             def _load():
