@@ -5,43 +5,18 @@
 namespace jaxserve {
 namespace {
 
-#if defined(__AVX512BF16__)
-struct Product {
-  typedef __m512 Vector;
-  typedef __m512bh Weights;
-  typedef __m512bh Row;
-  static constexpr int kHeaderBytes = 0;
-  static constexpr int64_t kSegment = INT64_MAX / 2;
-  static constexpr bool kCompensates = false;
-  static Vector start(const char*) { return _mm512_setzero_ps(); }
-  static Weights load(const char* at) { return (__m512bh)_mm512_loadu_si512(at); }
-  static Row broadcast(const char* at) { return (__m512bh)_mm512_set1_epi32(load_as<int32_t>(at)); }
-  static Vector add(Vector sum, Weights weights, Row row) { return _mm512_dpbf16_ps(sum, weights, row); }
-};
-#else
 struct Product {
   typedef simd::Vec Vector;
-  struct Weights {
-    simd::Vec even, odd;
-  };
-  typedef Weights Row;
+  typedef simd::Vec Weights;
+  typedef simd::Vec Row;
   static constexpr int kHeaderBytes = 0;
   static constexpr int64_t kSegment = INT64_MAX / 2;
   static constexpr bool kCompensates = false;
   static Vector start(const char*) { return Vector{}; }
-  static Weights load(const char* at) {
-    const simd::Vec pairs = simd::load(at);
-    return {simd::even(pairs), simd::odd(pairs)};
-  }
-  static Row broadcast(const char* at) {
-    const simd::Vec pair = simd::broadcast(load_as<float>(at));
-    return {simd::even(pair), simd::odd(pair)};
-  }
-  static Vector add(Vector sum, Weights weights, Row row) {
-    return simd::fma(weights.odd, row.odd, simd::fma(weights.even, row.even, sum));
-  }
+  static Weights load(const char* at) { return simd::load(at); }
+  static Row broadcast(const char* at) { return simd::broadcast(load_as<float>(at)); }
+  static Vector add(Vector sum, Weights weights, Row row) { return simd::dot_pairs(weights, row, sum); }
 };
-#endif
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 struct AmxProduct {
