@@ -5,13 +5,11 @@
 namespace jaxserve {
 namespace {
 
-struct Product {
+struct Product : SummedAtOnce {
   typedef simd::Vec Vector;
   typedef simd::Vec Weights;
   typedef simd::Vec Row;
   static constexpr int kHeaderBytes = 0;
-  static constexpr int64_t kSegment = INT64_MAX / 2;
-  static constexpr bool kCompensates = false;
   static Vector start(const char*) { return Vector{}; }
   static Weights load(const char* at) { return simd::load(at); }
   static Row broadcast(const char* at) { return simd::broadcast(load_as<float>(at)); }

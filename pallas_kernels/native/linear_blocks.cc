@@ -25,22 +25,11 @@ SIMD_INLINE simd::Vec from_half(Words half) {
 }
 
 // Products of bytes, four a lane: weights without sign, x with one.
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 template <int kBits>
 struct Dot {
   typedef Words Sum;
-  SIMD_INLINE static Sum add(Sum sum, Words weights, Words x) {
-    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
-  }
-  SIMD_INLINE static Words total(Sum sum) { return sum; }
-};
-#elif defined(__AVXVNNI__)
-template <int kBits>
-struct Dot {
-  typedef Words Sum;
-  SIMD_INLINE static Sum add(Sum sum, Words weights, Words x) {
-    return (Sum)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, (__m256i)x);
-  }
+  SIMD_INLINE static Sum add(Sum sum, Words weights, Words x) { return add_byte_products(sum, weights, x); }
   SIMD_INLINE static Words total(Sum sum) { return sum; }
 };
 #else

@@ -8,46 +8,24 @@
 namespace jaxserve {
 namespace {
 
-#if defined(__AVX512VNNI__)
-struct Product {
-  typedef __m512i Vector;
-  typedef __m512i Weights;
-  typedef __m512i Row;
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+struct Product : SummedAtOnce {
+  typedef simd::IntVec Vector;
+  typedef simd::IntVec Weights;
+  typedef simd::IntVec Row;
   static constexpr int kHeaderBytes = kBlockBytes;
-  static constexpr int64_t kSegment = INT64_MAX / 2;
-  static constexpr bool kCompensates = false;
-  static Vector start(const char* at) {
-    return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(_mm512_loadu_si512(at), 7));
-  }
-  static Weights load(const char* at) { return _mm512_loadu_si512(at); }
-  static Row broadcast(const char* at) { return _mm512_set1_epi32(load_as<int32_t>(at)); }
-  static Vector add(Vector sum, Weights weights, Row row) { return _mm512_dpbusd_epi32(sum, row, weights); }
-};
-constexpr int kOffset = 128;
-#elif defined(__AVXVNNI__)
-struct Product {
-  typedef __m256i Vector;
-  typedef __m256i Weights;
-  typedef __m256i Row;
-  static constexpr int kHeaderBytes = kBlockBytes;
-  static constexpr int64_t kSegment = INT64_MAX / 2;
-  static constexpr bool kCompensates = false;
-  static Vector start(const char* at) {
-    return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(load_as<__m256i>(at), 7));
-  }
-  static Weights load(const char* at) { return load_as<__m256i>(at); }
-  static Row broadcast(const char* at) { return _mm256_set1_epi32(load_as<int32_t>(at)); }
-  static Vector add(Vector sum, Weights weights, Row row) { return _mm256_dpbusd_avx_epi32(sum, row, weights); }
+  static Vector start(const char* at) { return -(load_as<Vector>(at) << 7); }
+  static Weights load(const char* at) { return load_as<Weights>(at); }
+  static Row broadcast(const char* at) { return Row{} + load_as<int32_t>(at); }
+  static Vector add(Vector sum, Weights weights, Row row) { return add_byte_products(sum, row, weights); }
 };
 constexpr int kOffset = 128;
 #elif defined(__ARM_FEATURE_DOTPROD)
-struct Product {
+struct Product : SummedAtOnce {
   typedef int32x4_t Vector;
   typedef int8x16_t Weights;
   typedef int8x16_t Row;
   static constexpr int kHeaderBytes = kBlockBytes;
-  static constexpr int64_t kSegment = INT64_MAX / 2;
-  static constexpr bool kCompensates = false;
   static Vector start(const char*) { return vdupq_n_s32(0); }
   static Weights load(const char* at) { return load_as<int8x16_t>(at); }
   static Row broadcast(const char* at) { return vreinterpretq_s8_s32(vdupq_n_s32(load_as<int32_t>(at))); }
@@ -56,15 +34,13 @@ struct Product {
 constexpr int kOffset = 0;
 #else
 // Bytes 0 and 2 of each four as a pair of int16, and bytes 1 and 3.
-struct Product {
+struct Product : SummedAtOnce {
   typedef simd::IntVec Vector;
   struct Weights {
     ShortVector even, odd;
   };
   typedef Weights Row;
   static constexpr int kHeaderBytes = kBlockBytes;
-  static constexpr int64_t kSegment = INT64_MAX / 2;
-  static constexpr bool kCompensates = false;
   static Vector start(const char*) { return Vector{}; }
   static Weights load(const char* at) {
     const ShortVector pairs = load_as<ShortVector>(at);
@@ -87,7 +63,7 @@ struct AmxProduct {
   template <int kSums>
   SIMD_INLINE static void start(const char* at) {
     alignas(64) char line[kBlockBytes];
-    _mm512_store_si512(line, Product::start(at));
+    _mm512_store_si512(line, (__m512i)Product::start(at));
     amx::settle_memory();
     // The same line for each row.
     if constexpr (kSums == 0) _tile_loadd(0, line, 0);

@@ -76,7 +76,16 @@ struct XBlock {
   float sum;  // of the values, times scale
 };
 
-#if !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+// sum + the products of bytes, four a lane: `a` without sign, `b` with one.
+inline simd::IntVec add_byte_products(simd::IntVec sum, simd::IntVec a, simd::IntVec b) {
+#if defined(__AVX512VNNI__)
+  return (simd::IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  return (simd::IntVec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#endif
+}
+#else
 typedef int16_t ShortVector __attribute__((vector_size(4 * simd::kLanes)));
 
 // Adds the products of neighbouring int16 in pairs.
@@ -93,6 +102,12 @@ inline simd::IntVec pair_products(ShortVector a, ShortVector b) {
 #endif
 }
 #endif
+
+// A product whose blocks are one segment; see `tile`.
+struct SummedAtOnce {
+  static constexpr int64_t kSegment = INT64_MAX / 2;
+  static constexpr bool kCompensates = false;
+};
 
 // Product gives: Vector (of accumulators), Weights and Row, load(), broadcast(), add(); start() of a panel and the bytes of
 // header before its blocks; kSegment, the blocks that are summed at once, and kCompensates, whether segments are added up
