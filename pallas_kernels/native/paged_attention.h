@@ -41,6 +41,10 @@ struct Call {
   int64_t head_offset(int page, int kv_head) const {
     return (static_cast<int64_t>(page) * kv_heads + kv_head) * page_size * head_dim;
   }
+  // Where a position of a row lies in either array; of keys that interleave, where its group does if it is the first.
+  int64_t offset(int row, int kv_head, int at) const {
+    return head_offset(page(row, at), kv_head) + at % page_size * head_dim;
+  }
 };
 
 // Where a block of a row lies in the cache. Of use as addresses only where the cache interleaves.
@@ -48,8 +52,7 @@ template <class T>
 Block<T> locate(const Call<T>& call, int row, int kv_head, int number) {
   Block<T> block;
   for (int g = 0; g < kGroups; ++g) {
-    int at = number * kBlock + g * kGroup;
-    int64_t offset = call.head_offset(call.page(row, at), kv_head) + at % call.page_size * call.head_dim;
+    int64_t offset = call.offset(row, kv_head, number * kBlock + g * kGroup);
     block.keys[g] = call.k_pages + offset;
     block.values[g] = call.v_pages + offset;
   }
@@ -206,9 +209,7 @@ class TileAttention {
     Block<T> block = locate(call_, row_, kv_head_, number);
     if (!call_.interleaves()) {
       for (int key = 0; key < kBlock; ++key) {
-        int at = number * kBlock + key;
-        const T* from =
-            call_.k_pages + call_.head_offset(call_.page(row_, at), kv_head_) + at % call_.page_size * call_.head_dim;
+        const T* from = call_.k_pages + call_.offset(row_, kv_head_, number * kBlock + key);
         T* group = work_.staged_keys + key / kGroup * kGroup * call_.head_dim;
         interleave(from, call_.head_dim, key % kGroup, group);
         block.keys[key / kGroup] = group;
@@ -216,9 +217,7 @@ class TileAttention {
     }
     if (stages_values()) {
       for (int key = 0; key < kBlock; ++key) {
-        int at = number * kBlock + key;
-        const T* from =
-            call_.v_pages + call_.head_offset(call_.page(row_, at), kv_head_) + at % call_.page_size * call_.head_dim;
+        const T* from = call_.v_pages + call_.offset(row_, kv_head_, number * kBlock + key);
         T* to = work_.staged_values + key * padded_;
         std::memcpy(to, from, sizeof(T) * call_.head_dim);
         std::memset(static_cast<void*>(to + call_.head_dim), 0, sizeof(T) * (padded_ - call_.head_dim));
@@ -266,12 +265,11 @@ class TileAttention {
       if constexpr (sizeof(T) == 2) {
         simd::IntVec low = (simd::to_bfloat16(first) >> 16) & 0xFFFF;
         simd::store(from + d, (Vec)(low | simd::to_bfloat16(second)));
-        std::memcpy(to + d, from + d, sizeof(T) * std::min(kUnit, call_.head_dim - d));
       } else {
         simd::store(from + d, first);
         simd::store(from + d + kLanes, second);
-        std::memcpy(to + d, from + d, sizeof(T) * std::min(kUnit, call_.head_dim - d));
       }
+      std::memcpy(to + d, from + d, sizeof(T) * std::min(kUnit, call_.head_dim - d));
     }
   }
 
@@ -293,7 +291,7 @@ class Job {
     for (int token = 0; token < call.tokens; ++token) {
       if (!call.live(token)) continue;
       int first = call.first_key(token) / kBlock, end = call.position[token] / kBlock + 1;
-      bool joins = token > 0 && !tiles_.empty() && tiles_.back().end == token &&
+      bool joins = !tiles_.empty() && tiles_.back().end == token &&
                    call.token_row[token - 1] == call.token_row[token] && token - tiles_.back().begin < most;
       if (!joins) tiles_.push_back({token, token, first, end});
       Tile& tile = tiles_.back();
