@@ -123,16 +123,12 @@ async def at_times[Item, Result](
         The results, and by how many seconds each was late. Times count from when an item was due: waiting for a slow
         server is part of its latency.
     """
-    tasks: list[asyncio.Task[Result]] = []
+    tasks: list[asyncio.Future[Result]] = []
     late: list[float] = []
-
-    async def begin(item: Item, due: float) -> Result:
-        return await run(item, due)
-
     for due, item in items:
         await asyncio.sleep(max(0.0, due - time.monotonic()))
         late.append(time.monotonic() - due)
-        tasks.append(asyncio.create_task(begin(item, due)))
+        tasks.append(asyncio.ensure_future(run(item, due)))
     return await asyncio.gather(*tasks), late
 
 

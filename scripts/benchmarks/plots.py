@@ -33,13 +33,12 @@ def _axes(rows: int, title: str, height: float, width: float = 9.0, **options: A
     return list(axes[:, 0])
 
 
-def _save(axes: "Axes", file: Path) -> None:
+def _save(file: Path) -> None:
+    """What was drawn last."""
     from matplotlib import pyplot
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.savefig(str(file), dpi=120)
+    pyplot.savefig(file, dpi=120)
     pyplot.close("all")
 
 
@@ -61,7 +60,7 @@ def timeline(file: Path, modes: Mapping[str, Mapping[str, Sequence[Interval]]], 
     for axes in panels:
         axes.set_xlim(0, span)
     panels[-1].set_xlabel("ms")
-    _save(panels[-1], file)
+    _save(file)
 
 
 def lines(file: Path, series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> None:
@@ -77,7 +76,7 @@ def lines(file: Path, series: Mapping[str, Sequence[tuple[float, float]]], x: st
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(axes, file)
+    _save(file)
 
 
 def distributions(file: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> None:
@@ -95,7 +94,7 @@ def distributions(file: Path, panels: Mapping[str, Mapping[str, Sequence[float]]
         axes.set_ylabel("share of all")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
-    _save(all_axes[-1], file)
+    _save(file)
 
 
 def samples_over_time(
@@ -112,7 +111,7 @@ def samples_over_time(
         axes.grid(alpha=0.3)
     all_axes[0].legend(loc="lower right")
     all_axes[-1].set_xlabel("minutes")
-    _save(all_axes[-1], file)
+    _save(file)
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def streams_over_time(
         below.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False, title="server says")
     axes[-1].set_xlim(0, max(bar.ended for bar in bars) - origin)
     axes[-1].set_xlabel("seconds")
-    _save(top, file)
+    _save(file)
 
 
 def _in_lanes(bars: Sequence[Bar]) -> list[int]:
