@@ -111,25 +111,18 @@ def _profile(step: Step) -> dict:
     return {"profile": profile(step.name, call, first_carry(), calls=5)}
 
 
-@functools.cache
-def _weights(model: ModelConfig) -> tuple[jax.Array, ...]:
-    return random_weights(model)
+_weights = functools.cache(random_weights)
 
 
 @functools.cache
-def _prepared(step: Step) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
-    attention = chosen_attention("bfloat16", name=step.attention)
-    return _step(_weights(step.model), step.model, attention, step.live, step.chunk, step.context)
-
-
-def _step(
-    weights, model, attention, live: int, chunk: int, context: int
-) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
-    """A step with `live` decode rows at `context`, or with one prompt of `chunk` tokens, and what makes its carry.
+def _prepared(of: Step) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    """What computes the step, and what makes its first carry.
 
     Its rows are those of the engine, which has none of fewer than `small_slots`. Raises RuntimeError where other rows
     give a token than are to.
     """
+    model, live, chunk, context = of.model, of.live, of.chunk, of.context
+    weights, attention = _weights(model), chosen_attention("bfloat16", name=of.attention)
     rows = max(live, EngineConfig().small_slots)
     config = EngineConfig(slots=rows, dtype="bfloat16")
     pages = -(-context // config.page_size)
