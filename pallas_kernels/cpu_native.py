@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.interface import (
     Attended,
     AttentionNeeds,
     LayerCache,
+    PagedAttention,
     check_cache,
-    check_operands,
     check_sizes,
     separate_layout,
 )
@@ -21,7 +20,7 @@ from pallas_kernels.native_build import register
 
 
 @dataclass(frozen=True)
-class NativePagedAttention:
+class NativePagedAttention(PagedAttention):
     """Writes and attends in one call, in place on a donated cache, on XLA's own threads.
 
     Pages are [kv_heads, page_size, head_dim], the keys of 16 tokens interleaved within (`native/block_kernels.h`): fast
@@ -56,28 +55,12 @@ class NativePagedAttention:
             raise ValueError(f"attention {self.name}: {reason}")
         return separate_layout((num_pages, kv_heads, page_size, head_dim), (), dtype)
 
-    def write_and_attend(
-        self,
-        q: Float[Array, "token q_head head_dim"],
-        k: Float[Array, "token kv_head head_dim"],
-        v: Float[Array, "token kv_head head_dim"],
-        cache: LayerCache,
-        page_table: Int32[Array, "row max_pages"],
-        token_row: Int32[Array, " token"],
-        position: Int32[Array, " token"],
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Float32[Array, " q_head"] | None = None,
-    ) -> Attended:
-        """See `PagedAttention.write_and_attend`."""
-        check_operands(q, k, v, page_table, token_row, position, sinks)
+    def _write_and_attend(self, q, k, v, cache, page_table, token_row, position, scoring, sinks) -> Attended:
         k_pages, v_pages = cache.k_pages, cache.v_pages
         num_pages, _, page_size, _ = k_pages.shape[-4:]
         layout = self.cache_layout(num_pages, page_size, k.shape[1], k.shape[2], k_pages.dtype)
         check_cache(cache, layout)
-        needs = AttentionNeeds(k_pages.dtype.name, softcap is not None, sinks is not None)
+        needs = AttentionNeeds(k_pages.dtype.name, scoring.softcap is not None, sinks is not None)
         if (reason := self.missing(needs)) is not None:
             raise ValueError(f"attention {self.name}: {reason}")
         dtype = k_pages.dtype
@@ -91,8 +74,7 @@ class NativePagedAttention:
             input_output_aliases={3: 1, 4: 2},
         )
         layer = jnp.int32(0) if cache.layer is None else cache.layer
-        operands = (q.astype(dtype), k.astype(dtype), v.astype(dtype), k_pages, v_pages, layer)
-        out, k_pages, v_pages = call(
-            *operands, page_table, token_row, position, scale=np.float32(scale), window=np.int32(sliding_window or 0)
-        )
+        operands = (q.astype(dtype), k.astype(dtype), v.astype(dtype), k_pages, v_pages, layer, page_table)
+        factors = {"scale": np.float32(scoring.scale), "window": np.int32(scoring.sliding_window or 0)}
+        out, k_pages, v_pages = call(*operands, token_row, position, **factors)
         return Attended(out.astype(q.dtype), cache._replace(k_pages=k_pages, v_pages=v_pages))

@@ -1,7 +1,8 @@
 """The interface that every implementation of attention over the paged cache follows."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +64,7 @@ class AttentionNeeds:
     """The device that the program will run on, as JAX names it; None promises one that the implementation is for."""
 
 
-@runtime_checkable
-class PagedAttention(Protocol):
+class PagedAttention(ABC):
     """Attention of tokens over a cache of pages, chosen before tracing by `pallas_kernels.select`.
 
     A sequence's tokens lie in pages of `page_size` tokens; row r of the page table lists the pages of one sequence in
@@ -82,30 +82,20 @@ class PagedAttention(Protocol):
     - Scores, softmax and sums are in float32, whatever the dtype of the cache.
     """
 
-    @property
-    def name(self) -> str:
-        """The name in the table of `pallas_kernels.platforms`."""
-        ...
-
-    @property
-    def kv_head_axis(self) -> int | None:
-        """The axis of every array of the cache along which contiguous equal parts are kv heads.
-
-        Tensor parallelism cuts the cache there: a part has the layout of a cache of its own heads. None where no axis
-        can be cut.
-        """
-        ...
-
-    @property
-    def stacks_layers(self) -> bool:
-        """Whether it works in place on one layer of a cache that holds all of them, `LayerCache.layer`: a step then has
-        few arrays to hand over, which is what costs the host where steps are short."""
-        ...
+    name: str
+    """The name in the table of `pallas_kernels.platforms`."""
+    kv_head_axis: int | None
+    """The axis of every array of the cache along which contiguous equal parts are kv heads. Tensor parallelism cuts the
+    cache there: a part has the layout of a cache of its own heads. None where no axis can be cut."""
+    stacks_layers: bool = False
+    """Whether it works in place on one layer of a cache that holds all of them, `LayerCache.layer`: a step then has few
+    arrays to hand over, which is what costs the host where steps are short."""
 
     def missing(self, needs: AttentionNeeds) -> str | None:
         """What the implementation lacks of the needs, as the end of a sentence; None where it has all."""
-        ...
+        return None
 
+    @abstractmethod
     def cache_layout(
         self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> LayerCache:
@@ -114,7 +104,6 @@ class PagedAttention(Protocol):
         Raises:
             ValueError: the implementation does not support these sizes or this dtype; names it and the limit.
         """
-        ...
 
     def write_and_attend(
         self,
@@ -155,7 +144,24 @@ class PagedAttention(Protocol):
         Raises:
             ValueError: shapes or dtypes do not fit together, or the implementation lacks what is asked (when traced).
         """
-        ...
+        check_operands(q, k, v, page_table, token_row, position, sinks)
+        scoring = Scoring(scale, sliding_window, softcap)
+        return self._write_and_attend(q, k, v, cache, page_table, token_row, position, scoring, sinks)
+
+    @abstractmethod
+    def _write_and_attend(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: LayerCache,
+        page_table: Array,
+        token_row: Array,
+        position: Array,
+        scoring: Scoring,
+        sinks: Array | None,
+    ) -> Attended:
+        """The implementation of `write_and_attend`, for operands that fit together; checks the cache."""
 
 
 def check_operands(
@@ -165,7 +171,7 @@ def check_operands(
     page_table: Array,
     token_row: Array,
     position: Array,
-    sinks: Array | None = None,
+    sinks: Array | None,
 ) -> None:
     """Raises ValueError, with the shapes, where the operands of `write_and_attend` do not fit together."""
     tokens, q_heads, head_dim = q.shape

@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.interface import (
     Attended,
-    AttentionNeeds,
     LayerCache,
+    PagedAttention,
     check_cache,
-    check_operands,
     check_sizes,
     separate_layout,
     stored_form,
@@ -72,7 +70,7 @@ def dense_attention(
 
 
 @dataclass(frozen=True)
-class ReferencePagedAttention:
+class ReferencePagedAttention(PagedAttention):
     """Gathers every row's whole table and attends densely, in float32.
 
     Its cost follows the width of the table: for tests and for finding faults in other implementations. Of the promises
@@ -81,11 +79,6 @@ class ReferencePagedAttention:
 
     name: str = "reference"
     kv_head_axis: int | None = 2
-    stacks_layers: bool = False
-
-    def missing(self, needs: AttentionNeeds) -> str | None:
-        """See `PagedAttention.missing`: nothing is."""
-        return None
 
     def cache_layout(
         self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike
@@ -95,23 +88,7 @@ class ReferencePagedAttention:
         tokens = (num_pages, page_size, kv_heads)
         return separate_layout((*tokens, head_dim), tokens, dtype)
 
-    def write_and_attend(
-        self,
-        q: Float[Array, "token q_head head_dim"],
-        k: Float[Array, "token kv_head head_dim"],
-        v: Float[Array, "token kv_head head_dim"],
-        cache: LayerCache,
-        page_table: Int32[Array, "row max_pages"],
-        token_row: Int32[Array, " token"],
-        position: Int32[Array, " token"],
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Float32[Array, " q_head"] | None = None,
-    ) -> Attended:
-        """See `PagedAttention.write_and_attend`."""
-        check_operands(q, k, v, page_table, token_row, position, sinks)
+    def _write_and_attend(self, q, k, v, cache, page_table, token_row, position, scoring, sinks) -> Attended:
         num_pages, page_size = cache.k_pages.shape[:2]
         layout = self.cache_layout(num_pages, page_size, k.shape[1], k.shape[2], cache.k_pages.dtype)
         check_cache(cache, layout)
@@ -135,9 +112,9 @@ class ReferencePagedAttention:
             values = values * cache.v_scales[table].reshape(tokens, context, kv_heads, 1)
         grouped = q.reshape(tokens, kv_heads, q_heads // kv_heads, head_dim).astype(jnp.float32)
         age = position[:, None] - jnp.arange(context)
-        seen = (age >= 0) & (age < (sliding_window or context)) & (token_row >= 0)[:, None]
-        scores = jnp.einsum("tkgd,tckd->tkgc", grouped, keys) * scale
-        if softcap is not None:
+        seen = (age >= 0) & (age < (scoring.sliding_window or context)) & (token_row >= 0)[:, None]
+        scores = jnp.einsum("tkgd,tckd->tkgc", grouped, keys) * scoring.scale
+        if (softcap := scoring.softcap) is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
         largest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)

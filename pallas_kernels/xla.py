@@ -15,11 +15,10 @@ from jaxtyping import Array, Float, Float32, Int32, Num
 
 from pallas_kernels.interface import (
     Attended,
-    AttentionNeeds,
     LayerCache,
+    PagedAttention,
     Scoring,
     check_cache,
-    check_operands,
     check_sizes,
     separate_layout,
     stored_form,
@@ -33,16 +32,11 @@ BLOCK = 128
 
 
 @dataclass(frozen=True)
-class XlaPagedAttention:
+class XlaPagedAttention(PagedAttention):
     """Pages are [page_size, kv_heads * head_dim], a token's kv heads side by side."""
 
     name: str = "xla"
     kv_head_axis: int | None = 2
-    stacks_layers: bool = False
-
-    def missing(self, needs: AttentionNeeds) -> str | None:
-        """See `PagedAttention.missing`: nothing is."""
-        return None
 
     def cache_layout(
         self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike
@@ -52,23 +46,7 @@ class XlaPagedAttention:
         tokens = (num_pages, page_size)
         return separate_layout((*tokens, kv_heads * head_dim), (*tokens, kv_heads), dtype)
 
-    def write_and_attend(
-        self,
-        q: Float[Array, "token q_head head_dim"],
-        k: Float[Array, "token kv_head head_dim"],
-        v: Float[Array, "token kv_head head_dim"],
-        cache: LayerCache,
-        page_table: Int32[Array, "row max_pages"],
-        token_row: Int32[Array, " token"],
-        position: Int32[Array, " token"],
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Float32[Array, " q_head"] | None = None,
-    ) -> Attended:
-        """See `PagedAttention.write_and_attend`."""
-        check_operands(q, k, v, page_table, token_row, position, sinks)
+    def _write_and_attend(self, q, k, v, cache, page_table, token_row, position, scoring, sinks) -> Attended:
         tokens, kv_heads, head_dim = k.shape
         num_pages, page_size = cache.k_pages.shape[:2]
         dtype = cache.k_pages.dtype
@@ -93,7 +71,6 @@ class XlaPagedAttention:
         queries = _block_diagonal(jnp.pad(queries, ((0, padding), (0, 0), (0, 0))), kv_heads)
         pages_per_block = max(1, BLOCK // page_size)
         page_table = jnp.pad(page_table, ((0, 0), (0, -max_pages % pages_per_block)))
-        scoring = Scoring(scale, sliding_window, softcap)
 
         def attend_tile(tile: Array) -> Array:
             start = tile * TILE

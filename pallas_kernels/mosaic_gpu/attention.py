@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, BFloat16, Float, Float32, Int32
+from jaxtyping import Array, BFloat16, Int32
 
 from pallas_kernels.interface import (
     Attended,
     AttentionNeeds,
     LayerCache,
+    PagedAttention,
     check_cache,
-    check_operands,
     check_sizes,
     separate_layout,
     stored_form,
@@ -34,7 +34,7 @@ _HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 
 
 @dataclass(frozen=True)
-class MosaicGpuPagedAttention:
+class MosaicGpuPagedAttention(PagedAttention):
     """Pages are [kv_heads, page_size, head_dim], the head dim padded to a multiple of 64.
 
     Of the promises of `PagedAttention` it does not keep one: a token that comes within a chunk may differ in its last
@@ -43,7 +43,6 @@ class MosaicGpuPagedAttention:
 
     name: str = "mosaic_gpu"
     kv_head_axis: int | None = 1
-    stacks_layers: bool = False
     interpret: plgpu.InterpretGPUParams | None = None
     """Set to run on the CPU, for tests: the products are then plain, and everything around them is what a GPU runs."""
     blocks: int | None = None
@@ -68,23 +67,7 @@ class MosaicGpuPagedAttention:
         pages = (num_pages, kv_heads, page_size)
         return separate_layout((*pages, sizes.padded_head_dim(head_dim)), pages, dtype)
 
-    def write_and_attend(
-        self,
-        q: Float[Array, "token q_head head_dim"],
-        k: Float[Array, "token kv_head head_dim"],
-        v: Float[Array, "token kv_head head_dim"],
-        cache: LayerCache,
-        page_table: Int32[Array, "row max_pages"],
-        token_row: Int32[Array, " token"],
-        position: Int32[Array, " token"],
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Float32[Array, " q_head"] | None = None,
-    ) -> Attended:
-        """See `PagedAttention.write_and_attend`."""
-        check_operands(q, k, v, page_table, token_row, position, sinks)
+    def _write_and_attend(self, q, k, v, cache, page_table, token_row, position, scoring, sinks) -> Attended:
         num_pages, _, page_size, _ = cache.k_pages.shape
         _, q_heads, head_dim = q.shape
         kv_heads, dtype = k.shape[1], cache.k_pages.dtype
@@ -96,8 +79,8 @@ class MosaicGpuPagedAttention:
         call = _Call(
             Pages(refs.k_pages, refs.v_pages, refs.k_scales, refs.v_scales, table),
             geometry,
-            Scores(scale, softcap),
-            sliding_window,
+            Scores(scoring.scale, scoring.softcap),
+            scoring.sliding_window,
             None if sinks is None else LOG2_E * sinks.reshape(kv_heads, geometry.group),
         )
         queries = _pad_last(q.astype(jnp.bfloat16), geometry.head_dim)

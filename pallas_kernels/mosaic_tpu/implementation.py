@@ -16,9 +16,9 @@ from pallas_kernels.interface import (
     Attended,
     AttentionNeeds,
     LayerCache,
+    PagedAttention,
     Scoring,
     check_cache,
-    check_operands,
     stored_form,
 )
 from pallas_kernels.mosaic_tpu.attend import Kernel, attend
@@ -37,7 +37,7 @@ TABLE_ENTRIES = 1 << 17
 
 
 @dataclass(frozen=True)
-class MosaicTpuPagedAttention:
+class MosaicTpuPagedAttention(PagedAttention):
     """Keys and values [num_pages, kv_heads, page_size, lanes], as `layout.PageLayout` tells.
 
     A token whose value is not finite gets a key of NaN and a value of zero: it poisons those that see it, as it should,
@@ -46,7 +46,6 @@ class MosaicTpuPagedAttention:
 
     name: str = "mosaic_tpu"
     kv_head_axis: int | None = 1
-    stacks_layers: bool = False
     block_tokens: int = 512
     """Keys that one step of the softmax takes, at most."""
     block_bytes: int = 1 << 20
@@ -72,28 +71,11 @@ class MosaicTpuPagedAttention:
         check_page_layout(num_pages, page_size, kv_heads, head_dim, dtype)
         return PageLayout(page_size, kv_heads, head_dim, jnp.dtype(dtype), self.block_tokens, self.block_bytes)
 
-    def write_and_attend(
-        self,
-        q: Float[Array, "token q_head head_dim"],
-        k: Float[Array, "token kv_head head_dim"],
-        v: Float[Array, "token kv_head head_dim"],
-        cache: LayerCache,
-        page_table: Int32[Array, "row max_pages"],
-        token_row: Int32[Array, " token"],
-        position: Int32[Array, " token"],
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Float32[Array, " q_head"] | None = None,
-    ) -> Attended:
-        """See `PagedAttention.write_and_attend`."""
-        check_operands(q, k, v, page_table, token_row, position, sinks)
+    def _write_and_attend(self, q, k, v, cache, page_table, token_row, position, scoring, sinks) -> Attended:
         num_pages, _, page_size, _ = cache.k_pages.shape
         layout = self._layout(num_pages, page_size, k.shape[1], k.shape[2], cache.k_pages.dtype)
         check_cache(cache, layout.cache(num_pages))
         rows, max_pages = page_table.shape
-        scoring = Scoring(scale, sliding_window, softcap)
         new = _new_tokens(k, v, layout)
         of_chunk = slice(rows, None)
         has_chunk = q.shape[0] > rows
