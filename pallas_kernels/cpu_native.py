@@ -30,7 +30,7 @@ class NativePagedAttention(PagedAttention):
     custom_call: str
     """The name that `native_build.register` gave."""
     name: str = "cpu_native"
-    kv_head_axis: int | None = 1
+    kv_head_axis: int = 1
     stacks_layers: bool = True
 
     @staticmethod

@@ -84,9 +84,9 @@ class PagedAttention(ABC):
 
     name: str
     """The name in the table of `pallas_kernels.platforms`."""
-    kv_head_axis: int | None
+    kv_head_axis: int
     """The axis of every array of the cache along which contiguous equal parts are kv heads. Tensor parallelism cuts the
-    cache there: a part has the layout of a cache of its own heads. None where no axis can be cut."""
+    cache there: a part has the layout of a cache of its own heads."""
     stacks_layers: bool = False
     """Whether it works in place on one layer of a cache that holds all of them, `LayerCache.layer`: a step then has few
     arrays to hand over, which is what costs the host where steps are short."""

@@ -78,7 +78,7 @@ class ReferencePagedAttention(PagedAttention):
     """
 
     name: str = "reference"
-    kv_head_axis: int | None = 2
+    kv_head_axis: int = 2
 
     def cache_layout(
         self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike

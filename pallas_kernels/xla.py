@@ -36,7 +36,7 @@ class XlaPagedAttention(PagedAttention):
     """Pages are [page_size, kv_heads * head_dim], a token's kv heads side by side."""
 
     name: str = "xla"
-    kv_head_axis: int | None = 2
+    kv_head_axis: int = 2
 
     def cache_layout(
         self, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.config import EngineConfig
-from jaxserve.device.errors import PlacementError
 from jaxserve.device.pytree import pytree_dataclass
 from jaxserve.device.sharding import Placement
 from jaxserve.models.config import ModelConfig
@@ -40,19 +39,14 @@ class KVCache:
 
         Raises:
             ValueError: the attention does not support the sizes or the dtype; names it and the limit.
-            PlacementError: the attention's cache cannot be cut by kv heads.
         """
         parts = placement.tensor_parallel
         axis = attention.kv_head_axis
-        if axis is None and parts > 1:
-            raise PlacementError(f"tensor_parallel: must be 1 with attention {attention.name}, got {parts}")
         share = _layer_layout(model, attention, num_pages, config, parts)
 
         front = (model.num_layers,) if attention.stacks_layers else ()
 
         def whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            if axis is None:
-                return jax.ShapeDtypeStruct((*front, *leaf.shape), leaf.dtype, sharding=placement.sharding())
             shape = (*front, *leaf.shape[:axis], leaf.shape[axis] * parts, *leaf.shape[axis + 1 :])
             sharding = placement.sharding(*(None,) * (len(front) + axis), "kv_head")
             return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)

@@ -42,7 +42,7 @@ class MosaicGpuPagedAttention(PagedAttention):
     """
 
     name: str = "mosaic_gpu"
-    kv_head_axis: int | None = 1
+    kv_head_axis: int = 1
     interpret: plgpu.InterpretGPUParams | None = None
     """Set to run on the CPU, for tests: the products are then plain, and everything around them is what a GPU runs."""
     blocks: int | None = None

@@ -45,7 +45,7 @@ class MosaicTpuPagedAttention(PagedAttention):
     """
 
     name: str = "mosaic_tpu"
-    kv_head_axis: int | None = 1
+    kv_head_axis: int = 1
     block_tokens: int = 512
     """Keys that one step of the softmax takes, at most."""
     block_bytes: int = 1 << 20
