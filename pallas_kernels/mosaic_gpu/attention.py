@@ -14,6 +14,7 @@ from pallas_kernels.interface import (
     AttentionNeeds,
     LayerCache,
     PagedAttention,
+    Scoring,
     check_cache,
     check_sizes,
     separate_layout,
@@ -26,7 +27,7 @@ from pallas_kernels.mosaic_gpu.decode import DecodePlan, attend_splits
 from pallas_kernels.mosaic_gpu.geometry import Geometry
 from pallas_kernels.mosaic_gpu.products import Product, plain_product, wgmma_product
 from pallas_kernels.mosaic_gpu.ring import Pages
-from pallas_kernels.mosaic_gpu.scores import LOG2_E, Scores
+from pallas_kernels.mosaic_gpu.scores import LOG2_E
 from pallas_kernels.mosaic_gpu.work import chunk_work, decode_work
 from pallas_kernels.mosaic_gpu.write import write_tokens
 
@@ -79,8 +80,7 @@ class MosaicGpuPagedAttention(PagedAttention):
         call = _Call(
             Pages(refs.k_pages, refs.v_pages, refs.k_scales, refs.v_scales, table),
             geometry,
-            Scores(scoring.scale, scoring.softcap),
-            scoring.sliding_window,
+            scoring,
             None if sinks is None else LOG2_E * sinks.reshape(kv_heads, geometry.group),
         )
         queries = _pad_last(q.astype(jnp.bfloat16), geometry.head_dim)
@@ -105,7 +105,7 @@ class MosaicGpuPagedAttention(PagedAttention):
         """The decode rows, written and attended. `stored` is of all tokens, of which they are the first."""
         geometry, sinks = call.geometry, call.sinks
         max_context = call.pages.table.shape[1] * geometry.page_size
-        work, row_start = decode_work(token_row, position, max_context, call.sliding_window)
+        work, row_start = decode_work(token_row, position, max_context, call.scoring.sliding_window)
         plan = DecodePlan.of(geometry)
         plan = replace(plan, blocks=self.blocks or plan.blocks)
         padding = geometry.q_rows - geometry.group
@@ -118,7 +118,7 @@ class MosaicGpuPagedAttention(PagedAttention):
             new = (array[: len(tokens)] for array in stored if array is not None)
             tokens = jnp.concatenate([tokens, *new], axis=1)
             tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % 8), (0, 0)))
-        partial = attend_splits(tokens, call.pages, work, geometry, call.scores, plan, self._product, self.interpret)
+        partial = attend_splits(tokens, call.pages, work, geometry, call.scoring, plan, self._product, self.interpret)
         if sinks is not None:
             sinks = jnp.pad(sinks, ((0, 0), (0, padding)))
         return combine(partial, row_start, sinks, geometry.group, self.interpret)
@@ -137,7 +137,7 @@ class MosaicGpuPagedAttention(PagedAttention):
         self._write(call, stored, token_row, position, rows)
         plan = ChunkPlan.of(geometry)
         plan = replace(plan, blocks=self.blocks or plan.blocks)
-        kernel = ChunkKernel(geometry, call.scores, call.sliding_window, plan, self._product)
+        kernel = ChunkKernel(geometry, call.scoring, plan, self._product)
         work, places = chunk_work(token_row, position, rows, kernel.tokens_per_unit)
         spare = TILE - kernel.tokens_per_tile * geometry.group
 
@@ -184,8 +184,7 @@ class _Call:
     pages: Pages
     """References to the cache, and its table."""
     geometry: Geometry
-    scores: Scores
-    sliding_window: int | None
+    scoring: Scoring
     sinks: Array | None
     """[kv_head, group], in units of log 2."""
 

@@ -15,11 +15,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.interface import Scoring
 from pallas_kernels.mosaic_gpu.geometry import BLOCK, SHARED_BYTES, Geometry, tiled
 from pallas_kernels.mosaic_gpu.grid import GRID_AXIS, MULTIPROCESSORS, for_each_unit
 from pallas_kernels.mosaic_gpu.products import Product, Ref
 from pallas_kernels.mosaic_gpu.ring import Pages, Ring, transfer, wait_for_last
-from pallas_kernels.mosaic_gpu.scores import LOWEST, Scores
+from pallas_kernels.mosaic_gpu.scores import LOWEST, scores_of
 from pallas_kernels.mosaic_gpu.work import ChunkWork
 
 TILE = 64
@@ -83,8 +84,7 @@ class ChunkKernel:
     """The kernel of one geometry."""
 
     geometry: Geometry
-    scores: Scores
-    sliding_window: int | None
+    scoring: Scoring
     plan: ChunkPlan
     product: Product
 
@@ -145,8 +145,8 @@ class ChunkKernel:
 
     def _blocks_of(self, work: ChunkWork, unit):
         """First block of keys of a unit, and one past its last."""
-        position = work.position[unit]
-        oldest = 0 if self.sliding_window is None else jnp.maximum(position - (self.sliding_window - 1), 0)
+        position, window = work.position[unit], self.scoring.sliding_window
+        oldest = 0 if window is None else jnp.maximum(position - (window - 1), 0)
         end = position + work.tokens[unit]
         return lax.div(oldest, jnp.int32(BLOCK)), lax.div(end + (BLOCK - 1), jnp.int32(BLOCK))
 
@@ -223,29 +223,29 @@ class ChunkKernel:
         """Scores [TILE, BLOCK] of a tile's queries and a stage's keys."""
         keys = scratch.ring.keys.at[stage]
         if scratch.keys is None:
-            return self.scores.of(self.product(queries, keys.transpose((1, 0))))
+            return scores_of(self.product(queries, keys.transpose((1, 0))), self.scoring)
         converted = scratch.keys.at[tile]
         transfer(keys, converted)
         plgpu.commit_smem()
         scale = plgpu.load(scratch.ring.key_scales.at[stage], layout=plgpu.Layout.WGMMA.reduce(0))
         product = self.product(queries, converted.transpose((1, 0)))
-        return self.scores.of(product * lax.broadcast_in_dim(scale, product.shape, [1]))
+        return scores_of(product * lax.broadcast_in_dim(scale, product.shape, [1]), self.scoring)
 
     def _mask(self, score, block, position):
         """-inf where a key lies after the row's position, or before its window."""
-        group = self.geometry.group
+        group, window = self.geometry.group, self.scoring.sliding_window
         last_position = position + (TILE - 1) // group
         crosses = (block + 1) * BLOCK > position + 1
-        if self.sliding_window is not None:
-            crosses = crosses | (block * BLOCK <= last_position - self.sliding_window)
+        if window is not None:
+            crosses = crosses | (block * BLOCK <= last_position - window)
 
         def masked(score):
             key = block * BLOCK + plgpu.broadcasted_iota(jnp.int32, score.shape, 1, layout=plgpu.Layout.WGMMA)
             row = plgpu.broadcasted_iota(jnp.int32, score.shape, 0, layout=plgpu.Layout.WGMMA)
             # Row r holds token r // group of the tile; r // group >= n is r >= n * group.
             seen = (key - position) * group <= row
-            if self.sliding_window is not None:
-                seen = seen & ((key - position + self.sliding_window) * group > row)
+            if window is not None:
+                seen = seen & ((key - position + window) * group > row)
             return jnp.where(seen, score, -jnp.inf)
 
         return lax.cond(crosses, masked, lambda score: score, score)

@@ -20,12 +20,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.interface import Scoring
 from pallas_kernels.mosaic_gpu.combine import Partial
 from pallas_kernels.mosaic_gpu.geometry import BLOCK, SHARED_BYTES, Geometry, tiled
 from pallas_kernels.mosaic_gpu.grid import GRID_AXIS, MULTIPROCESSORS, for_each_unit
 from pallas_kernels.mosaic_gpu.products import Product, Ref, to_bfloat16
 from pallas_kernels.mosaic_gpu.ring import Pages, Ring, column_tiles, transfer, wait_for_last
-from pallas_kernels.mosaic_gpu.scores import LOWEST, Scores
+from pallas_kernels.mosaic_gpu.scores import LOWEST, scores_of
 from pallas_kernels.mosaic_gpu.work import DecodeWork
 
 _CONSUMER, _PRODUCER = 0, 1
@@ -95,7 +96,7 @@ def attend_splits(
     pages: Pages,
     work: DecodeWork,
     geometry: Geometry,
-    scores: Scores,
+    scoring: Scoring,
     plan: DecodePlan,
     product: Product,
     interpret=None,
@@ -108,7 +109,7 @@ def attend_splits(
         pages: references to the cache, and its table.
         work: the units.
         geometry: sizes.
-        scores: what becomes of the product of a query and a key.
+        scoring: what becomes of the product of a query and a key; the work tells the window.
         plan: grid and stages.
         product: how matrices are multiplied.
         interpret: parameters of the interpreter, None on a GPU.
@@ -124,7 +125,7 @@ def attend_splits(
 
         @pl.when(warpgroup == _CONSUMER)
         def _attend():
-            _consume(geometry, scores, product, pages, work, scratch, Partial(*partial))
+            _consume(geometry, scoring, product, pages, work, scratch, Partial(*partial))
 
         @pl.when(warpgroup == _PRODUCER)
         def _load():
@@ -182,7 +183,7 @@ def _produce(geometry: Geometry, tokens: Ref, pages: Pages, work: DecodeWork, sc
 
 def _consume(
     geometry: Geometry,
-    scores: Scores,
+    scoring: Scoring,
     product: Product,
     pages: Pages,
     work: DecodeWork,
@@ -220,7 +221,7 @@ def _consume(
                 score = score * lax.broadcast_in_dim(scale, score.shape, [0])
             else:
                 score = product(ring.keys.at[stage], queries)
-            score = jnp.where(seen, scores.of(score), -jnp.inf)
+            score = jnp.where(seen, scores_of(score, scoring), -jnp.inf)
             new_largest = jnp.maximum(largest, score.max(axis=0))
             rescale = jnp.exp2(largest - new_largest)
             weight = jnp.exp2(score - columns(new_largest, score.shape))
