@@ -3,6 +3,7 @@
 import asyncio
 import time
 from concurrent.futures import Executor
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 import grpc.aio
@@ -72,23 +73,7 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
     async def GetLoads(self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadsResponse:
         loads = self._lifecycle.loaded_engine().loads()
         return pb.GetLoadsResponse(
-            running=loads.running,
-            waiting=loads.waiting,
-            slots=loads.slots,
-            free_pages=loads.available_pages - loads.cached_pages,
-            cached_pages=loads.cached_pages,
-            available_pages=loads.available_pages,
-            total_pages=loads.total_pages,
-            steps=loads.steps,
-            preemptions=loads.preemptions,
-            prefix_queries=loads.prefix_queries,
-            prefix_hits=loads.prefix_hits,
-            overrun_tokens=loads.overrun_tokens,
-            compiles_after_warmup=loads.compiles_after_warmup,
-            open_calls=len(self._calls),
-            saved_pages=loads.saved_pages,
-            restored_pages=loads.restored_pages,
-            resumable_streams=loads.resumable_streams,
+            **asdict(loads), free_pages=loads.available_pages - loads.cached_pages, open_calls=len(self._calls)
         )
 
     @errors.answered

@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -17,6 +17,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.core.messages import StepRecord
 from jaxserve.events import Finished, FinishReason, Started, Timings, TokenLogprob, Usage
 from jaxserve.front.event_reader import wake_readers
+from jaxserve.front.loads import EngineLoads
 from jaxserve.front.request_stream import RequestStream
 from jaxserve.front.statistics import Statistics
 from jaxserve.request import Request
@@ -94,25 +95,6 @@ class ScriptedDevice:
     platform: str = "cpu"
     device_kind: str = "script"
     attention: str = "none"
-
-
-@dataclass(frozen=True)
-class ScriptedLoads:
-    running: int
-    waiting: int
-    slots: int
-    available_pages: int
-    total_pages: int
-    steps: int
-    cached_pages: int = 0
-    saved_pages: int = 0
-    restored_pages: int = 0
-    resumable_streams: int = 0
-    preemptions: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    overrun_tokens: int = 0
-    compiles_after_warmup: int = 0
 
 
 @dataclass
@@ -239,17 +221,21 @@ class ScriptedEngine:
         if active is not None and active.stream is stream:
             active.cancelled = True
 
-    def loads(self) -> ScriptedLoads:
+    def loads(self) -> EngineLoads:
         with self._changed:
             entries = list(self._active.values())
         running = sum(active.running for active in entries)
-        return ScriptedLoads(
-            running=running,
-            waiting=len(entries) - running,
-            slots=self.config.slots,
-            available_pages=self.total_pages - sum(active.pages for active in entries),
-            total_pages=self.total_pages,
-            steps=self._steps,
+        counts = dict.fromkeys((field.name for field in fields(EngineLoads)), 0)
+        return EngineLoads(
+            **counts
+            | {
+                "running": running,
+                "waiting": len(entries) - running,
+                "slots": self.config.slots,
+                "available_pages": self.total_pages - sum(active.pages for active in entries),
+                "total_pages": self.total_pages,
+                "steps": self._steps,
+            }
         )
 
     def profile(self, seconds: float) -> str:

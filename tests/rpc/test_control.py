@@ -9,9 +9,10 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from scripted_engine import ScriptedEngine, ScriptedLoads
+from scripted_engine import ScriptedEngine
 from serving import eventually, serving
 
+from jaxserve.front.loads import EngineLoads
 from jaxserve.request_errors import EngineUnavailable, InvalidRequest
 from rpc.client import AsyncClient
 from rpc.server import SERVICES, Server
@@ -84,9 +85,9 @@ async def test_loads_count_what_runs_and_waits() -> None:
 
 async def test_whatever_the_engine_counts_is_told_by_the_same_name() -> None:
     engine = ScriptedEngine()
-    counts = {field.name: 100 + number for number, field in enumerate(dataclasses.fields(ScriptedLoads))}
+    counts = {field.name: 100 + number for number, field in enumerate(dataclasses.fields(EngineLoads))}
     async with serving(engine) as (_, client):
-        engine.loads = lambda: ScriptedLoads(**counts)
+        engine.loads = lambda: EngineLoads(**counts)
         told = await client.loads()
     assert {name: getattr(told, name) for name in counts} == counts
     assert told.free_pages == counts["available_pages"] - counts["cached_pages"]
