@@ -63,7 +63,7 @@ class Lifecycle:
     def ready_engine(self) -> ServedEngine:
         """The engine, if requests may be sent to it. Raises EngineUnavailable with the reason if not."""
         if self.engine is None or self.state is not State.READY:
-            raise EngineUnavailable(_REFUSALS.get(self.state, f"the server is {self.state}"))
+            raise EngineUnavailable(_REFUSALS[self.state])
         return self.engine
 
     def loaded_engine(self) -> ServedEngine:

@@ -11,7 +11,6 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from jaxserve.core.messages import StepRecord
 from jaxserve.front.statistics import Distribution, device_idle_ratio
 from rpc.lifecycle import Lifecycle
 from rpc.served_engine import ServedEngine
@@ -68,7 +67,6 @@ class _EngineCollector(Collector):
 
 def _gauges(engine: ServedEngine, labels: Sequence[str]) -> Iterable[Family]:
     loads = engine.loads()
-    records: list[StepRecord] = list(engine.step_records)
     used = 1 - loads.available_pages / loads.total_pages if loads.total_pages else 0.0
     for name, help_text, value in (
         ("num_requests_running", "Requests that hold a slot", loads.running),
@@ -77,7 +75,7 @@ def _gauges(engine: ServedEngine, labels: Sequence[str]) -> Iterable[Family]:
         (
             "device_idle_ratio",
             "Part of the last minute's work that the device waited for the host",
-            device_idle_ratio(records, time.monotonic()),
+            device_idle_ratio(list(engine.step_records), time.monotonic()),
         ),
     ):
         family = GaugeMetricFamily(PREFIX + name, help_text, labels=_LABELS)

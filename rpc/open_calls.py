@@ -71,13 +71,14 @@ class OpenCalls:
         and `finish_reason` abort; one that never does costs one message and ends with its connection.
         """
         now = time.monotonic()
-        for call in [call for call in self._calls if call.write_began is not None]:
-            if now - (call.write_began or now) > self._stall_limit and call.stream is not None:
+        for call in list(self._calls):
+            began, stream = call.write_began, call.stream
+            if began is not None and stream is not None and now - began > self._stall_limit:
                 logger.warning(
                     "request %s aborted: its client read nothing for %g s",
                     call.request_id,
                     self._stall_limit,
                     extra={"request_id": call.request_id},
                 )
-                call.stream.cancel()
+                stream.cancel()
                 self.close(call)

@@ -4,12 +4,10 @@ listen, health NOT_SERVING -> load the engine in a thread -> SERVING -> NOT_SERV
 """
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
@@ -39,11 +37,6 @@ from rpc.thread_pool import started_pool
 from rpc.tracing import TraceParents, traced
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
-
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
 
 SERVICES = (
     *(service.full_name for service in pb.DESCRIPTOR.services_by_name.values()),

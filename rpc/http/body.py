@@ -5,7 +5,7 @@ import json
 import re
 from typing import NoReturn
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from rpc.http.errors import HttpError
 
@@ -56,8 +56,6 @@ async def _read(request: Request, limit: int, timeout: float) -> bytes:
                     raise too_large
     except TimeoutError:
         raise HttpError(408, f"the request body did not arrive within {timeout:g} s", "timeout") from None
-    except ClientDisconnect:
-        raise
     return bytes(data)
 
 
