@@ -1,4 +1,4 @@
-"""Calls of gRPC as they arrive: their message in time, and not taken back over and over."""
+"""Calls of gRPC as they arrive: their message whole and in time, and not taken back over and over."""
 
 import asyncio
 import contextlib
@@ -10,6 +10,7 @@ from typing import cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from rpc.errors import Failure
 from rpc.security.connections import close_connection
@@ -57,7 +58,8 @@ class PrematureResets:
 
 
 class Arrivals(grpc.aio.ServerInterceptor):
-    """Waits for the message of a call so long and no longer, and has each call's end counted.
+    """Waits for the message of a call so long and no longer, refuses one that does not parse, and has each call's end
+    counted.
 
     Goes first of all interceptors, so that it sees calls that are refused, or that are of no method, too.
     """
@@ -101,8 +103,10 @@ class Arrivals(grpc.aio.ServerInterceptor):
                 message = await context.read()
         except TimeoutError:
             text = f"the message of the call did not arrive within {self._message_timeout:g} s"
-            failure = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, text, "MESSAGE_TIMEOUT")
-            await context.abort(failure.code, failure.message, failure.trailing_metadata())
+            await Failure(grpc.StatusCode.DEADLINE_EXCEEDED, text, "MESSAGE_TIMEOUT").end(context)
+        except DecodeError as error:  # for which grpc.aio alone answers UNKNOWN and logs a traceback
+            text = f"the request is malformed: {error}"
+            await Failure(grpc.StatusCode.INVALID_ARGUMENT, text, "MALFORMED_REQUEST").end(context)
         if message is grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
             # It was taken back, or ended without a message: gRPC tells both alike. Who still waits is told.
             with contextlib.suppress(grpc.aio.AbortError, grpc.aio.InternalError):

@@ -104,6 +104,10 @@ class Failure:
             status.details.append(packed)
         return tuple(rpc_status.to_status(status).trailing_metadata)
 
+    async def end(self, context: grpc.aio.ServicerContext) -> NoReturn:
+        """Ends a call with it."""
+        await context.abort(self.code, self.message, self.trailing_metadata())
+
 
 def field_path(field: str, request: Message) -> str:
     """Where a field with this API name lies in the request message, as BadRequest wants it."""
@@ -179,8 +183,7 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception, request: Me
         name = current_request_id() or f"({type(request).__name__})"  # calls that do not generate have no id
         logger.error("request %s failed: %r", name, error, exc_info=error)
         failure = Failure(grpc.StatusCode.INTERNAL, clipped(f"internal error in request {name}"), "INTERNAL")
-    await context.abort(failure.code, failure.message, failure.trailing_metadata())
-    raise AssertionError("abort returned")
+    await failure.end(context)
 
 
 def answered[Handler: Callable[..., Awaitable[object]]](handler: Handler) -> Handler:

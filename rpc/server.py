@@ -23,7 +23,6 @@ from rpc.http.app import HttpFront, metrics_app
 from rpc.http.listener import HttpListener
 from rpc.jetstream import orchestrator_pb2_grpc
 from rpc.lifecycle import Lifecycle, PortUnavailable, State
-from rpc.malformed import MalformedRequests
 from rpc.metrics import Metrics
 from rpc.open_calls import OpenCalls
 from rpc.security.access import Access
@@ -85,7 +84,6 @@ class Server:
                 Arrivals(config.message_timeout, PrematureResets()),
                 Guard(self.access),
                 *([] if self._telemetry is None else [TraceParents()]),
-                MalformedRequests(*(f"/{service}/" for service in SERVICES)),
             ],
             options=config.channel_options(),
         )

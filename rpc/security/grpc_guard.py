@@ -42,8 +42,7 @@ def _authorization(details: grpc.HandlerCallDetails) -> str | None:
 def _refusal(failure: Failure) -> grpc.RpcMethodHandler:
     """A handler of streams: it answers before a message of the client has come, whatever kind of call it makes."""
 
-    async def refuse(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-        await context.abort(failure.code, failure.message, failure.trailing_metadata())
-        yield b""  # never: this makes it a generator
+    async def refuse(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        await failure.end(context)
 
     return grpc.stream_stream_rpc_method_handler(refuse)  # pyright: ignore[reportArgumentType]
