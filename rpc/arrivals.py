@@ -1,4 +1,4 @@
-"""Calls of gRPC as they arrive: their message whole and in time, and not taken back over and over."""
+"""Every call of gRPC from its message, whole and in time, to its status, and none taken back over and over."""
 
 import asyncio
 import contextlib
@@ -10,9 +10,9 @@ from typing import cast
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
-from rpc.errors import Failure
+from rpc.errors import Failure, abort
 from rpc.security.connections import close_connection
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ class PrematureResets:
 
 
 class Arrivals(grpc.aio.ServerInterceptor):
-    """Waits for the message of a call so long and no longer, refuses one that does not parse, and has each call's end
-    counted.
+    """Waits for the message of a call so long and no longer, refuses one that does not parse, ends the call with the
+    status of what its handler raises, and has each call's end counted.
 
     Goes first of all interceptors, so that it sees calls that are refused, or that are of no method, too.
     """
@@ -125,16 +125,21 @@ def _is_premature(elapsed: float, remaining: float | None) -> bool:
 
 
 async def _answer(handler: grpc.RpcMethodHandler, request: object, context: grpc.aio.ServicerContext) -> None:
-    """Runs a handler of any kind."""
+    """Runs a handler of any kind; the call ends with the status of what it raises."""
     kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
     behaviour = next(kind for kind in kinds if kind is not None)
-    if inspect.isasyncgenfunction(behaviour):
-        async for response in cast(_Generator, behaviour)(request, context):
-            await context.write(response)
-        return
-    response = await cast(_Coroutine, behaviour)(request, context)
-    if not handler.response_streaming:
-        await context.write(response)
+    try:
+        if inspect.isasyncgenfunction(behaviour):
+            async for response in cast(_Generator, behaviour)(request, context):
+                await context.write(response)
+        else:
+            response = await cast(_Coroutine, behaviour)(request, context)
+            if not handler.response_streaming:
+                await context.write(response)
+    except grpc.aio.BaseError:
+        raise  # the transport's own: the call is gone or has its status
+    except Exception as error:
+        await abort(context, error, cast(Message, request))
 
 
 async def _unknown(_: object, context: grpc.aio.ServicerContext) -> None:

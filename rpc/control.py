@@ -10,7 +10,6 @@ import grpc.aio
 
 from jaxserve import request as limits
 from jaxserve.request_errors import InvalidRequest
-from rpc import errors
 from rpc.call_runner import CallRunner
 from rpc.convert import messages_from_proto
 from rpc.lifecycle import Lifecycle
@@ -41,17 +40,14 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
         self._profiling = started_pool(2, "jaxserve-profile")
         self._began = time.monotonic()
 
-    @errors.answered
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         return pb.AbortResponse(aborted=self._runner.abort(request.request_id))
 
-    @errors.answered
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetModelInfoResponse:
         return _model_info(self._lifecycle.loaded_engine())
 
-    @errors.answered
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetServerInfoResponse:
@@ -69,20 +65,17 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
             info.limits.CopyFrom(_limits(engine, self._max_request_bytes))
         return info
 
-    @errors.answered
     async def GetLoads(self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadsResponse:
         loads = self._lifecycle.loaded_engine().loads()
         return pb.GetLoadsResponse(
             **asdict(loads), free_pages=loads.available_pages - loads.cached_pages, open_calls=len(self._calls)
         )
 
-    @errors.answered
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         engine = self._lifecycle.loaded_engine()
         loop = asyncio.get_running_loop()
         return pb.TokenizeResponse(token_ids=await loop.run_in_executor(self._tokenizing, _tokenize, engine, request))
 
-    @errors.answered
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
@@ -90,7 +83,6 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
         loop = asyncio.get_running_loop()
         return pb.DetokenizeResponse(text=await loop.run_in_executor(self._tokenizing, _detokenize, engine, request))
 
-    @errors.answered
     async def Profile(self, request: pb.ProfileRequest, context: grpc.aio.ServicerContext) -> pb.ProfileResponse:
         require_admin()
         engine = self._lifecycle.loaded_engine()

@@ -1,10 +1,9 @@
 """Errors on the wire: exceptions to gRPC statuses with google.rpc details on the server, and back in the client."""
 
-import functools
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NoReturn, cast
+from typing import NoReturn
 
 import grpc
 import grpc.aio
@@ -184,21 +183,6 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception, request: Me
         logger.error("request %s failed: %r", name, error, exc_info=error)
         failure = Failure(grpc.StatusCode.INTERNAL, clipped(f"internal error in request {name}"), "INTERNAL")
     await failure.end(context)
-
-
-def answered[Handler: Callable[..., Awaitable[object]]](handler: Handler) -> Handler:
-    """Makes a servicer's method end its call with the status of what it raises."""
-
-    @functools.wraps(handler)
-    async def respond(self: object, request: Message, context: grpc.aio.ServicerContext) -> object:
-        try:
-            return await handler(self, request, context)
-        except grpc.aio.BaseError:
-            raise  # the transport's own: the call is gone or has its status
-        except Exception as error:
-            await abort(context, error, request)
-
-    return cast(Handler, respond)
 
 
 def _details[M: Message](trailing_metadata: Iterable[tuple[str, str | bytes]], kind: type[M]) -> list[M]:

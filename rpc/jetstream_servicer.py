@@ -8,7 +8,6 @@ import grpc.aio
 from jaxserve.events import Delta, Event, Finished
 from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import InvalidRequest
-from rpc import errors
 from rpc.call_runner import CallRunner
 from rpc.jetstream import orchestrator_pb2 as pb
 from rpc.jetstream import orchestrator_pb2_grpc
@@ -26,7 +25,6 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
         self._runner = runner
         self._lifecycle = lifecycle
 
-    @errors.answered
     async def Decode(self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext) -> None:
         request_id = uuid.uuid4().hex
 
@@ -43,7 +41,6 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
             request_id, lambda deadline: request_from_jetstream(request, request_id, deadline), context, write
         )
 
-    @errors.answered
     async def HealthCheck(
         self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> pb.HealthCheckResponse:

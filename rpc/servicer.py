@@ -6,7 +6,6 @@ from functools import partial
 import grpc.aio
 
 from jaxserve.front.completion import CompletionBuilder
-from rpc import errors
 from rpc.call_runner import CallRunner
 from rpc.convert import completion_to_proto, event_to_proto, request_from_proto
 from rpc.v1 import jaxserve_pb2 as pb
@@ -19,19 +18,16 @@ class InferenceServicer(jaxserve_pb2_grpc.InferenceServicer):
     def __init__(self, runner: CallRunner):
         self._runner = runner
 
-    @errors.answered
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         _name(request)
         build = partial(request_from_proto, request)
         await self._runner.run(request.request_id, build, context, lambda event: context.write(event_to_proto(event)))
 
-    @errors.answered
     async def Attach(self, request: pb.AttachRequest, context: grpc.aio.ServicerContext) -> None:
         await self._runner.attach(
             request.request_id, request.from_token, lambda event: context.write(event_to_proto(event))
         )
 
-    @errors.answered
     async def GenerateOnce(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateOnceResponse:

@@ -42,7 +42,6 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         self._tokenizer_archive: asyncio.Future[bytes] | None = None
         self._began = time.monotonic()
 
-    @errors.answered
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         request_id = request.request_id or uuid.uuid4().hex
         responses = ResponseBuilder(request)
@@ -60,20 +59,17 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
             request_id, lambda deadline: request_from_vllm(request, request_id, deadline), context, write
         )
 
-    @errors.answered
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         for request_id in request.request_ids:
             self._runner.abort(request_id)
         return pb.AbortResponse()
 
-    @errors.answered
     async def HealthCheck(
         self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> pb.HealthCheckResponse:
         state = self._lifecycle.state
         return pb.HealthCheckResponse(healthy=state is State.READY, message=state)
 
-    @errors.answered
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetModelInfoResponse:
@@ -92,7 +88,6 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
             bos_token_id=model.bos_id or 0,
         )
 
-    @errors.answered
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetServerInfoResponse:
@@ -109,7 +104,6 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
             max_num_seqs=engine.config.total_slots,
         )
 
-    @errors.answered
     async def GetLoads(self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadsResponse:
         engine = self._lifecycle.loaded_engine()
         loads = engine.loads()
@@ -128,7 +122,6 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         now = datetime.now(UTC).isoformat()
         return pb.GetLoadsResponse(timestamp=now, version=installed_version("jaxserve"), dp_rank_count=1, loads=[load])
 
-    @errors.answered
     async def GetTokenizer(self, request: common_pb2.GetTokenizerRequest, context: grpc.aio.ServicerContext) -> None:
         tokenizer = self._lifecycle.loaded_engine().tokenizer
         if self._tokenizer_archive is None:
@@ -141,29 +134,24 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
                 chunk.sha256 = hashlib.sha256(archive).hexdigest()
             await context.write(chunk)
 
-    @errors.answered
     async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
         raise errors.Unsupported("the model generates text and makes no embeddings")
 
-    @errors.answered
     async def FlushCache(
         self, request: common_pb2.FlushCacheRequest, context: grpc.aio.ServicerContext
     ) -> common_pb2.FlushCacheResponse:
         raise errors.Unsupported("the prefix cache gives way by itself and is not flushed")
 
-    @errors.answered
     async def StartProfile(
         self, request: common_pb2.StartProfileRequest, context: grpc.aio.ServicerContext
     ) -> common_pb2.ProfileResponse:
         raise errors.Unsupported("profiles are not taken through this service")
 
-    @errors.answered
     async def StopProfile(
         self, request: common_pb2.StopProfileRequest, context: grpc.aio.ServicerContext
     ) -> common_pb2.ProfileResponse:
         raise errors.Unsupported("profiles are not taken through this service")
 
-    @errors.answered
     async def SubscribeKvEvents(
         self, request: common_pb2.SubscribeKvEventsRequest, context: grpc.aio.ServicerContext
     ) -> None:
