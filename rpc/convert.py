@@ -5,6 +5,7 @@ Only shapes are converted here: the engine checks every value against its model'
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from google.protobuf.message import Message
@@ -77,7 +78,7 @@ def request_from_proto(message: pb.GenerateRequest, deadline: float | None = Non
             stop_token_ids=tuple(message.stopping.stop_token_ids),
         ),
         output=OutputParams(**_set_fields(message.output, _OUTPUT_SCALARS)),  # pyright: ignore[reportArgumentType]
-        constraint=_constraint_from_proto(message.constraint) if message.HasField("constraint") else None,
+        constraint=constraint_from_proto(message.constraint) if message.HasField("constraint") else None,
         model=message.model or None,
         priority=message.priority,
         cache_salt=message.cache_salt,
@@ -86,14 +87,16 @@ def request_from_proto(message: pb.GenerateRequest, deadline: float | None = Non
     )
 
 
-def _constraint_from_proto(message: pb.Constraint) -> Constraint:
-    """The one field that is set; none is for the engine to refuse."""
+def constraint_from_proto(message: Message) -> Constraint:
+    """The field that is set of a message's oneof `constraint`, in this protocol or vLLM's; none is for the engine to
+    refuse."""
     kind = message.WhichOneof("constraint")
     if kind is None:
         return Constraint()
+    value = getattr(message, kind)
     if kind == "choice":
-        return Constraint(choice=tuple(message.choice.choices))
-    return Constraint(**{kind: getattr(message, kind)})
+        return Constraint(choice=tuple(value.choices))
+    return Constraint(**{kind: value})
 
 
 def _assign(field: str, assign: Callable[[], object]) -> None:
@@ -193,26 +196,6 @@ def _logprobs_from_proto(logprobs: Sequence[pb.TokenLogprob]) -> tuple[TokenLogp
     )
 
 
-def usage_to_proto(usage: Usage) -> pb.Usage:
-    """Token counts as a message."""
-    return pb.Usage(
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
-        completion_tokens=usage.completion_tokens,
-    )
-
-
-def timings_to_proto(timings: Timings) -> pb.Timings:
-    """Seconds as a message."""
-    return pb.Timings(
-        queue=timings.queue,
-        prefill=timings.prefill,
-        decode=timings.decode,
-        total=timings.total,
-        first_token=timings.first_token,
-    )
-
-
 def event_to_proto(event: Event) -> pb.GenerateResponse:
     """One message of a stream. Deltas come first and are built in place: this runs once for every token."""
     response = pb.GenerateResponse(request_id=event.request_id)
@@ -236,8 +219,8 @@ def event_to_proto(event: Event) -> pb.GenerateResponse:
         finished.index = event.index
         finished.finish_reason = event.finish_reason
         _set_matched_stop(finished, event.matched_stop)
-        finished.usage.CopyFrom(usage_to_proto(event.usage))
-        finished.timings.CopyFrom(timings_to_proto(event.timings))
+        finished.usage.CopyFrom(pb.Usage(**asdict(event.usage)))
+        finished.timings.CopyFrom(pb.Timings(**asdict(event.timings)))
         finished.error = event.error or ""
     return response
 
@@ -254,13 +237,11 @@ def _matched_stop(message: pb.Finished | pb.GenerateOutput) -> str | int | None:
     return None if name is None else getattr(message, name)
 
 
-def usage_from_proto(usage: pb.Usage) -> Usage:
-    """Inverse of `usage_to_proto`."""
+def _usage(usage: pb.Usage) -> Usage:
     return Usage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
 
 
-def timings_from_proto(timings: pb.Timings) -> Timings:
-    """Inverse of `timings_to_proto`."""
+def _timings(timings: pb.Timings) -> Timings:
     return Timings(timings.queue, timings.prefill, timings.decode, timings.total, timings.first_token)
 
 
@@ -286,8 +267,8 @@ def event_from_proto(response: pb.GenerateResponse) -> Event | None:
             request_id=response.request_id,
             index=finished.index,
             finish_reason=FinishReason(finished.finish_reason),
-            usage=usage_from_proto(finished.usage),
-            timings=timings_from_proto(finished.timings),
+            usage=_usage(finished.usage),
+            timings=_timings(finished.timings),
             matched_stop=_matched_stop(finished),
             error=finished.error or None,
         )
@@ -298,8 +279,8 @@ def completion_to_proto(completion: Completion) -> pb.GenerateOnceResponse:
     """The answer that has all sequences."""
     response = pb.GenerateOnceResponse(
         request_id=completion.request_id,
-        usage=usage_to_proto(completion.usage),
-        timings=timings_to_proto(completion.timings),
+        usage=pb.Usage(**asdict(completion.usage)),
+        timings=pb.Timings(**asdict(completion.timings)),
         seed=completion.seed,
         prompt_logprobs=_logprobs_to_proto(completion.prompt_logprobs or ()),
     )
@@ -329,8 +310,8 @@ def completion_from_proto(response: pb.GenerateOnceResponse, wanted: pb.Output) 
             )
             for output in response.outputs
         ),
-        usage=usage_from_proto(response.usage),
-        timings=timings_from_proto(response.timings),
+        usage=_usage(response.usage),
+        timings=_timings(response.timings),
         seed=response.seed,
         prompt_logprobs=_logprobs_from_proto(response.prompt_logprobs) or no_prompt_logprobs,
     )

@@ -15,8 +15,9 @@ from google.protobuf.message import Message
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxserve.events import Delta, Event, Finished, FinishReason, Started, TokenLogprob
-from jaxserve.request import Constraint, OutputParams, Request, SamplingParams, StoppingParams
+from jaxserve.request import OutputParams, Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import InvalidRequest
+from rpc.convert import constraint_from_proto
 from rpc.unknown_fields import refuse_unknown
 
 _REQUEST_FIELDS = frozenset(("request_id", "tokenized", "text", "sampling_params", "stream", "data_parallel_rank"))
@@ -24,19 +25,9 @@ _SAMPLING_FIELDS = frozenset(
     (
         *("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"),
         *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
-        *(
-            "n",
-            "logprobs",
-            "prompt_logprobs",
-            "seed",
-            "logit_bias",
-            "json_schema",
-            "regex",
-            "grammar",
-            "json_object",
-            "choice",
-        ),
-        *("skip_special_tokens", "spaces_between_special_tokens", "grammar_from_first_token"),
+        *("n", "logprobs", "prompt_logprobs", "seed", "logit_bias"),
+        *("json_schema", "regex", "grammar", "json_object", "choice", "grammar_from_first_token"),
+        *("skip_special_tokens", "spaces_between_special_tokens"),
     )
 )
 
@@ -95,25 +86,10 @@ def request_from_vllm(message: pb.GenerateRequest, request_id: str, deadline: fl
             prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
             return_text=False,
         ),
-        constraint=_constraint(params),
+        constraint=constraint_from_proto(params) if params.WhichOneof("constraint") else None,
         request_id=request_id,
         deadline=deadline,
     )
-
-
-def _constraint(params: pb.SamplingParams) -> Constraint | None:
-    match params.WhichOneof("constraint"):
-        case "json_schema":
-            return Constraint(json_schema=params.json_schema)
-        case "regex":
-            return Constraint(regex=params.regex)
-        case "grammar":
-            return Constraint(grammar=params.grammar)
-        case "json_object":
-            return Constraint(json_object=params.json_object)
-        case "choice":
-            return Constraint(choice=tuple(params.choice.choices))
-    return None
 
 
 @dataclass
