@@ -8,18 +8,19 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from datetime import UTC, datetime
 
 import grpc.aio
+from google.protobuf.message import Message
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from jaxserve.events import Event
-from rpc import errors
 from rpc.call_runner import CallRunner
 from rpc.control import installed_version
+from rpc.errors import Unsupported
 from rpc.lifecycle import Lifecycle, State
 from rpc.open_calls import OpenCalls
 from rpc.vllm_convert import ResponseBuilder, request_from_vllm, zipped
@@ -29,6 +30,15 @@ SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 
 CHUNK_BYTES = 1 << 20
 """Of the tokenizer's archive in one message; clients take 4 MiB unless told otherwise."""
+
+
+def _unsupported(why: str) -> Callable[..., Awaitable[None]]:
+    """A method that this server does not have."""
+
+    async def refuse(servicer: object, request: Message, context: grpc.aio.ServicerContext) -> None:
+        raise Unsupported(why)
+
+    return refuse
 
 
 class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
@@ -134,28 +144,10 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
                 chunk.sha256 = hashlib.sha256(archive).hexdigest()
             await context.write(chunk)
 
-    async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
-        raise errors.Unsupported("the model generates text and makes no embeddings")
-
-    async def FlushCache(
-        self, request: common_pb2.FlushCacheRequest, context: grpc.aio.ServicerContext
-    ) -> common_pb2.FlushCacheResponse:
-        raise errors.Unsupported("the prefix cache gives way by itself and is not flushed")
-
-    async def StartProfile(
-        self, request: common_pb2.StartProfileRequest, context: grpc.aio.ServicerContext
-    ) -> common_pb2.ProfileResponse:
-        raise errors.Unsupported("profiles are not taken through this service")
-
-    async def StopProfile(
-        self, request: common_pb2.StopProfileRequest, context: grpc.aio.ServicerContext
-    ) -> common_pb2.ProfileResponse:
-        raise errors.Unsupported("profiles are not taken through this service")
-
-    async def SubscribeKvEvents(
-        self, request: common_pb2.SubscribeKvEventsRequest, context: grpc.aio.ServicerContext
-    ) -> None:
-        raise errors.Unsupported("events of the KV cache are not published; GetLoads tells the load")
+    Embed = _unsupported("the model generates text and makes no embeddings")
+    FlushCache = _unsupported("the prefix cache gives way by itself and is not flushed")
+    StartProfile = StopProfile = _unsupported("profiles are not taken through this service")
+    SubscribeKvEvents = _unsupported("events of the KV cache are not published; GetLoads tells the load")
 
 
 async def _write(context: grpc.aio.ServicerContext, messages: list[pb.GenerateResponse]) -> None:
