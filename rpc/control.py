@@ -14,7 +14,6 @@ from rpc.call_runner import CallRunner
 from rpc.convert import messages_from_proto
 from rpc.lifecycle import Lifecycle
 from rpc.open_calls import OpenCalls
-from rpc.security.principal import require_admin
 from rpc.served_engine import ServedEngine
 from rpc.thread_pool import started_pool
 from rpc.v1 import jaxserve_pb2 as pb
@@ -84,7 +83,6 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
         return pb.DetokenizeResponse(text=await loop.run_in_executor(self._tokenizing, _detokenize, engine, request))
 
     async def Profile(self, request: pb.ProfileRequest, context: grpc.aio.ServicerContext) -> pb.ProfileResponse:
-        require_admin()
         engine = self._lifecycle.loaded_engine()
         # A thread of its own: it waits as long as the trace, and prompts must not wait for those of the pool.
         folder = await asyncio.get_running_loop().run_in_executor(self._profiling, engine.profile, request.seconds)

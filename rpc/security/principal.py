@@ -46,9 +46,3 @@ def current_principal() -> Principal:
     """Who makes the call that runs here. Raises LookupError where no guard has said so: in a context that is not the
     call's, as that of a thread that was started without it."""
     return _principal.get()
-
-
-def require_admin() -> None:
-    """Raises Forbidden unless the call is an admin's."""
-    if not current_principal().is_admin:
-        raise Forbidden("this call needs an admin key")
