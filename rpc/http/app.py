@@ -193,7 +193,7 @@ class GenerateEndpoint:
         except ClientDisconnect:
             pass
         except Exception as error:
-            await _send(error_of(error, request_id).response(), request_id, request, send)
+            await _send(error_of(error).response(), request_id, request, send)
         finally:
             generation.close()
 
@@ -215,7 +215,7 @@ async def _send(response: Response, request_id: str, request: Request, send: Sen
 
 
 async def _on_refusal(request: Request, error: Exception) -> Response:
-    return error_of(error, request_id_of(request)).response()
+    return error_of(error).response()
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

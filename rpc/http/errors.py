@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.responses import Response
 
+from jaxserve.log import current_request_id
 from jaxserve.request_errors import (
     DuplicateRequestId,
     EngineUnavailable,
@@ -50,8 +51,8 @@ class HttpError(Exception):
         return Response(self.envelope(), self.status, headers, media_type="application/json")
 
 
-def http_error_of(error: Exception) -> HttpError | None:
-    """The answer to an exception; None for one that nobody expected."""
+def error_of(error: Exception) -> HttpError:
+    """The answer to an exception. One that nobody expected is logged, and status 500."""
     message = str(error)
     match error:
         case HttpError():
@@ -77,16 +78,8 @@ def http_error_of(error: Exception) -> HttpError | None:
             return HttpError(504, message, "timeout", code="deadline_exceeded")
         case RequestFailed():
             return HttpError(500, message, "server_error", code="request_failed")
-    return None
-
-
-def error_of(error: Exception, request_id: str) -> HttpError:
-    """The answer to an exception. One that nobody expected is logged, and status 500."""
-    known = http_error_of(error)
-    if known is not None:
-        return known
-    logger.error("request %s failed: %r", request_id, error, exc_info=error, extra={"request_id": request_id})
-    return HttpError(500, f"internal error in request {request_id}", "server_error", code="internal")
+    logger.error("request %s failed: %r", current_request_id(), error, exc_info=error)
+    return HttpError(500, f"internal error in request {current_request_id()}", "server_error", code="internal")
 
 
 def _retry_after(seconds: float) -> dict[str, str]:

@@ -122,7 +122,7 @@ class Generation:
         except Exception as error:
             if not started:
                 raise
-            end = b"data: " + error_of(error, self.request_id).envelope() + b"\n\n"
+            end = b"data: " + error_of(error).envelope() + b"\n\n"
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
     def _raise_for(self, last: Finished | None, call: OpenCall, answer: Answer) -> None:

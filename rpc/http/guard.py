@@ -3,7 +3,7 @@
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rpc.http.errors import http_error_of
+from rpc.http.errors import error_of
 from rpc.security.access import Access
 from rpc.security.principal import Forbidden, Unauthenticated, set_principal
 
@@ -22,8 +22,7 @@ class HttpGuard:
             # Two keys in one request: which of them counts must not be left to chance.
             principal = self._access.decide(scope["path"], keys[0] if len(keys) == 1 else None)
         except (Unauthenticated, Forbidden) as error:
-            refusal = http_error_of(error)
-            assert refusal is not None
+            refusal = error_of(error)
             refusal.headers["connection"] = "close"
             await refusal.response()(scope, receive, send)
             return
