@@ -202,8 +202,9 @@ async def test_keys_are_in_no_log_and_no_answer(keys: Keys, caplog: pytest.LogCa
 def test_only_an_admin_is_let_onto_admin_paths(keys: Keys):
     access = Access(KeyFile(keys.file))
     assert access.decide("/admin/drain", f"bearer {keys.admin}").is_admin
-    with pytest.raises(Forbidden):
-        access.decide("/admin/drain", f"Bearer {keys.acme}")
+    for path in ("/admin/drain", "/jaxserve.v1.Control/Profile"):
+        with pytest.raises(Forbidden):
+            access.decide(path, f"Bearer {keys.acme}")
     assert Access(None).decide("/admin/drain", None).is_admin
 
 
