@@ -1,15 +1,14 @@
 """The client for asyncio."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, suppress
-from functools import partial
 from types import TracebackType
 from typing import Self
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from jaxserve.events import Completion, Delta, Event
 from jaxserve.front.generating import Prompt
@@ -20,40 +19,21 @@ from rpc.client.calls import (
     READY_INTERVAL,
     ChatMessage,
     Credentials,
+    StreamingClient,
     mapped_errors,
     prepare,
     seconds_until,
     tokenize_request,
 )
-from rpc.client.recovery import ABORT_SECONDS, Position, Recovery
+from rpc.client.recovery import ReceivedStream
 from rpc.convert import completion_from_proto, event_from_proto, message_of
 from rpc.v1 import jaxserve_pb2 as pb
-from rpc.v1 import jaxserve_pb2_grpc
 
 type Call = "grpc.aio.UnaryStreamCall[pb.GenerateRequest | pb.AttachRequest, pb.GenerateResponse]"
 
 
-class AsyncGeneration(Position):
-    """The deltas of one request. Iterate once, or `await text()`; leaving the loop cancels the request.
-
-    A request that asked to be `resumable` is taken up again after a broken connection, without a lost or repeated
-    token; when it is left or cancelled it is aborted. One that `attach` took up is not: it goes on for other readers.
-    """
-
-    def __init__(
-        self,
-        call: Call,
-        request_id: str,
-        recovery: Recovery[Call] | None = None,
-        abort: Callable[[], Awaitable[object]] | None = None,
-        from_token: int = 0,
-    ):
-        """`recovery`: of a stream that is kept. `abort`: ends its request when it is left."""
-        super().__init__(request_id, from_token)
-        self._call = call
-        self._recovery = recovery
-        self._abort = abort
-        self._cancelled = False
+class AsyncGeneration(ReceivedStream["Call", Awaitable[object]]):
+    """The deltas of one request. Iterate once, or `await text()`; leaving the loop cancels the request."""
 
     async def events(self) -> AsyncGenerator[Event]:
         """Everything the server sends: Started, Deltas, Finished."""
@@ -69,7 +49,8 @@ class AsyncGeneration(Position):
                     await self._abort()
             # grpc.aio raises the same for a call that is cancelled as asyncio does for the task that reads it.
             task = asyncio.current_task()
-            if isinstance(left, GeneratorExit) or not self._cancelled or (task is not None and task.cancelling()):
+            is_left = isinstance(left, GeneratorExit) or (task is not None and task.cancelling())
+            if is_left or not self._cancelled.is_set():
                 raise
         finally:
             self._call.cancel()  # no-op once the call has ended
@@ -90,7 +71,7 @@ class AsyncGeneration(Position):
                 delay, call = self._recovery.after(error, self)
                 await asyncio.sleep(delay)
                 self._call = call()
-                if self._cancelled:
+                if self._cancelled.is_set():
                     self._call.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
@@ -104,27 +85,13 @@ class AsyncGeneration(Position):
         """Waits for the end and returns all text."""
         return "".join([delta.text async for delta in self])
 
-    def cancel(self) -> None:
-        """Ends the request on the server, and the iteration without an error."""
-        self._cancelled = True
-        self._call.cancel()
 
-
-class AsyncClient:
+class AsyncClient(StreamingClient["Call", AsyncGeneration]):
     """A client for asyncio. Use it as an async context manager, within one event loop."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, credentials: Credentials = NOTHING_SHOWN):
         """`credentials`: API key and TLS; plain text without a key by default."""
-        self.address = address
-        self._metadata = credentials.metadata
-        options, channel = credentials.channel_options(), credentials.channel_credentials()
-        if channel is None:
-            self._channel = grpc.aio.insecure_channel(address, options=options)
-        else:
-            self._channel = grpc.aio.secure_channel(address, channel, options=options)
-        self._inference = jaxserve_pb2_grpc.InferenceStub(self._channel)
-        self._control = jaxserve_pb2_grpc.ControlStub(self._channel)
-        self._check = health_pb2_grpc.HealthStub(self._channel).Check  # pyright: ignore[reportAttributeAccessIssue]
+        super().__init__(address, credentials, grpc.aio, AsyncGeneration)
 
     async def __aenter__(self) -> Self:
         return self
@@ -152,44 +119,6 @@ class AsyncClient:
         except (EngineUnavailable, TimeoutError):
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING
-
-    def generate(self, prompt: Prompt, *, timeout: float | None = None, **fields: object) -> AsyncGeneration:
-        """Starts a request; iterate over what is returned. Nothing is sent before the event loop runs.
-
-        Args:
-            prompt: text, a Request, or a mapping of API names (`token_ids`, `messages`, ...).
-            timeout: seconds until the server stops the work and TimeoutError is raised.
-            fields: sampling, stopping and output fields by their API names: `max_tokens`, `temperature`, `stop`, ...
-        """
-        message, deadline = prepare(prompt, fields, timeout)
-
-        def send() -> Call:
-            return self._inference.Generate(message, timeout=seconds_until(deadline), metadata=self._metadata)
-
-        name = message.request_id
-        if not message.output.resumable:
-            return AsyncGeneration(send(), name)
-        attach = partial(self._attach, name, deadline=deadline)
-        return AsyncGeneration(send(), name, Recovery(attach, send), partial(self.abort, name, timeout=ABORT_SECONDS))
-
-    def _attach(self, request_id: str, from_token: int, deadline: float | None = None) -> Call:
-        message = message_of(pb.AttachRequest, request_id=request_id, from_token=from_token)
-        return self._inference.Attach(message, timeout=seconds_until(deadline), metadata=self._metadata)
-
-    def attach(self, request_id: str, from_token: int = 0) -> AsyncGeneration:
-        """Takes up the stream of a resumable request after so many tokens, over all of its sequences in the order in
-        which they came; the reader that it had ends with StreamTaken. Leaving the loop leaves the request to run.
-
-        Iterating raises StreamNotFound where no stream is kept, InvalidRequest where it has not come so far.
-        """
-        recovery = Recovery(partial(self._attach, request_id), None)
-        return AsyncGeneration(self._attach(request_id, from_token), request_id, recovery, from_token=from_token)
-
-    def chat(
-        self, messages: Sequence[ChatMessage], *, timeout: float | None = None, **fields: object
-    ) -> AsyncGeneration:
-        """As `generate`, for a conversation in the model's chat template."""
-        return self.generate({"messages": messages}, timeout=timeout, **fields)
 
     async def generate_once(self, prompt: Prompt, *, timeout: float | None = None, **fields: object) -> Completion:
         """As `generate`, with all of its sequences whole in one answer."""

@@ -1,15 +1,13 @@
 """The client for plain code."""
 
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from types import TracebackType
 from typing import Self, cast
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from jaxserve.events import Completion, Delta, Event
 from jaxserve.front.generating import Prompt
@@ -20,39 +18,20 @@ from rpc.client.calls import (
     READY_INTERVAL,
     ChatMessage,
     Credentials,
+    StreamingClient,
     mapped_errors,
     prepare,
     seconds_until,
     tokenize_request,
 )
-from rpc.client.recovery import ABORT_SECONDS, Position, Recovery
+from rpc.client.recovery import ReceivedStream
 from rpc.convert import completion_from_proto, event_from_proto, message_of
 from rpc.errors import RpcFailed
 from rpc.v1 import jaxserve_pb2 as pb
-from rpc.v1 import jaxserve_pb2_grpc
 
 
-class Generation(Position):
-    """The deltas of one request. Iterate once, or call `text()`; leaving the loop cancels the request.
-
-    A request that asked to be `resumable` is taken up again after a broken connection, without a lost or repeated
-    token; when it is left or cancelled it is aborted. One that `attach` took up is not: it goes on for other readers.
-    """
-
-    def __init__(
-        self,
-        call: grpc.Call,
-        request_id: str,
-        recovery: Recovery[grpc.Call] | None = None,
-        abort: Callable[[], object] | None = None,
-        from_token: int = 0,
-    ):
-        """`recovery`: of a stream that is kept. `abort`: ends its request when it is left."""
-        super().__init__(request_id, from_token)
-        self._call = call
-        self._recovery = recovery
-        self._abort = abort
-        self._cancelled = threading.Event()
+class Generation(ReceivedStream[grpc.Call, object]):
+    """The deltas of one request. Iterate once, or call `text()`; leaving the loop cancels the request."""
 
     def events(self) -> Generator[Event]:
         """Everything the server sends: Started, Deltas, Finished."""
@@ -104,27 +83,13 @@ class Generation(Position):
         """Waits for the end and returns all text."""
         return "".join(delta.text for delta in self)
 
-    def cancel(self) -> None:
-        """Ends the request on the server, and the iteration without an error. May be called from another thread."""
-        self._cancelled.set()
-        self._call.cancel()
 
-
-class Client:
+class Client(StreamingClient[grpc.Call, Generation]):
     """A client for plain code. Use it as a context manager; its methods may be called from any thread."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, credentials: Credentials = NOTHING_SHOWN):
         """`credentials`: API key and TLS; plain text without a key by default."""
-        self.address = address
-        self._metadata = credentials.metadata
-        options, channel = credentials.channel_options(), credentials.channel_credentials()
-        if channel is None:
-            self._channel = grpc.insecure_channel(address, options=options)
-        else:
-            self._channel = grpc.secure_channel(address, channel, options=options)
-        self._inference = jaxserve_pb2_grpc.InferenceStub(self._channel)
-        self._control = jaxserve_pb2_grpc.ControlStub(self._channel)
-        self._check = health_pb2_grpc.HealthStub(self._channel).Check  # pyright: ignore[reportAttributeAccessIssue]
+        super().__init__(address, credentials, grpc, Generation)
 
     def __enter__(self) -> Self:
         return self
@@ -154,42 +119,6 @@ class Client:
         except (EngineUnavailable, TimeoutError):
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING
-
-    def generate(self, prompt: Prompt, *, timeout: float | None = None, **fields: object) -> Generation:
-        """Starts a request; iterate over what is returned.
-
-        Args:
-            prompt: text, a Request, or a mapping of API names (`token_ids`, `messages`, ...).
-            timeout: seconds until the server stops the work and TimeoutError is raised.
-            fields: sampling, stopping and output fields by their API names: `max_tokens`, `temperature`, `stop`, ...
-        """
-        message, deadline = prepare(prompt, fields, timeout)
-
-        def send() -> grpc.Call:
-            return self._inference.Generate(message, timeout=seconds_until(deadline), metadata=self._metadata)
-
-        name = message.request_id
-        if not message.output.resumable:
-            return Generation(send(), name)
-        attach = partial(self._attach, name, deadline=deadline)
-        return Generation(send(), name, Recovery(attach, send), partial(self.abort, name, timeout=ABORT_SECONDS))
-
-    def _attach(self, request_id: str, from_token: int, deadline: float | None = None) -> grpc.Call:
-        message = message_of(pb.AttachRequest, request_id=request_id, from_token=from_token)
-        return self._inference.Attach(message, timeout=seconds_until(deadline), metadata=self._metadata)
-
-    def attach(self, request_id: str, from_token: int = 0) -> Generation:
-        """Takes up the stream of a resumable request after so many tokens, over all of its sequences in the order in
-        which they came; the reader that it had ends with StreamTaken. Leaving the loop leaves the request to run.
-
-        Iterating raises StreamNotFound where no stream is kept, InvalidRequest where it has not come so far.
-        """
-        recovery = Recovery(partial(self._attach, request_id), None)
-        return Generation(self._attach(request_id, from_token), request_id, recovery, from_token=from_token)
-
-    def chat(self, messages: Sequence[ChatMessage], *, timeout: float | None = None, **fields: object) -> Generation:
-        """As `generate`, for a conversation in the model's chat template."""
-        return self.generate({"messages": messages}, timeout=timeout, **fields)
 
     def generate_once(self, prompt: Prompt, *, timeout: float | None = None, **fields: object) -> Completion:
         """As `generate`, with all of its sequences whole in one answer."""

@@ -1,22 +1,26 @@
 """What both clients share: the channel, from arguments to a request message, from a failed call to an exception."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf
 from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health_pb2_grpc
 
-from jaxserve.events import Event, Finished, Started
 from jaxserve.front.generating import Prompt, request_of
 from jaxserve.request_errors import InvalidRequest
+from rpc.client.recovery import ABORT_SECONDS, Recovery
 from rpc.convert import message_of, messages_to_proto, request_to_proto
 from rpc.errors import error_of
 from rpc.v1 import jaxserve_pb2 as pb
+from rpc.v1 import jaxserve_pb2_grpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -124,26 +128,66 @@ def mapped_errors() -> Iterator[None]:
         raise error_of(call.code(), call.details() or "", metadata) from error
 
 
-class Ending:
-    """What a stream tells besides its deltas."""
-
-    def __init__(self, request_id: str):
-        self.request_id = request_id
-        self.started: Started | None = None
-        """Prompt tokens, cached tokens and the seed; None before the first event."""
-        self.finished: Finished | None = None
-        """Finish reason, usage and timings; None until the stream has ended."""
-
-    def note(self, event: Event | None) -> None:
-        """Keeps what is no delta."""
-        if isinstance(event, Started):
-            self.started = event
-        elif isinstance(event, Finished):
-            self.finished = event
-
-
 def tokenize_request(prompt: str | Sequence[ChatMessage]) -> pb.TokenizeRequest:
     """The message that tokenizes text or a conversation. Raises InvalidRequest."""
     if isinstance(prompt, str):
         return message_of(pb.TokenizeRequest, text=prompt)
     return pb.TokenizeRequest(messages=messages_to_proto(prompt))
+
+
+class StreamingClient[Call, Stream]:
+    """Connects to a server and starts the requests whose answer is a stream."""
+
+    def __init__(self, address: str, credentials: Credentials, transport: ModuleType, stream: Callable[..., Stream]):
+        """`transport`: grpc or grpc.aio. `stream`: makes what is returned of a call and what `ReceivedStream` takes."""
+        self.address = address
+        self._stream = stream
+        self._metadata = credentials.metadata
+        options, channel = credentials.channel_options(), credentials.channel_credentials()
+        if channel is None:
+            self._channel = transport.insecure_channel(address, options=options)
+        else:
+            self._channel = transport.secure_channel(address, channel, options=options)
+        self._inference = jaxserve_pb2_grpc.InferenceStub(self._channel)
+        self._control = jaxserve_pb2_grpc.ControlStub(self._channel)
+        self._check = health_pb2_grpc.HealthStub(self._channel).Check  # pyright: ignore[reportAttributeAccessIssue]
+
+    def generate(self, prompt: Prompt, *, timeout: float | None = None, **fields: object) -> Stream:
+        """Starts a request; iterate over what is returned. With asyncio nothing is sent before the event loop runs.
+
+        Args:
+            prompt: text, a Request, or a mapping of API names (`token_ids`, `messages`, ...).
+            timeout: seconds until the server stops the work and TimeoutError is raised.
+            fields: sampling, stopping and output fields by their API names: `max_tokens`, `temperature`, `stop`, ...
+        """
+        message, deadline = prepare(prompt, fields, timeout)
+
+        def send() -> Call:
+            return self._inference.Generate(message, timeout=seconds_until(deadline), metadata=self._metadata)
+
+        name = message.request_id
+        if not message.output.resumable:
+            return self._stream(send(), name)
+        attach = partial(self._attach, name, deadline=deadline)
+        return self._stream(send(), name, Recovery(attach, send), partial(self.abort, name, timeout=ABORT_SECONDS))
+
+    def chat(self, messages: Sequence[ChatMessage], *, timeout: float | None = None, **fields: object) -> Stream:
+        """As `generate`, for a conversation in the model's chat template."""
+        return self.generate({"messages": messages}, timeout=timeout, **fields)
+
+    def attach(self, request_id: str, from_token: int = 0) -> Stream:
+        """Takes up the stream of a resumable request after so many tokens, over all of its sequences in the order in
+        which they came; the reader that it had ends with StreamTaken. Leaving the loop leaves the request to run.
+
+        Iterating raises StreamNotFound where no stream is kept, InvalidRequest where it has not come so far.
+        """
+        recovery = Recovery(partial(self._attach, request_id), None)
+        return self._stream(self._attach(request_id, from_token), request_id, recovery, from_token=from_token)
+
+    def _attach(self, request_id: str, from_token: int, deadline: float | None = None) -> Call:
+        message = message_of(pb.AttachRequest, request_id=request_id, from_token=from_token)
+        return self._inference.Attach(message, timeout=seconds_until(deadline), metadata=self._metadata)
+
+    def abort(self, request_id: str, *, timeout: float | None = None) -> object:
+        """Ends a request with finish reason abort; False where none with this id is active."""
+        raise NotImplementedError

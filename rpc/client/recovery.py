@@ -1,10 +1,11 @@
 """How the stream of a resumable request goes on when its connection breaks, for both clients."""
 
+import threading
 from collections.abc import Callable
+from typing import Protocol
 
 from jaxserve.events import Delta, Event, Finished, Started
 from jaxserve.request_errors import DuplicateRequestId, StreamNotFound
-from rpc.client.calls import Ending
 from rpc.errors import ConnectionLost
 
 ATTEMPTS = 8
@@ -16,8 +17,8 @@ ABORT_SECONDS = 2.0
 """That a request which is left may take to be aborted; who leaves does not wait for a server that says nothing."""
 
 
-class Position(Ending):
-    """How far a stream has come, over all of its connections.
+class Position:
+    """How far a stream has come, over all of its connections, and what it tells besides its deltas.
 
     Args:
         request_id: of the request.
@@ -25,7 +26,11 @@ class Position(Ending):
     """
 
     def __init__(self, request_id: str, tokens: int = 0):
-        super().__init__(request_id)
+        self.request_id = request_id
+        self.started: Started | None = None
+        """Prompt tokens, cached tokens and the seed; None before the first event."""
+        self.finished: Finished | None = None
+        """Finish reason, usage and timings; None until the stream has ended."""
         self.tokens = tokens
         """Of all sequences, those that came before this stream included: where to attach next."""
         self._ended: set[int] = set()
@@ -35,6 +40,13 @@ class Position(Ending):
     def has_begun(self) -> bool:
         """Whether anything has come."""
         return self.started is not None or bool(self._ended)
+
+    def note(self, event: Event) -> None:
+        """Keeps what is no delta."""
+        if isinstance(event, Started):
+            self.started = event
+        elif isinstance(event, Finished):
+            self.finished = event
 
     def is_new(self, event: Event) -> bool:
         """Counts an event; False for what has come before the stream was taken up again."""
@@ -81,3 +93,39 @@ class Recovery[Call]:
         if isinstance(error, DuplicateRequestId) and self._was_sent_again:
             return delay, lambda: self._attach(position.tokens)  # it did, in the meantime
         raise error
+
+
+class Cancellable(Protocol):
+    """A call, of grpc or grpc.aio."""
+
+    def cancel(self) -> object:
+        """Ends it; no-op once it has ended."""
+        ...
+
+
+class ReceivedStream[Call: Cancellable, Aborting](Position):
+    """What both clients know of the stream of one request.
+
+    A request that asked to be `resumable` is taken up again after a broken connection, without a lost or repeated
+    token; when it is left or cancelled it is aborted. One that `attach` took up is not: it goes on for other readers.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        request_id: str,
+        recovery: Recovery[Call] | None = None,
+        abort: Callable[[], Aborting] | None = None,
+        from_token: int = 0,
+    ):
+        """`recovery`: of a stream that is kept. `abort`: ends its request when it is left."""
+        super().__init__(request_id, from_token)
+        self._call = call
+        self._recovery = recovery
+        self._abort = abort
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Ends the request on the server, and the iteration without an error. Of plain code from any thread."""
+        self._cancelled.set()
+        self._call.cancel()

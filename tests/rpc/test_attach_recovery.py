@@ -14,7 +14,7 @@ from serving import PATIENCE, back_to_the_start, eventually, lent, serving
 from jaxserve.engine import Engine
 from jaxserve.events import Completion, Delta, Event, Finished, FinishReason, Started, Timings, Usage
 from jaxserve.request_errors import EngineUnavailable, StreamNotFound
-from rpc.client import AsyncClient, Client, ConnectionLost, asynchronous, blocking, recovery
+from rpc.client import AsyncClient, Client, ConnectionLost, asynchronous, calls, recovery
 from rpc.lifecycle import State
 
 SEEDS = 50
@@ -155,8 +155,7 @@ async def test_who_leaves_a_server_that_says_nothing_is_not_held_up(
     resuming: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its keepalive would find out after half a minute."""
-    for module in (asynchronous, blocking):
-        monkeypatch.setattr(module, "ABORT_SECONDS", 0.1)
+    monkeypatch.setattr(calls, "ABORT_SECONDS", 0.1)
     request = {**prompt(10), "max_tokens": 900, "ignore_eos": True, "resumable": True}
 
     def leave(address: str, silence: Callable[[], None]) -> str:
