@@ -43,7 +43,7 @@ _FAILURES = (FinishReason.DEADLINE, FinishReason.ERROR)
 
 
 class CallRunner:
-    """Runs generate calls. An error of one call ends that call alone."""
+    """Runs generate calls. An error of one call ends that call alone. Servicers have what they share from here."""
 
     def __init__(self, lifecycle: Lifecycle, calls: OpenCalls, tokenizing: Executor, compiling: Executor):
         """Threads on which requests are submitted, so that the event loop never waits.
@@ -52,8 +52,8 @@ class CallRunner:
             tokenizing: for those with long prompts.
             compiling: for those with constraints, which take turns at being compiled: nobody else waits for them.
         """
-        self._lifecycle = lifecycle
-        self._calls = calls
+        self.lifecycle = lifecycle
+        self.calls = calls
         self._tokenizing = tokenizing
         self._compiling = compiling
         self._submitting: Counter[Executor] = Counter()
@@ -70,20 +70,20 @@ class CallRunner:
         """
         set_request_id(request_id)
         call = self._open(request_id)
-        self._lifecycle.ready_engine()
+        self.lifecycle.ready_engine()
         (stream,) = await self.admit([build(_deadline(context))], [call])
         await self._follow(stream, call, take)
 
     async def attach(self, request_id: str, from_token: int, take: TakeEvent) -> None:
         """Takes up the stream of a request and runs it to its end, as `run` does; also while draining."""
         call = self._open(request_id)
-        stream = self._lifecycle.loaded_engine().attach(request_id, from_token)
+        stream = self.lifecycle.loaded_engine().attach(request_id, from_token)
         call.take(stream)
         await self._follow(stream, call, take)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request of the caller, also one that the engine does not have yet; False where there is none."""
-        caller, engine = current_principal(), self._lifecycle.engine
+        caller, engine = current_principal(), self.lifecycle.engine
         early = [call for call, owner in self._early.items() if call.request_id == request_id and caller.reaches(owner)]
         for call in early:
             call.aborted = True
@@ -96,10 +96,10 @@ class CallRunner:
         The context's own `add_done_callback` would tell of the same, but ties what it is given, the context and the
         call's state into a cycle, which then lies about until the garbage is collected.
         """
-        call = self._calls.open(request_id)
+        call = self.calls.open(request_id)
         task = asyncio.current_task()
         assert task is not None
-        task.add_done_callback(lambda _: self._calls.close(call))
+        task.add_done_callback(lambda _: self.calls.close(call))
         return call
 
     async def _follow(self, stream: EventStream, call: OpenCall, take: TakeEvent) -> None:
@@ -120,12 +120,16 @@ class CallRunner:
             stream.leave()  # ends what still runs, unless its stream is to be taken up again
         self.raise_for(ending, call)
 
+    def in_thread[Result](self, work: Callable[[], Result]) -> asyncio.Future[Result]:
+        """Has one of the threads for long prompts do something else with the tokenizer."""
+        return asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+
     async def admit(self, requests: Sequence[Request], calls: Sequence[OpenCall]) -> Sequence[EventStream]:
         """Validates and queues all of the requests or none, before anything is written; each is a call's.
 
         Raises what `errors.failure_of` knows.
         """
-        engine = self._lifecycle.ready_engine()
+        engine = self.lifecycle.ready_engine()
         submit = partial(engine.submit_all, requests)
         if _are_quick(requests):
             streams = submit()
@@ -171,7 +175,7 @@ class CallRunner:
         if last.finish_reason is FinishReason.DEADLINE:
             raise errors.DeadlineExceeded("the deadline passed; the work was stopped")
         ended_early = last.finish_reason in (FinishReason.ABORT, FinishReason.ERROR)
-        if ended_early and self._lifecycle.state is State.STOPPED:
+        if ended_early and self.lifecycle.state is State.STOPPED:
             raise EngineUnavailable("the server stopped before the request had finished")
         if last.finish_reason is FinishReason.ERROR:
             logger.error("request %s: %s", call.request_id, last.error, extra={"request_id": call.request_id})

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from concurrent.futures import Executor
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import grpc.aio
@@ -12,8 +12,6 @@ from jaxserve import request as limits
 from jaxserve.request_errors import InvalidRequest
 from rpc.call_runner import CallRunner
 from rpc.convert import messages_from_proto
-from rpc.lifecycle import Lifecycle
-from rpc.open_calls import OpenCalls
 from rpc.served_engine import ServedEngine
 from rpc.thread_pool import started_pool
 from rpc.v1 import jaxserve_pb2 as pb
@@ -23,18 +21,9 @@ from rpc.v1 import jaxserve_pb2_grpc
 class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
     """Questions that start no work on the device, and Abort. They are answered while draining, too."""
 
-    def __init__(
-        self,
-        runner: CallRunner,
-        lifecycle: Lifecycle,
-        calls: OpenCalls,
-        tokenizing: Executor,
-        max_request_bytes: int,
-    ):
+    def __init__(self, runner: CallRunner, max_request_bytes: int):
         self._runner = runner
-        self._lifecycle = lifecycle
-        self._calls = calls
-        self._tokenizing = tokenizing
+        self._lifecycle = runner.lifecycle
         self._max_request_bytes = max_request_bytes
         self._profiling = started_pool(2, "jaxserve-profile")
         self._began = time.monotonic()
@@ -67,20 +56,18 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
     async def GetLoads(self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadsResponse:
         loads = self._lifecycle.loaded_engine().loads()
         return pb.GetLoadsResponse(
-            **asdict(loads), free_pages=loads.available_pages - loads.cached_pages, open_calls=len(self._calls)
+            **asdict(loads), free_pages=loads.available_pages - loads.cached_pages, open_calls=len(self._runner.calls)
         )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         engine = self._lifecycle.loaded_engine()
-        loop = asyncio.get_running_loop()
-        return pb.TokenizeResponse(token_ids=await loop.run_in_executor(self._tokenizing, _tokenize, engine, request))
+        return pb.TokenizeResponse(token_ids=await self._runner.in_thread(partial(_tokenize, engine, request)))
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
         engine = self._lifecycle.loaded_engine()
-        loop = asyncio.get_running_loop()
-        return pb.DetokenizeResponse(text=await loop.run_in_executor(self._tokenizing, _detokenize, engine, request))
+        return pb.DetokenizeResponse(text=await self._runner.in_thread(partial(_detokenize, engine, request)))
 
     async def Profile(self, request: pb.ProfileRequest, context: grpc.aio.ServicerContext) -> pb.ProfileResponse:
         engine = self._lifecycle.loaded_engine()

@@ -11,7 +11,7 @@ from jaxserve.request_errors import InvalidRequest
 from rpc.call_runner import CallRunner
 from rpc.jetstream import orchestrator_pb2 as pb
 from rpc.jetstream import orchestrator_pb2_grpc
-from rpc.lifecycle import Lifecycle, State
+from rpc.lifecycle import State
 from rpc.unknown_fields import refuse_unknown
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Orchestrator"].full_name
@@ -21,9 +21,8 @@ SERVICE = pb.DESCRIPTOR.services_by_name["Orchestrator"].full_name
 class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
     """Decode and HealthCheck."""
 
-    def __init__(self, runner: CallRunner, lifecycle: Lifecycle):
+    def __init__(self, runner: CallRunner):
         self._runner = runner
-        self._lifecycle = lifecycle
 
     async def Decode(self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext) -> None:
         request_id = uuid.uuid4().hex
@@ -44,7 +43,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
     async def HealthCheck(
         self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> pb.HealthCheckResponse:
-        return pb.HealthCheckResponse(is_live=self._lifecycle.state is State.READY)
+        return pb.HealthCheckResponse(is_live=self._runner.lifecycle.state is State.READY)
 
 
 def request_from_jetstream(message: pb.DecodeRequest, request_id: str, deadline: float | None) -> Request:

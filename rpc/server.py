@@ -97,8 +97,7 @@ class Server:
         metrics = Metrics(self.lifecycle)
         http = probes = None
         if config.http_port is not None:
-            limits = (config.max_request_bytes, config.message_timeout)
-            front = HttpFront(self.lifecycle, self.calls, runner, metrics, self.access, *limits)
+            front = HttpFront(runner, metrics, self.access, config)
             http = HttpListener(front.app, config, config.http_port, tls)
         if config.metrics_port is not None:
             app = metrics_app(self.lifecycle, metrics, self.access)
@@ -106,12 +105,12 @@ class Server:
         return http, probes
 
     def _add_services(self, runner: CallRunner) -> None:
-        control = ControlServicer(runner, self.lifecycle, self.calls, self._tokenizing, self.config.max_request_bytes)
+        control = ControlServicer(runner, self.config.max_request_bytes)
         jaxserve_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(runner), self._server)
         jaxserve_pb2_grpc.add_ControlServicer_to_server(control, self._server)
-        vllm_engine = vllm_servicer.VllmEngineServicer(runner, self.lifecycle, self.calls, self._tokenizing)
+        vllm_engine = vllm_servicer.VllmEngineServicer(runner)
         vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(vllm_engine, self._server)
-        orchestrator = jetstream_servicer.OrchestratorServicer(runner, self.lifecycle)
+        orchestrator = jetstream_servicer.OrchestratorServicer(runner)
         orchestrator_pb2_grpc.add_OrchestratorServicer_to_server(orchestrator, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.lifecycle.health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)

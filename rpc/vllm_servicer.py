@@ -9,7 +9,6 @@ import hashlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
 from datetime import UTC, datetime
 
 import grpc.aio
@@ -21,8 +20,7 @@ from jaxserve.events import Event
 from rpc.call_runner import CallRunner
 from rpc.control import installed_version
 from rpc.errors import Unsupported
-from rpc.lifecycle import Lifecycle, State
-from rpc.open_calls import OpenCalls
+from rpc.lifecycle import State
 from rpc.vllm_convert import ResponseBuilder, request_from_vllm, zipped
 
 SERVICE = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
@@ -44,11 +42,9 @@ def _unsupported(why: str) -> Callable[..., Awaitable[None]]:
 class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
     """Generating, and what a gateway asks of a worker."""
 
-    def __init__(self, runner: CallRunner, lifecycle: Lifecycle, calls: OpenCalls, tokenizing: Executor):
+    def __init__(self, runner: CallRunner):
         self._runner = runner
-        self._lifecycle = lifecycle
-        self._calls = calls
-        self._tokenizing = tokenizing
+        self._lifecycle = runner.lifecycle
         self._tokenizer_archive: asyncio.Future[bytes] | None = None
         self._began = time.monotonic()
 
@@ -103,7 +99,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
     ) -> pb.GetServerInfoResponse:
         engine = self._lifecycle.loaded_engine()
         return pb.GetServerInfoResponse(
-            active_requests=len(self._calls),
+            active_requests=len(self._runner.calls),
             uptime_seconds=time.monotonic() - self._began,
             server_type="jaxserve",
             data_parallel_size=1,
@@ -135,8 +131,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
     async def GetTokenizer(self, request: common_pb2.GetTokenizerRequest, context: grpc.aio.ServicerContext) -> None:
         tokenizer = self._lifecycle.loaded_engine().tokenizer
         if self._tokenizer_archive is None:
-            loop = asyncio.get_running_loop()
-            self._tokenizer_archive = loop.run_in_executor(self._tokenizing, lambda: zipped(tokenizer.to_files()))
+            self._tokenizer_archive = self._runner.in_thread(lambda: zipped(tokenizer.to_files()))
         archive = await asyncio.shield(self._tokenizer_archive)
         for start in range(0, len(archive), CHUNK_BYTES):
             chunk = common_pb2.GetTokenizerChunk(data=archive[start : start + CHUNK_BYTES])

@@ -29,9 +29,9 @@ from rpc.http.openapi import description
 from rpc.http.schema import Asked, parse_completion
 from rpc.lifecycle import Lifecycle, State
 from rpc.metrics import CONTENT_TYPE, Metrics
-from rpc.open_calls import OpenCalls
 from rpc.security.access import Access
 from rpc.served_engine import ServedEngine
+from rpc.server_config import ServerConfig
 from rpc.tracing import set_trace_parent
 
 Parse = Callable[[Mapping[str, object], ServedEngine], Asked]
@@ -81,27 +81,15 @@ def metrics_app(lifecycle: Lifecycle, metrics: Metrics, access: Access) -> ASGIA
 class HttpFront:
     """The OpenAI API and what stands beside it, over the same engine and calls as the gRPC services."""
 
-    def __init__(
-        self,
-        lifecycle: Lifecycle,
-        calls: OpenCalls,
-        runner: CallRunner,
-        metrics: Metrics,
-        access: Access,
-        max_body_bytes: int,
-        body_timeout: float,
-    ):
-        self.lifecycle = lifecycle
-        self.calls = calls
+    def __init__(self, runner: CallRunner, metrics: Metrics, access: Access, config: ServerConfig):
         self.runner = runner
-        self.max_body_bytes = max_body_bytes
-        self.body_timeout = body_timeout
+        self.config = config
         self._began = int(time.time())
-        self._feed = LiveFeed(lifecycle)
+        self._feed = LiveFeed(runner.lifecycle)
         self._description = description(installed_version("jaxserve"), needs_key=access.keys is not None)
         routes = Starlette(
             routes=[
-                *probes(lifecycle, metrics),
+                *probes(runner.lifecycle, metrics),
                 Route("/", _page, methods=["GET"]),
                 Route("/live", self._live, methods=["GET"]),
                 Route("/openapi.json", self._openapi, methods=["GET"]),
@@ -143,7 +131,7 @@ class HttpFront:
         return JSONResponse(card)
 
     def _card(self) -> dict[str, object]:
-        engine = self.lifecycle.loaded_engine()
+        engine = self.runner.lifecycle.loaded_engine()
         return {
             "id": engine.model_name,
             "object": "model",
@@ -177,12 +165,12 @@ class GenerateEndpoint:
         arrival = time.monotonic()
         request = Request(scope, receive, send)
         set_trace_parent(request.headers.get("traceparent"), request.headers.get("tracestate"))
-        front, request_id = self._front, request_id_of(request)
+        runner, config, request_id = self._front.runner, self._front.config, request_id_of(request)
         set_request_id(request_id)
-        generation = Generation(front.runner, front.calls, request_id)
+        generation = Generation(runner, request_id)
         try:
-            engine = front.lifecycle.ready_engine()
-            asked = self._parse(await read_object(request, front.max_body_bytes, front.body_timeout), engine)
+            engine = runner.lifecycle.ready_engine()
+            asked = self._parse(await read_object(request, config.max_request_bytes, config.message_timeout), engine)
             await generation.admit(asked, receive, None if asked.timeout is None else arrival + asked.timeout)
             answer = self._answer_class(asked, request_id, engine.model_name, engine.tokenizer)
             if asked.stream:

@@ -12,7 +12,7 @@ from rpc.call_runner import CallRunner, worse
 from rpc.http.answers import Answer
 from rpc.http.errors import error_of
 from rpc.http.schema import Asked
-from rpc.open_calls import OpenCall, OpenCalls
+from rpc.open_calls import OpenCall
 from rpc.served_engine import EventStream
 
 _EVENT_STREAM = [
@@ -25,9 +25,8 @@ _EVENT_STREAM = [
 class Generation:
     """The calls that answer one HTTP request: one for each prompt. `admit`, then `stream` or `whole`, then `close`."""
 
-    def __init__(self, runner: CallRunner, calls: OpenCalls, request_id: str):
+    def __init__(self, runner: CallRunner, request_id: str):
         self._runner = runner
-        self._open_calls = calls
         self._calls: list[OpenCall] = []
         self._streams: Sequence[EventStream] = ()
         self._watching: asyncio.Task[None] | None = None
@@ -48,7 +47,7 @@ class Generation:
             replace(request, request_id=name, deadline=deadline)
             for request, name in zip(asked.requests, names, strict=True)
         ]
-        self._calls = [self._open_calls.open(name) for name in names]
+        self._calls = [self._runner.calls.open(name) for name in names]
         try:
             self._streams = await self._runner.admit(requests, self._calls)
         except InvalidRequest as error:
@@ -66,7 +65,7 @@ class Generation:
             self._watching.cancel()
         self._cancel()
         for call in self._calls:
-            self._open_calls.close(call)
+            self._runner.calls.close(call)
 
     async def whole(self, answer: Answer) -> bytes:
         """The body of an answer that is not a stream. Raises what `error_of` knows."""
