@@ -20,6 +20,7 @@ from rpc.lifecycle import Lifecycle, State
 from rpc.open_calls import OpenCall, OpenCalls
 from rpc.security.principal import Principal, current_principal
 from rpc.served_engine import EventStream, ServedEngine
+from rpc.tracing import set_trace_parent
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class CallRunner:
         Whatever ends the call early (the client leaves, its deadline passes, a write fails) ends the request as well.
         """
         set_request_id(request_id)
+        metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+        set_trace_parent(metadata.get("traceparent"), metadata.get("tracestate"))
         call = self._open(request_id)
         self.lifecycle.ready_engine()
         (stream,) = await self.admit([build(_deadline(context))], [call])

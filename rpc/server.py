@@ -34,7 +34,7 @@ from rpc.server_config import ServerConfig
 from rpc.servicer import InferenceServicer
 from rpc.telemetry import telemetry_to
 from rpc.thread_pool import started_pool
-from rpc.tracing import TraceParents, traced
+from rpc.tracing import traced
 from rpc.v1 import jaxserve_pb2 as pb
 from rpc.v1 import jaxserve_pb2_grpc
 
@@ -80,11 +80,7 @@ class Server:
         """Who may call what, on every protocol."""
         self._server = grpc.aio.server(
             # The guard before all that reads: what comes without a key is not even parsed.
-            interceptors=[
-                Arrivals(config.message_timeout, PrematureResets()),
-                Guard(self.access),
-                *([] if self._telemetry is None else [TraceParents()]),
-            ],
+            interceptors=[Arrivals(config.message_timeout, PrematureResets()), Guard(self.access)],
             options=config.channel_options(),
         )
         runner = CallRunner(self.lifecycle, self.calls, self._tokenizing, self._compiling)

@@ -5,13 +5,10 @@ Both are made from what the engine says when a request ends, so that nothing is 
 """
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextvars import ContextVar
 from typing import cast
 from weakref import WeakKeyDictionary, finalize
-
-import grpc
-import grpc.aio
 
 from jaxserve.events import Event, Finished, FinishReason
 from jaxserve.request import Request
@@ -25,20 +22,6 @@ def set_trace_parent(traceparent: str | None, tracestate: str | None) -> None:
     """Says whose span the call of this context belongs to, by the headers of W3C Trace Context."""
     given = {"traceparent": traceparent, "tracestate": tracestate}
     _parent.set({name: value for name, value in given.items() if value is not None})
-
-
-class TraceParents(grpc.aio.ServerInterceptor):
-    """Reads the trace context from a call's metadata. Interceptors and handler of a call run in one task."""
-
-    async def intercept_service(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        """Changes nothing of the call."""
-        metadata = {key: str(value) for key, value in handler_call_details.invocation_metadata or ()}
-        set_trace_parent(metadata.get("traceparent"), metadata.get("tracestate"))
-        return await continuation(handler_call_details)
 
 
 class _TracedEngine:
