@@ -142,7 +142,8 @@ def request_to_proto(request: Request) -> pb.GenerateRequest:
     if request.tools:
         raise InvalidRequest("tools", "is not a field of the gRPC API; /v1/chat/completions takes it")
     model = "" if request.model is None else request.model
-    message = message_of(pb.GenerateRequest, request_id=request.request_id, model=model)
+    scalars = {"request_id": request.request_id, "priority": request.priority, "cache_salt": request.cache_salt}
+    message = message_of(pb.GenerateRequest, model=model, **scalars)
     if request.prompt is not None:
         _assign("prompt", lambda: setattr(message, "text", request.prompt))
     if request.token_ids is not None:
@@ -151,16 +152,13 @@ def request_to_proto(request: Request) -> pb.GenerateRequest:
     if request.messages is not None:
         message.messages.CopyFrom(messages_to_proto(request.messages))
     _assign_scalars(message.sampling, request.sampling, SamplingParams(), _SAMPLING_SCALARS)
-    for token, bias in request.sampling.logit_bias.items():
-        _assign("logit_bias", lambda token=token, bias=bias: message.sampling.logit_bias.update({token: bias}))
+    _assign("logit_bias", lambda: message.sampling.logit_bias.update(request.sampling.logit_bias))
     _assign_scalars(message.stopping, request.stopping, StoppingParams(), _STOPPING_SCALARS)
     _assign("stop", lambda: message.stopping.stop.extend(request.stopping.stop))
     _assign("stop_token_ids", lambda: message.stopping.stop_token_ids.extend(request.stopping.stop_token_ids))
     _assign_scalars(message.output, request.output, OutputParams(), _OUTPUT_SCALARS)
     if request.constraint is not None:
         _set_constraint(message.constraint, request.constraint)
-    _assign("priority", lambda: setattr(message, "priority", request.priority))
-    _assign("cache_salt", lambda: setattr(message, "cache_salt", request.cache_salt))
     return message
 
 
