@@ -186,7 +186,8 @@ class CompletionAnswer(Answer):
     object_name = chunk_name = "text_completion"
 
     def _text_part(self, text: str | None) -> str:
-        return f'"text":{json.dumps(text or "")}' + ("" if self.asked.logprobs and text is not None else LOGPROBS_NULL)
+        logprobs = "" if self.asked.logprobs and text is not None else ',"logprobs":null'
+        return f'"text":{json.dumps(text or "")}{logprobs}'
 
     def _content(self, choice: Choice) -> dict[str, object]:
         return {"text": "".join(choice.texts)}
@@ -220,6 +221,3 @@ class CompletionAnswer(Answer):
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-LOGPROBS_NULL = ',"logprobs":null'

@@ -11,7 +11,6 @@ from jaxserve.request_errors import InvalidRequest
 from rpc.http.answers import LEAST_LOGPROB, Answer, Choice
 from rpc.http.schema import (
     CHAT_WITHOUT_EFFECT,
-    WITHOUT_EFFECT,
     Asked,
     Fields,
     output_params,
@@ -39,7 +38,7 @@ def parse_chat(body: Mapping[str, object], engine: ServedEngine) -> Asked:
     stream, include_usage = take_stream(fields)
     return_token_ids = fields.take_bool("return_token_ids")
     timeout = fields.take_timeout()
-    fields.take_without_effect(WITHOUT_EFFECT, CHAT_WITHOUT_EFFECT)
+    fields.take_without_effect(CHAT_WITHOUT_EFFECT)
     constraint, source = take_response_format(fields), "response_format"
     if offered.forced is not None:
         if constraint:

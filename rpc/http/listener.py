@@ -57,16 +57,12 @@ class HttpListener:
                 timeout_graceful_shutdown=1,
             )
         )
-        self._open = 0
+        self.connections = 0
+        """How many are open."""
         self._handshakes: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._ticking: asyncio.Task[None] | None = None
-
-    @property
-    def connections(self) -> int:
-        """How many are open."""
-        return self._open
 
     async def start(self) -> None:
         """Binds the port and answers. Raises PortUnavailable where the port cannot be had."""
@@ -97,10 +93,10 @@ class HttpListener:
                     logger.warning("no connection is accepted for %g s: %s", ACCEPT_PAUSE, error)
                     await asyncio.sleep(ACCEPT_PAUSE)
                     continue
-                if self._open >= self._config.max_connections:
+                if self.connections >= self._config.max_connections:
                     connection.close()
                     continue
-                self._open += 1
+                self.connections += 1
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
                 handshake = asyncio.create_task(self._shake_hands(connection))
                 self._handshakes.add(handshake)
@@ -133,7 +129,7 @@ class HttpListener:
                     connection.transport.abort()
 
     def _on_lost(self) -> None:
-        self._open -= 1
+        self.connections -= 1
 
     async def stop(self, is_patient: Callable[[], bool]) -> None:
         """Closes the port and every connection. Idempotent.

@@ -43,10 +43,12 @@ WITHOUT_EFFECT: Mapping[str, tuple[Check, str]] = {
 """Parameters of either endpoint that change nothing, and the values that they may then have."""
 
 COMPLETIONS_WITHOUT_EFFECT: Mapping[str, tuple[Check, str]] = {
+    **WITHOUT_EFFECT,
     "echo": (lambda value: value is False, "false: the prompt is not echoed"),
     "suffix": (lambda value: value == "", "empty: text is not inserted before a suffix"),
 }
 CHAT_WITHOUT_EFFECT: Mapping[str, tuple[Check, str]] = {
+    **WITHOUT_EFFECT,
     "modalities": (lambda value: value == ["text"], '["text"]'),
 }
 
@@ -112,9 +114,9 @@ class Fields:
             raise InvalidRequest("timeout", f"must be seconds in (0, {MAX_TIMEOUT:g}], got {value!r:.100}")
         return float(value)
 
-    def take_without_effect(self, *known: Mapping[str, tuple[Check, str]]) -> None:
+    def take_without_effect(self, known: Mapping[str, tuple[Check, str]]) -> None:
         """Takes parameters that change nothing, and refuses values that would."""
-        for name, (holds, what) in {name: rule for rules in known for name, rule in rules.items()}.items():
+        for name, (holds, what) in known.items():
             value = self.take(name)
             if value is not None and not holds(value):
                 raise InvalidRequest(name, f"must be {what}; got {value!r:.100}")
@@ -142,7 +144,7 @@ def parse_completion(body: Mapping[str, object], engine: ServedEngine) -> Asked:
     stream, include_usage = take_stream(fields)
     return_token_ids = fields.take_bool("return_token_ids")
     timeout = fields.take_timeout()
-    fields.take_without_effect(WITHOUT_EFFECT, COMPLETIONS_WITHOUT_EFFECT)
+    fields.take_without_effect(COMPLETIONS_WITHOUT_EFFECT)
     best_of = fields.take("best_of")
     constraint = take_response_format(fields)
     flat = fields.take_engine_fields(constraint, "response_format")
