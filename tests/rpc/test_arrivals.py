@@ -1,4 +1,4 @@
-"""What becomes of calls that bring no message, and which of those that are taken back count as an attack."""
+"""What becomes of calls that bring no message that parses, and which of those that are taken back count as an attack."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -30,6 +30,14 @@ async def test_a_call_that_ends_without_a_message_is_refused_and_not_left_waitin
         call = client._channel.stream_stream(method)(no_messages(), timeout=60)
         with pytest.raises(grpc.aio.AioRpcError, match="ended without a message") as refused:
             await call.read()
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("method", [GENERATE, "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"])
+async def test_a_message_that_does_not_parse_is_refused_by_every_service(method: str) -> None:
+    async with serving(ScriptedEngine()) as (_, client):
+        with pytest.raises(grpc.aio.AioRpcError, match="malformed") as refused:
+            await client._channel.unary_stream(method)(b"\xff").read()
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
