@@ -28,8 +28,6 @@ INLINE_CHARACTERS = 2048
 """Longest text, in characters, that is tokenized on the event loop: about a millisecond. Longer goes to a thread."""
 INLINE_TOKENS = 8192
 """Longest prompt of token ids that is checked on the event loop: likewise."""
-RETRY_AFTER = 1.0
-"""Seconds after which a client is told to try again when too many long prompts or constraints wait for a thread."""
 
 BuildRequest = Callable[[float | None], Request]
 """Makes the engine's request of a message. Given the call's deadline, `time.monotonic()` seconds; None where it has
@@ -153,7 +151,7 @@ class CallRunner:
     ) -> Sequence[EventStream]:
         limit = engine.config.total_slots + engine.config.max_waiting
         if self._submitting[threads] >= limit:
-            raise QueueFull(limit, RETRY_AFTER)
+            raise QueueFull(limit)
         self._submitting[threads] += 1
         submitted = asyncio.get_running_loop().run_in_executor(threads, contextvars.copy_context().run, submit)
         self._early |= dict.fromkeys(calls, current_principal())

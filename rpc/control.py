@@ -55,9 +55,10 @@ class ControlServicer(jaxserve_pb2_grpc.ControlServicer):
 
     async def GetLoads(self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadsResponse:
         loads = self._lifecycle.loaded_engine().loads()
-        return pb.GetLoadsResponse(
-            **asdict(loads), free_pages=loads.available_pages - loads.cached_pages, open_calls=len(self._runner.calls)
-        )
+        counts = asdict(loads)
+        del counts["restarting"]  # health tells
+        free_pages = loads.available_pages - loads.cached_pages
+        return pb.GetLoadsResponse(**counts, free_pages=free_pages, open_calls=len(self._runner.calls))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         engine = self._lifecycle.loaded_engine()

@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -225,17 +225,13 @@ class ScriptedEngine:
         with self._changed:
             entries = list(self._active.values())
         running = sum(active.running for active in entries)
-        counts = dict.fromkeys((field.name for field in fields(EngineLoads)), 0)
         return EngineLoads(
-            **counts
-            | {
-                "running": running,
-                "waiting": len(entries) - running,
-                "slots": self.config.slots,
-                "available_pages": self.total_pages - sum(active.pages for active in entries),
-                "total_pages": self.total_pages,
-                "steps": self._steps,
-            }
+            running=running,
+            waiting=len(entries) - running,
+            slots=self.config.slots,
+            available_pages=self.total_pages - sum(active.pages for active in entries),
+            total_pages=self.total_pages,
+            steps=self._steps,
         )
 
     def profile(self, seconds: float) -> str:

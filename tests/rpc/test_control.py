@@ -89,6 +89,7 @@ async def test_whatever_the_engine_counts_is_told_by_the_same_name() -> None:
     async with serving(engine) as (_, client):
         engine.loads = lambda: EngineLoads(**counts)
         told = await client.loads()
+    del counts["restarting"]  # health tells
     assert {name: getattr(told, name) for name in counts} == counts
     assert told.free_pages == counts["available_pages"] - counts["cached_pages"]
 
