@@ -7,6 +7,7 @@ tokens and log-probabilities of fixed requests, and how its weights and cache li
 import json
 import random
 import sys
+from dataclasses import asdict
 
 import jax
 
@@ -80,7 +81,7 @@ def run(fields: dict) -> dict:
             ],
             "weights": [device_bytes(runner._weights) for runner in found],
             "cache": [device_bytes(runner._cache) for runner in found],
-            "loads": vars(engine.loads()),
+            "loads": asdict(engine.loads()),
             "taken_slots": [slot for record in engine.step_records for slot in record.taken_slots],
         }
 
