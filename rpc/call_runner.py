@@ -67,9 +67,7 @@ class CallRunner:
 
         Whatever ends the call early (the client leaves, its deadline passes, a write fails) ends the request as well.
         """
-        set_request_id(request_id)
-        metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
-        set_trace_parent(metadata.get("traceparent"), metadata.get("tracestate"))
+        set_trace_parent(context.invocation_metadata() or ())
         call = self._open(request_id)
         self.lifecycle.ready_engine()
         (stream,) = await self.admit([build(_deadline(context))], [call])
@@ -97,6 +95,7 @@ class CallRunner:
         The context's own `add_done_callback` would tell of the same, but ties what it is given, the context and the
         call's state into a cycle, which then lies about until the garbage is collected.
         """
+        set_request_id(request_id)
         call = self.calls.open(request_id)
         task = asyncio.current_task()
         assert task is not None

@@ -5,7 +5,7 @@ Both are made from what the engine says when a request ends, so that nothing is 
 """
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextvars import ContextVar
 from typing import cast
 from weakref import WeakKeyDictionary, finalize
@@ -18,10 +18,14 @@ from rpc.telemetry import DURATION, FIRST_TOKEN, OUTPUT_TOKEN, PROVIDER, Telemet
 _parent: ContextVar[dict[str, str]] = ContextVar("jaxserve_trace_parent", default={})  # noqa: B039 - never changed
 
 
-def set_trace_parent(traceparent: str | None, tracestate: str | None) -> None:
-    """Says whose span the call of this context belongs to, by the headers of W3C Trace Context."""
-    given = {"traceparent": traceparent, "tracestate": tracestate}
-    _parent.set({name: value for name, value in given.items() if value is not None})
+def set_trace_parent(headers: Iterable[tuple[str, str | bytes]]) -> None:
+    """Says whose span the call of this context belongs to, by the headers of W3C Trace Context: several `tracestate`
+    are one list."""
+    values: dict[str, list[str]] = {"traceparent": [], "tracestate": []}
+    for name, value in headers:
+        if name in values:
+            values[name].append(str(value))
+    _parent.set({name: ",".join(found) for name, found in values.items() if found})
 
 
 class _TracedEngine:

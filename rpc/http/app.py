@@ -164,7 +164,7 @@ class GenerateEndpoint:
         """Answers one request."""
         arrival = time.monotonic()
         request = Request(scope, receive, send)
-        set_trace_parent(request.headers.get("traceparent"), request.headers.get("tracestate"))
+        set_trace_parent(request.headers.items())
         runner, config, request_id = self._front.runner, self._front.config, request_id_of(request)
         set_request_id(request_id)
         generation = Generation(runner, request_id)

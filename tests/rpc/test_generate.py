@@ -129,12 +129,21 @@ async def test_a_failing_request_is_internal_and_leaves_its_neighbours_alone() -
             await client.generate_once("break")
 
 
+@pytest.mark.parametrize("method", ["generate", "attach"])
 async def test_an_unexpected_exception_is_internal_and_logged_with_the_request_id(
-    caplog: pytest.LogCaptureFixture,
+    method: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with serving(ScriptedEngine()) as (_, client):
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    engine = ScriptedEngine()
+    monkeypatch.setattr(engine, "attach", fail)
+    async with serving(engine) as (_, client):
         with pytest.raises(RpcFailed) as caught:
-            await client.generate(Request(prompt="raise", request_id="unlucky")).text()
+            if method == "generate":
+                await client.generate(Request(prompt="raise", request_id="unlucky")).text()
+            else:
+                await client.attach("unlucky").text()
         assert caught.value.code is grpc.StatusCode.INTERNAL
         assert "a defect" not in caught.value.details  # what failed inside is for the log
         record = next(record for record in caplog.records if "unlucky" in record.getMessage())

@@ -88,7 +88,8 @@ async def test_each_request_is_one_span_under_its_senders_with_the_conventions_a
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             stub = jaxserve_pb2_grpc.InferenceStub(channel)
             message = pb.GenerateRequest(request_id="native", text="hello", stopping=pb.Stopping(max_tokens=4))
-            async for _ in stub.Generate(message, metadata=(("traceparent", TRACEPARENT),)):
+            headers = (("traceparent", TRACEPARENT), ("tracestate", "a=1"), ("tracestate", "b=2"))
+            async for _ in stub.Generate(message, metadata=headers):
                 pass
         async with openai_client(f"127.0.0.1:{server.http.port}") as client:
             headers = {"traceparent": TRACEPARENT, "x-request-id": "over-http"}
@@ -112,6 +113,7 @@ async def test_each_request_is_one_span_under_its_senders_with_the_conventions_a
     assert attributes["gen_ai.server.time_to_first_token"] > 0
     native = next(span for span in spans if attributes_of(span)["gen_ai.response.id"] == "native")
     assert (native.trace_id.hex(), native.parent_span_id.hex()) == (TRACE, PARENT)
+    assert native.trace_state == "a=1,b=2"
     assert native.end_time_unix_nano > native.start_time_unix_nano
     (alone,) = [span for span in spans if span.trace_id.hex() != TRACE]
     assert alone.parent_span_id == b""
