@@ -65,6 +65,7 @@ class ResumableStream:
             if self._reader is reader:
                 self._reader = None
                 self.idle_since = time.monotonic()
+                reader.notify()
 
     def is_read_by(self, reader: "StreamReader") -> bool:
         """Whether no other reader has come since."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -93,6 +94,22 @@ def test_past_their_size_those_that_ended_first_are_forgotten_and_then_the_large
     end(large)
     kept.streams.sweep()
     assert [kept.has(name) for name in ("small", "large")] == [True, False]
+
+
+def test_a_reader_that_blocks_ends_when_another_thread_leaves_for_it():
+    reader = Kept().add("a").attach(0)
+
+    def read() -> None:
+        with pytest.raises(StreamTaken):
+            next(reader)
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    while not reader._is_blocked:
+        time.sleep(0.001)
+    reader.leave()
+    reading.join(10)
+    assert not reading.is_alive()
 
 
 def test_a_stream_is_taken_from_a_reader_whose_event_loop_has_closed():
