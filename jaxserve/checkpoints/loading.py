@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from jaxserve.checkpoints.description import open_checkpoint, resolve
+from jaxserve.checkpoints.description import describe_model, open_checkpoint, resolve
 from jaxserve.checkpoints.native_folder import DESCRIPTION
 from jaxserve.checkpoints.parameters import Progress, load_params
 from jaxserve.checkpoints.tensors import CheckpointError
@@ -66,12 +66,13 @@ def convert(
 ) -> None:
     """Writes any checkpoint as a folder of the native format, which loads fastest. The folder must not exist.
 
-    Raises CheckpointError.
+    Raises CheckpointError; where the disk has no room, before weights are read.
     """
-    from jaxserve.checkpoints.orbax import save_orbax
+    from jaxserve.checkpoints.orbax import check_room, save_orbax
 
     path = Path(folder).expanduser()
     if path.exists():
         raise CheckpointError(f"{path}: exists already")
+    check_room(path, describe_model(source)[0], dtype, quantization)
     model = load_model(source, dtype, quantization, progress)
     save_orbax(path, model.config, model.params, dtype, quantization, model.tokenizer_source)

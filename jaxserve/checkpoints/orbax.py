@@ -18,6 +18,7 @@ from flax import nnx
 from jaxserve.checkpoints.native_folder import DESCRIPTION, describe_folder, write_description
 from jaxserve.checkpoints.tensors import CheckpointError
 from jaxserve.config import Quantization
+from jaxserve.device.roofline import model_cost
 from jaxserve.device.sharding import Placement, in_shard_order
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.llama import abstract_llama
@@ -26,6 +27,17 @@ from jaxserve.models.quantize import quantize_params
 from jaxserve.tokenizing.tokenizer_source import TokenizerSource
 
 _PARAMS = "params"
+
+
+def check_room(folder: Path, config: ModelConfig, dtype: str, quantization: Quantization) -> None:
+    """Raises CheckpointError where less of the disk is free than the weights take. A disk that fills while Orbax writes
+    is found out, too, and Orbax then prints a traceback for each write that was under way."""
+    needed = model_cost(config, dtype, quantization, 0, 1).weight_bytes
+    free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder}: the weights take {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} are free there"
+        )
 
 
 def save_orbax(

@@ -5,12 +5,14 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from jaxserve.checkpoints import loading
 from jaxserve.checkpoints.loading import convert, load_model
 from jaxserve.checkpoints.tensors import CheckpointError
 from jaxserve.models.parameters import named_parameters
@@ -75,6 +77,14 @@ def test_another_type_is_cast_to(original):
 def test_an_existing_folder_is_not_written_over(original):
     with pytest.raises(CheckpointError, match="exists already"):
         convert(str(FAMILIES / "qwen3"), original, "bfloat16")
+
+
+def test_a_disk_without_room_for_the_weights_is_told_before_they_are_read(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1_000))
+    monkeypatch.delattr(loading, "load_model")
+    with pytest.raises(CheckpointError, match=r"new/native: the weights take 0\.\d MB, and 0\.0 are free there"):
+        convert(str(FAMILIES / "qwen2"), tmp_path / "new" / "native", "bfloat16")
+    assert not (tmp_path / "new").exists()
 
 
 def test_nothing_is_left_behind_but_the_folder(original):
