@@ -3,9 +3,8 @@
 import logging
 from enum import StrEnum
 
-from grpc_health.v1 import health, health_pb2
-
 from jaxserve.request_errors import EngineUnavailable
+from rpc.health import HealthServicer
 from rpc.served_engine import ServedEngine
 
 logger = logging.getLogger(__name__)
@@ -47,18 +46,14 @@ class Lifecycle:
 
     def __init__(self, services: tuple[str, ...]):
         """`services`: full names of the services whose health is reported, besides "" for the whole server."""
-        self.health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self.health = HealthServicer(("", *services))
         self.state = State.LOADING
         self.engine: ServedEngine | None = None
-        self._services = ("", *services)
 
-    async def move_to(self, state: State) -> None:
+    def move_to(self, state: State) -> None:
         """Enters a state. Health is SERVING in READY alone."""
         self.state = state
-        serving = state is State.READY
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in self._services:
-            await self.health.set(service, status)
+        self.health.set(state is State.READY)
 
     def ready_engine(self) -> ServedEngine:
         """The engine, if requests may be sent to it. Raises EngineUnavailable with the reason if not."""
@@ -72,11 +67,11 @@ class Lifecycle:
             raise EngineUnavailable(_REFUSALS[self.state])
         return self.engine
 
-    async def follow_engine_health(self) -> None:
+    def follow_engine_health(self) -> None:
         """Moves between READY and UNHEALTHY as the engine says. Call it a few times a second."""
         if self.engine is None or self.state not in (State.READY, State.UNHEALTHY):
             return
         state = State.READY if self.engine.is_healthy else State.UNHEALTHY
         if state is not self.state:
             logger.warning("engine health changed: %s -> %s", self.state, state)
-            await self.move_to(state)
+            self.move_to(state)

@@ -113,7 +113,7 @@ class Server:
 
     async def start(self) -> None:
         """Binds the ports and answers. Raises PortUnavailable where a port cannot be had."""
-        await self.lifecycle.move_to(State.LOADING)
+        self.lifecycle.move_to(State.LOADING)
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host  # IPv6
         address, tls = f"{host}:{self.config.grpc_port}", self.config.security.tls_files()
         try:
@@ -138,7 +138,7 @@ class Server:
         await _in_daemon_thread(engine.tokenizer.start, "jaxserve-tokenizer")
         served = for_tenants(engine)
         self.lifecycle.engine = served if self._telemetry is None else traced(served, self._telemetry)
-        await self.lifecycle.move_to(State.READY)
+        self.lifecycle.move_to(State.READY)
         self._report(
             {"event": "ready", "model": engine.model_name, "seconds": round(time.monotonic() - self._began, 3)}
         )
@@ -148,7 +148,7 @@ class Server:
         try:
             engine = await _in_daemon_thread(engine_factory, "jaxserve-load")
         except Exception:
-            await self.lifecycle.move_to(State.FAILED)
+            self.lifecycle.move_to(State.FAILED)
             raise
         await self.attach(engine)
 
@@ -157,7 +157,7 @@ class Server:
             await asyncio.sleep(WATCH_INTERVAL)
             self.calls.abort_stalled()
             self.access.refresh()
-            await self.lifecycle.follow_engine_health()
+            self.lifecycle.follow_engine_health()
 
     def hurry(self) -> None:
         """Cuts the grace of a `stop` in progress."""
@@ -176,12 +176,12 @@ class Server:
         """
         deadline = time.monotonic() + (self.config.grace if grace is None else grace)
         engine = self.lifecycle.engine
-        await self.lifecycle.move_to(State.DRAINING)
+        self.lifecycle.move_to(State.DRAINING)
         self._report({"event": "draining", "open_calls": len(self.calls)})
         if engine is not None:
             engine.drain()
         drained = await self._wait_for_requests(deadline)
-        await self.lifecycle.move_to(State.STOPPED)
+        self.lifecycle.move_to(State.STOPPED)
         if engine is not None:
             await _in_daemon_thread(lambda: engine.shutdown(0.0), "jaxserve-shutdown")
         if not drained:

@@ -21,6 +21,8 @@ from serving import eventually
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HELLO = PREFACE + SettingsFrame(0).serialize()
 """What a client begins with."""
+SHUT_HELLO = PREFACE + SettingsFrame(0, settings={SettingsFrame.INITIAL_WINDOW_SIZE: 0}).serialize()
+"""What one begins with that takes no message of an answer."""
 
 SETTINGS_ACK = SettingsFrame(0, flags=["ACK"]).serialize()
 MAX_FRAME = 1 << 14

@@ -183,7 +183,7 @@ async def test_who_leaves_a_server_that_says_nothing_is_not_held_up(
 
 async def test_what_a_server_refuses_itself_is_not_tried_again(resuming: Engine) -> None:
     async with serving(lent(resuming)) as (server, client):
-        await server.lifecycle.move_to(State.DRAINING)
+        server.lifecycle.move_to(State.DRAINING)
         with pytest.raises(EngineUnavailable, match="draining") as error:
             await client.generate(prompt(10), resumable=True).text()
         assert not isinstance(error.value, ConnectionLost)

@@ -9,12 +9,14 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from raw_http2 import SHUT_HELLO, call_headers, data_frames, headers_frame, message, raw_connection
 from scripted_engine import ScriptedEngine
-from serving import eventually, serving
+from serving import PATIENCE, eventually, serving
 
 from jaxserve.front.loads import EngineLoads
 from jaxserve.request_errors import EngineUnavailable, InvalidRequest
 from rpc.client import AsyncClient
+from rpc.lifecycle import State
 from rpc.server import SERVICES, Server
 from rpc.server_config import ServerConfig
 
@@ -144,6 +146,31 @@ async def test_health_of_an_unknown_service_is_not_found() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await client._check(health_pb2.HealthCheckRequest(service="nothing"))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_health_of_all_services_is_listed() -> None:
+    async with serving(ScriptedEngine()) as (server, client), grpc.aio.insecure_channel(client.address) as channel:
+        listing = health_pb2_grpc.HealthStub(channel).List
+        statuses = (await listing(health_pb2.HealthListRequest())).statuses
+        assert {name: answer.status for name, answer in statuses.items()} == dict.fromkeys(("", *SERVICES), SERVING)
+        server.lifecycle.move_to(State.DRAINING)
+        statuses = (await listing(health_pb2.HealthListRequest())).statuses
+        assert {answer.status for answer in statuses.values()} == {NOT_SERVING}
+
+
+async def test_a_health_watch_that_takes_nothing_holds_up_nobody() -> None:
+    engine = ScriptedEngine()
+    server = Server(ServerConfig(grpc_port=0), report=lambda _: None)
+    await server.start()
+    await server.attach(engine)
+    address = f"127.0.0.1:{server.port}"
+    async with AsyncClient(address) as client, raw_connection(address, SHUT_HELLO) as watch:
+        await watch.write(headers_frame(1, call_headers("/grpc.health.v1.Health/Watch")) + data_frames(1, message(b"")))
+        await eventually(lambda: 1 in watch.headers)
+        engine.is_healthy = False
+        await eventually(lambda: server.lifecycle.state == "unhealthy")
+        assert await health_of(client) == {NOT_SERVING}
+        assert await asyncio.wait_for(server.stop(grace=300.0), PATIENCE)
 
 
 async def test_a_health_watch_sees_every_change_and_does_not_hold_the_server() -> None:
