@@ -118,6 +118,7 @@ class CallRunner:
             raise asyncio.CancelledError from error
         finally:
             stream.leave()  # ends what still runs, unless its stream is to be taken up again
+        call.write_began = time.monotonic()  # of what follows: an answer that is one message, or the status
         self.raise_for(ending, call)
 
     def in_thread[Result](self, work: Callable[[], Result]) -> asyncio.Future[Result]:

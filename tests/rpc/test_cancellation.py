@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import grpc.aio
 import pytest
+from raw_http2 import SHUT_HELLO, call_headers, data_frames, headers_frame, message, raw_connection
 from scripted_engine import ScriptedEngine, expected_ids
 from serving import back_to_the_start, eventually, serving
 
@@ -260,3 +261,14 @@ async def test_a_reader_that_stalls_is_aborted_at_the_stall_limit() -> None:
         assert await client.generate("other", max_tokens=3).text() == "abc"
         assert not call.done()
         call.cancel()
+
+
+async def test_an_answer_in_one_message_that_nobody_takes_is_waited_for_until_the_stall_limit() -> None:
+    engine = ScriptedEngine()
+    config = ServerConfig(grpc_port=0, stall_limit=0.3)
+    async with serving(engine, config) as (server, client), raw_connection(client.address, SHUT_HELLO) as reader:
+        asked = pb.GenerateRequest(text="hello", stopping=pb.Stopping(max_tokens=3)).SerializeToString()
+        headers = headers_frame(1, call_headers("/jaxserve.v1.Inference/GenerateOnce"))
+        await reader.write(headers + data_frames(1, message(asked)))
+        await eventually(lambda: engine.submitted == 1)
+        await back_to_the_start(engine, server)
