@@ -104,15 +104,19 @@ class Arrivals(grpc.aio.ServerInterceptor):
         except TimeoutError:
             text = f"the message of the call did not arrive within {self._message_timeout:g} s"
             await Failure(grpc.StatusCode.DEADLINE_EXCEEDED, text, "MESSAGE_TIMEOUT").end(context)
-        except DecodeError as error:  # for which grpc.aio alone answers UNKNOWN and logs a traceback
-            text = f"the request is malformed: {error}"
-            await Failure(grpc.StatusCode.INVALID_ARGUMENT, text, "MALFORMED_REQUEST").end(context)
+        except DecodeError as error:
+            await _malformed(error).end(context)
         if message is grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
             # It was taken back, or ended without a message: gRPC tells both alike. Who still waits is told.
             with contextlib.suppress(grpc.aio.AbortError, grpc.aio.InternalError):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call ended without a message")
             raise asyncio.CancelledError
         return message
+
+
+def _malformed(error: DecodeError) -> Failure:
+    """Of a message that does not parse, for which grpc.aio alone answers UNKNOWN and logs a traceback."""
+    return Failure(grpc.StatusCode.INVALID_ARGUMENT, f"the request is malformed: {error}", "MALFORMED_REQUEST")
 
 
 def _is_premature(elapsed: float, remaining: float | None) -> bool:
@@ -138,6 +142,8 @@ async def _answer(handler: grpc.RpcMethodHandler, request: object, context: grpc
                 await context.write(response)
     except grpc.aio.BaseError:
         raise  # the transport's own: the call is gone or has its status
+    except DecodeError as error:  # one of a stream of messages
+        await _malformed(error).end(context)
     except Exception as error:
         await abort(context, error, cast(Message, request))
 

@@ -33,7 +33,15 @@ async def test_a_call_that_ends_without_a_message_is_refused_and_not_left_waitin
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-@pytest.mark.parametrize("method", [GENERATE, "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        GENERATE,
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
 async def test_a_message_that_does_not_parse_is_refused_by_every_service(method: str) -> None:
     async with serving(ScriptedEngine()) as (_, client):
         with pytest.raises(grpc.aio.AioRpcError, match="malformed") as refused:
