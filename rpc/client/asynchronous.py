@@ -17,6 +17,7 @@ from rpc.client.calls import (
     DEFAULT_ADDRESS,
     NOTHING_SHOWN,
     READY_INTERVAL,
+    READY_SECONDS,
     ChatMessage,
     Credentials,
     StreamingClient,
@@ -115,7 +116,7 @@ class AsyncClient(StreamingClient["Call", AsyncGeneration]):
         """Whether there is a server and it takes requests now."""
         try:
             with mapped_errors():
-                answer = await self._check(health_pb2.HealthCheckRequest(), timeout=5.0)
+                answer = await self._check(health_pb2.HealthCheckRequest(), timeout=READY_SECONDS)
         except (EngineUnavailable, TimeoutError):
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -16,6 +16,7 @@ from rpc.client.calls import (
     DEFAULT_ADDRESS,
     NOTHING_SHOWN,
     READY_INTERVAL,
+    READY_SECONDS,
     ChatMessage,
     Credentials,
     StreamingClient,
@@ -106,16 +107,19 @@ class Client(StreamingClient[grpc.Call, Generation]):
     def wait_until_ready(self, timeout: float = 120.0) -> None:
         """Waits until the server has loaded its model. Raises TimeoutError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while not self.is_ready():
+        while not self._is_ready(min(READY_SECONDS, deadline - time.monotonic())):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the server at {self.address} was not ready after {timeout:g} s")
             time.sleep(READY_INTERVAL)
 
     def is_ready(self) -> bool:
         """Whether there is a server and it takes requests now."""
+        return self._is_ready(READY_SECONDS)
+
+    def _is_ready(self, timeout: float) -> bool:
         try:
             with mapped_errors():
-                answer = self._check(health_pb2.HealthCheckRequest(), timeout=5.0)
+                answer = self._check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except (EngineUnavailable, TimeoutError):
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING

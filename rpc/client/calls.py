@@ -29,6 +29,8 @@ ChatMessage = Mapping[str, str]
 
 READY_INTERVAL = 0.1
 """Seconds between looks whether a server is ready."""
+READY_SECONDS = 5.0
+"""That one look may take."""
 
 LONGEST_CALL = 1e9
 """Seconds, thirty years: what is ten times as long gRPC takes for a time that has passed."""

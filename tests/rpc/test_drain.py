@@ -2,6 +2,7 @@
 
 import resource
 import signal
+import socket
 import threading
 import time
 
@@ -14,6 +15,7 @@ from serving import PATIENCE, server_process
 from jaxserve.events import Delta, Finished, FinishReason
 from jaxserve.request_errors import EngineUnavailable
 from rpc.client import Client
+from rpc.client.calls import READY_SECONDS
 from rpc.serve import OWN_DESCRIPTORS, take_descriptors
 from rpc.server_config import ServerConfig
 
@@ -117,6 +119,14 @@ def test_clients_wait_for_a_server_that_is_not_there_yet() -> None:
                 nobody.wait_until_ready(timeout=0.3)
             with pytest.raises(EngineUnavailable):
                 nobody.generate_once("a")
+
+
+def test_the_blocking_client_waits_no_longer_than_it_was_told_for_a_server_that_says_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, Client(f"127.0.0.1:{silent.getsockname()[1]}") as client:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="not ready after"):
+            client.wait_until_ready(timeout=0.3)
+        assert time.monotonic() - began < READY_SECONDS
 
 
 def test_the_blocking_client_does_all_that_the_other_does() -> None:
