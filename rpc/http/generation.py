@@ -1,6 +1,7 @@
 """One HTTP request that generates, from admission to its last byte."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from starlette.types import Receive, Send
 from jaxserve.events import Delta, Finished, FinishReason
 from jaxserve.request_errors import InvalidRequest
 from rpc.call_runner import CallRunner, worse
+from rpc.errors import DeadlineExceeded
 from rpc.http.answers import Answer
 from rpc.http.errors import error_of
 from rpc.http.schema import Asked
@@ -49,7 +51,11 @@ class Generation:
         ]
         self._calls = [self._runner.calls.open(name) for name in names]
         try:
-            self._streams = await self._runner.admit(requests, self._calls)
+            # The engine keeps the deadline of what it has; a long prompt or a constraint may wait before that.
+            async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+                self._streams = await self._runner.admit(requests, self._calls)
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed before the work began") from None
         except InvalidRequest as error:
             raise InvalidRequest(asked.names.get(error.field, error.field), error.reason) from None
         # Only now, when there is something to cancel: it runs at once where the client has gone already.

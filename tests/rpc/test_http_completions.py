@@ -233,3 +233,18 @@ async def test_past_its_timeout_a_request_ends_with_what_has_come_or_with_504() 
                 await client.completions.create(model="scripted", prompt="x", extra_body={"timeout": wrong})
             assert bad.value.param == "timeout"
         await back_to_the_start(engine, server)
+
+
+async def test_past_its_timeout_a_request_ends_whose_long_prompt_is_still_tokenized() -> None:
+    engine = ScriptedEngine()
+    engine.may_submit.clear()
+    async with openai_serving(engine) as (server, client):
+        try:
+            with pytest.raises(openai.InternalServerError, match="the deadline passed") as late:
+                await client.completions.create(model="scripted", prompt="x" * 3000, extra_body={"timeout": 0.2})
+            assert late.value.status_code == 504
+            await eventually(lambda: len(server.calls) == 0)
+        finally:
+            engine.may_submit.set()
+        await eventually(lambda: engine.submitted == 1)  # nobody wants it any more
+        await back_to_the_start(engine, server)
