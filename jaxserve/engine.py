@@ -5,6 +5,7 @@ tokenized on the caller's thread; `jaxserve.front.delivery` turns each step's to
 """
 
 import atexit
+import os
 import tempfile
 import threading
 import time
@@ -73,6 +74,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig | None = None, *, progress: ProgressCallback | None = None, **fields: Any):
         self.config = replace(config or EngineConfig(), **fields)
+        self._process_id = os.getpid()
         self._core = start_core(self.config)
         self._profiling = threading.Lock()
         try:
@@ -164,6 +166,7 @@ class Engine:
 
     def submit_all(self, requests: Sequence[Request]) -> list[EventReader]:
         """Accepts all of the requests or none of them, as `submit` does one."""
+        self._refuse_in_fork()
         for request in requests:
             self._admission.check(request)
         needed = sum(request.sampling.n for request in requests)
@@ -227,6 +230,7 @@ class Engine:
             StreamNotFound: none is kept for the tenant.
             InvalidRequest: it has not come to `from_token` yet.
         """
+        self._refuse_in_fork()
         return self._kept.attach(request_id, tenant, from_token)
 
     def _take_handles(self, count: int) -> int:
@@ -248,8 +252,18 @@ class Engine:
                 self._abort(active.submit.handle, active.request.sampling.n)
         return bool(found)
 
+    @property
+    def _is_in_fork(self) -> bool:
+        """Whether this process was forked from the engine's own: no thread of the engine is here, and what is sent to
+        the core is taken for that process's word."""
+        return os.getpid() != self._process_id
+
+    def _refuse_in_fork(self) -> None:
+        if self._is_in_fork:
+            raise EngineUnavailable("the engine is of the process that this one was forked from")
+
     def _abort(self, handle: int, count: int) -> None:
-        if any(self._requests.get(each) is not None for each in range(handle, handle + count)):
+        if not self._is_in_fork and any(self._requests.get(each) is not None for each in range(handle, handle + count)):
             self._core.send(Abort(handle, count))
 
     @overload

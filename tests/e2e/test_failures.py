@@ -165,6 +165,26 @@ def test_a_killed_engine_process_ends_every_stream():
         engine.shutdown()
 
 
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_fork_of_a_program_has_no_engine_and_its_parents_requests_go_on():
+    with Engine(simulated_step_ms=5.0, slots=4, max_context=256, core="process") as engine:
+        request = Request(token_ids=(1,), stopping=StoppingParams(max_tokens=100, ignore_eos=True))
+        stream = engine.submit(request)
+        next(stream)
+        child = os.fork()
+        if not child:
+            try:
+                stream.cancel()
+                engine.submit(replace(request, request_id="child"))
+            except EngineUnavailable:
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        collected = [collect(stream), collect(engine.submit(replace(request, request_id="parent")))]
+        assert [completion.finish_reason for completion in collected] == ["length"] * 2
+
+
 def test_requests_for_which_a_core_has_no_room_reach_it_though_the_system_has_no_thread_left(
     monkeypatch: pytest.MonkeyPatch,
 ):
