@@ -130,18 +130,17 @@ class Admission:
                     raise InvalidRequest("token_ids", f"must be integers in [0, {vocab_size - 1}], got {token!r}")
             return "token_ids", list(request.token_ids)
         field = "prompt" if request.prompt is not None else "messages"
-        self._refuse_hopeless(field, request)
         try:
-            if request.prompt is not None:
-                return field, self.tokenizer.encode(request.prompt)
-            messages = [dict(message) for message in request.messages or ()]
-            return field, self.tokenizer.encode_chat(messages, tools=[dict(tool) for tool in request.tools])
+            text = request.prompt if request.prompt is not None else self._render(request)
+            # Text that cannot fit whatever its tokens are is not worth the time of tokenizing it.
+            least = self.tokenizer.least_tokens(text)
+            if least < self.max_context:
+                # A chat template writes its special tokens itself.
+                return field, self.tokenizer.encode(text, add_special_tokens=request.prompt is not None)
         except (ValueError, ChatTemplateError) as error:
             raise InvalidRequest(field, str(error)) from error
+        raise InvalidRequest(field, f"has at least {least} tokens; the limit is {self.max_context - 1}")
 
-    def _refuse_hopeless(self, field: str, request: Request) -> None:
-        """Refuses text that cannot fit whatever its tokens are, without spending time on tokenizing it."""
-        text = request.prompt if request.prompt is not None else "".join(m["content"] for m in request.messages or ())
-        least = self.tokenizer.least_tokens(text)
-        if least >= self.max_context:
-            raise InvalidRequest(field, f"has at least {least} tokens; the limit is {self.max_context - 1}")
+    def _render(self, request: Request) -> str:
+        messages = [dict(message) for message in request.messages or ()]
+        return self.tokenizer.render_chat(messages, tools=[dict(tool) for tool in request.tools])

@@ -291,8 +291,8 @@ async def test_a_chat_template_that_never_ends_is_refused_within_1_s_and_holds_u
     for template, message in ((endless, "processor time"), (escaping, "forbidden")):
         monkeypatch.setattr(
             type(front.engine.tokenizer),
-            "encode_chat",
-            lambda self, messages, tools=(), template=template: self.encode(template.render(messages)),
+            "render_chat",
+            lambda self, messages, tools=(), template=template: template.render(messages),
         )
         with RunningTime() as clock:
             streams = Streams(front, 40)
