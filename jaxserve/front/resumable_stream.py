@@ -66,6 +66,7 @@ class ResumableStream:
                 self._reader = None
                 self.idle_since = time.monotonic()
                 reader.notify()
+        wake_readers([reader.take_waiter()])
 
     def is_read_by(self, reader: "StreamReader") -> bool:
         """Whether no other reader has come since."""

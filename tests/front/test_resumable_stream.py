@@ -112,6 +112,19 @@ def test_a_reader_that_blocks_ends_when_another_thread_leaves_for_it():
     assert not reading.is_alive()
 
 
+def test_a_reader_that_is_awaited_ends_when_another_task_leaves_for_it():
+    reader = Kept().add("a").attach(0)
+
+    async def leave_while_it_waits() -> None:
+        reading = asyncio.ensure_future(anext(reader))
+        await asyncio.sleep(0)
+        reader.leave()
+        with pytest.raises(StreamTaken):
+            await asyncio.wait_for(reading, 10)
+
+    asyncio.run(leave_while_it_waits())
+
+
 def test_a_stream_is_taken_from_a_reader_whose_event_loop_has_closed():
     stream = Kept().add("a")
     reader = stream.attach(0)
