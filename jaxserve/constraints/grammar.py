@@ -29,7 +29,7 @@ def grammar_of(constraint: Constraint, max_bytes: int) -> str:
     _check_size(kind, json.dumps(value) if kind == "choice" else value, max_bytes)
     match kind:
         case "choice":
-            return _start(" | ".join(json.dumps(text, ensure_ascii=False) for text in value))
+            return _start(" | ".join(_quoted(text) for text in value))
         case "regex":
             from llguidance import regex_to_lark
 
@@ -38,6 +38,11 @@ def grammar_of(constraint: Constraint, max_bytes: int) -> str:
             return _json(_checked_schema(value, max_bytes))
         case _:
             return f"{value}\n{_OPTIONS}\n"
+
+
+def _quoted(text: str) -> str:
+    """As a string of Lark: JSON's, in which the library takes DEL, which JSON lets stand, for no character."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 def _start(rule: str) -> str:

@@ -42,6 +42,12 @@ def test_a_hundred_schemas_at_once_are_all_compiled_and_wrong_ones_refused(check
     assert refusals == [None if number % 4 else "json_schema" for number in range(100)]
 
 
+def test_a_choice_may_have_any_character(checker: ConstraintChecker):
+    for first in range(0, 0x300, 64):
+        characters = "".join(map(chr, range(first, first + 64)))
+        assert checker.grammar(Constraint(choice=(characters, characters[::-1], "\\" + characters)))
+
+
 def test_a_verdict_is_found_out_once(checker: ConstraintChecker):
     known, refused = Constraint(regex="known"), Constraint(regex=r"[^\s\S]")
     grammar = checker.grammar(known)
