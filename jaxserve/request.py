@@ -365,7 +365,7 @@ def _from_json_value(name: str, value: Any) -> Any:
         if not isinstance(value, Mapping):
             raise InvalidRequest(name, f"must be an object of token id to bias, got {value!r}")
         try:
-            return {int(token): bias for token, bias in value.items()}
+            return {int(token) if isinstance(token, str) else token: bias for token, bias in value.items()}
         except ValueError:
             raise InvalidRequest(name, f"keys must be token ids, got {list(value)!r:.100}") from None
     if name == "stop" and isinstance(value, str):

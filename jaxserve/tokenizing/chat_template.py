@@ -75,7 +75,7 @@ class ChatTemplate:
         """
         try:
             chat = json.dumps({"messages": list(messages), "tools": list(tools) or None})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ChatTemplateError(f"chat template: messages must be JSON values: {error}") from error
         try:
             reply = self._renderer.ask(chat)

@@ -219,6 +219,8 @@ BAD = [
     ({"seed": -1}, "seed"),
     ({"n": 10**9}, "n"),
     ({"logit_bias": {49152: 1.0}}, "logit_bias"),
+    ({"logit_bias": {None: 1.0}}, "logit_bias"),
+    ({"logit_bias": {1.5: 1.0}}, "logit_bias"),
     ({"logit_bias": {0: 101.0}}, "logit_bias"),
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"),

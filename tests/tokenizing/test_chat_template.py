@@ -175,5 +175,9 @@ def test_large_messages_pass():
 
 
 def test_messages_that_are_no_json_are_refused():
-    with pytest.raises(ChatTemplateError, match="must be JSON values"):
-        render("", [{"content": b"bytes"}])
+    nested: dict[str, object] = {}
+    for _ in range(5000):
+        nested = {"a": nested}
+    for value in (b"bytes", nested):
+        with pytest.raises(ChatTemplateError, match="must be JSON values"):
+            render("", [{"content": value}])
