@@ -27,6 +27,8 @@ class ActiveRequest:
     """Of the prompt; None before it is computed."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """So far."""
+    has_slow_reader: bool = False
+    """It was aborted for that."""
 
 
 @dataclass

@@ -166,7 +166,8 @@ class Delivery:
         if matched is not None:
             self._core.send(Abort(sequence.handle))
             self._finish(sequence, FinishReason.STOP, sequence.tokens, matched)
-        elif unread > self._stream_buffer_tokens:
+        elif unread > self._stream_buffer_tokens and not active.has_slow_reader:
+            active.has_slow_reader = True
             name = active.request.request_id
             log.warning("the client left %d tokens unread; aborting", unread, extra={"request_id": name})
             active.stream.cancel()

@@ -4,7 +4,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
-from jaxserve.events import Completion, Delta, Finished
+from jaxserve.events import Completion, Delta, Finished, FinishReason
 from jaxserve.front.completion import collect
 from jaxserve.front.event_reader import EventReader
 from jaxserve.request import Request
@@ -32,7 +32,9 @@ def request_of(prompt: Prompt, fields: Mapping[str, Any]) -> Request:
 
 
 async def generate_one(submit: Submit, request: Request) -> AsyncIterator[Delta]:
-    """What is new, as it comes. Leaving the iterator ends the request. Raises RuntimeError where the engine failed."""
+    """What is new, as it comes. Leaving the iterator ends the request. Raises RuntimeError where the engine failed, and
+    where another ended the request, or its reader left too much unread: who reads deltas alone would take what there is
+    for the whole."""
     stream = submit(request)
     try:
         async for event in stream:
@@ -40,6 +42,8 @@ async def generate_one(submit: Submit, request: Request) -> AsyncIterator[Delta]
                 yield event
             elif isinstance(event, Finished) and event.error is not None:
                 raise RuntimeError(event.error)
+            elif isinstance(event, Finished) and event.finish_reason is FinishReason.ABORT:
+                raise RuntimeError("the request was aborted, or its reader left more unread than is kept for one")
     finally:
         stream.cancel()
 

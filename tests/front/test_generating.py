@@ -1,5 +1,6 @@
-"""A list of prompts is waited for as a whole, whatever else the engine does."""
+"""A list of prompts is waited for as a whole, whatever else the engine does, and a stream is whole or says so."""
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,6 +16,24 @@ def test_outputs_longer_than_a_reader_may_leave_unread_are_whole(resumable: bool
         completions = engine.generate(["one", "two"], n=2, max_tokens=900, ignore_eos=True, resumable=resumable)
         outputs = [output for completion in completions for output in completion.outputs]
         assert [(output.finish_reason, len(output.token_ids)) for output in outputs] == [("length", 900)] * 4
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_a_reader_that_left_too_much_unread_is_told_and_the_log_once(resumable: bool, caplog: pytest.LogCaptureFixture):
+    async def read_late(engine: Engine) -> None:
+        stream = engine.generate("one", n=4, max_tokens=900, ignore_eos=True, resumable=resumable)
+        await anext(stream)
+        while len(engine._requests):
+            await asyncio.sleep(0.01)
+        async for _ in stream:
+            pass
+
+    with (
+        Engine(simulated_step_ms=1.0, slots=4, max_context=1024, stream_buffer_tokens=64) as engine,
+        pytest.raises(RuntimeError, match="aborted"),
+    ):
+        asyncio.run(read_late(engine))
+    assert caplog.text.count("unread") == 1
 
 
 def test_lists_that_fill_the_queue_for_each_other_are_all_served():
