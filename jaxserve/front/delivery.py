@@ -87,6 +87,8 @@ class Delivery:
             log.exception("delivery failed")
             self._core.send(Shutdown())
             self._fail(f"delivery failed: {error!r}")
+            while self._core.receive() is not None:
+                pass  # it may wait for room to say that it has ended
         finally:
             self.profiled.put(Profiled("the engine has stopped"))
 

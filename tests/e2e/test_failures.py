@@ -19,6 +19,7 @@ from jaxserve.core.messages import Progress, Ready
 from jaxserve.device.kv_cache import KVCache
 from jaxserve.engine import Engine, EngineStartError, ProgressCallback
 from jaxserve.front.completion import collect
+from jaxserve.front.statistics import Statistics
 from jaxserve.request import Request, SamplingParams, StoppingParams
 from jaxserve.request_errors import EngineUnavailable
 from jaxserve.tokenizing.text_stream import TextStream
@@ -202,6 +203,20 @@ def test_requests_for_which_a_core_has_no_room_reach_it_though_the_system_has_no
             finally:
                 os.kill(process, signal.SIGCONT)
             assert [collect(stream).finish_reason for stream in streams] == ["length"] * 200
+
+
+def test_an_engine_whose_delivery_failed_shuts_down(monkeypatch: pytest.MonkeyPatch):
+    def starved(*_: object) -> None:
+        raise MemoryError("injected")
+
+    engine = Engine(simulated_step_ms=0.5, slots=4, max_context=2048, publish_ahead=1)
+    streams = [engine.submit(request) for request in requests(3)]
+    monkeypatch.setattr(Statistics, "on_step", starved)
+    assert {collect(stream).error for stream in streams} == {"delivery failed: MemoryError('injected')"}
+    ending = threading.Thread(target=engine.shutdown, daemon=True)
+    ending.start()
+    ending.join(30)
+    assert not ending.is_alive()
 
 
 def test_a_request_that_cannot_be_delivered_ends_alone(monkeypatch: pytest.MonkeyPatch):
