@@ -149,7 +149,7 @@ class ActiveRequests:
     def wait_until_none(self, timeout: float) -> bool:
         """Whether none is left after at most `timeout` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._by_handle, timeout=timeout)
+            return self._changed.wait_for(lambda: not self._by_handle, timeout=min(timeout, threading.TIMEOUT_MAX))
 
     def close(self) -> None:
         """Accepts no more; those in flight go on."""

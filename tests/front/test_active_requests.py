@@ -10,6 +10,7 @@ from jaxserve.core.messages import Message, Submit
 from jaxserve.engine import Engine
 from jaxserve.events import Finished, FinishReason
 from jaxserve.front.active_requests import ActiveRequest, ActiveRequests
+from jaxserve.front.completion import collect
 from jaxserve.front.request_stream import RequestStream
 from jaxserve.request import Request, StoppingParams
 from jaxserve.tokenizing.text_stream import TextStream
@@ -50,6 +51,13 @@ def test_a_request_that_is_being_taken_in_when_the_engine_fails_is_among_those_t
     adding.join()
     failing.join()
     assert len(found) == len(requests) == 1
+
+
+def test_a_shutdown_may_wait_as_long_as_it_takes() -> None:
+    with Engine(simulated_step_ms=1.0, slots=4, max_context=1024) as engine:
+        stream = engine.submit(Request(token_ids=(1,), stopping=StoppingParams(max_tokens=50, ignore_eos=True)))
+        assert engine.shutdown(float("inf"))
+        assert collect(stream).finish_reason == "length"
 
 
 def test_an_abort_of_a_request_that_is_not_sent_yet_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
