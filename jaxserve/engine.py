@@ -370,6 +370,10 @@ class Engine:
                 self._core.kill()
                 self._delivery.join()
         self._core.join()
+        # Not only with this object, which is part of cycles: who makes engines again and again would have all of them.
+        self.tokenizer.stop()
+        if self._admission.constraints is not None:
+            self._admission.constraints.stop()
         if self._watchdog is not None:
             self._watchdog.stop()
         atexit.unregister(self.shutdown)

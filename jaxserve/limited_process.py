@@ -18,6 +18,9 @@ from jaxserve.request_errors import EngineUnavailable
 _PATIENCE = 30.0
 """Seconds, beside its limit, in which a program must answer: more than it needs on a busy machine."""
 
+STOP_SECONDS = 1.0
+"""Seconds for which who stops a program waits for the answer that it is about to give."""
+
 
 class LimitReached(Exception):
     """The program ended instead of answering; the message says why."""
@@ -70,6 +73,14 @@ class LimitedProcess:
                 )
             case _:
                 raise LimitReached(f"ended its process with exit code {process.returncode}")
+
+    def stop(self) -> None:
+        """Ends the process, unless it is busy for longer than STOP_SECONDS; the next question starts it again."""
+        if self._lock.acquire(timeout=STOP_SECONDS):
+            try:
+                self._end()
+            finally:
+                self._lock.release()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self.process is not None and self.process.poll() is None:

@@ -79,6 +79,10 @@ class ConstraintChecker:
             raise InvalidRequest(constraint.kind, re.sub(place, "", refusal))
         return grammar
 
+    def stop(self) -> None:
+        """Ends the process; the next constraint starts it again."""
+        self._process.stop()
+
     def _compile(self, grammar: str) -> str | None:
         """Why a grammar is refused; None if it is not. Raises EngineUnavailable."""
         try:

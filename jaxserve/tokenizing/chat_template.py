@@ -67,6 +67,10 @@ class ChatTemplate:
         with suppress(ChatTemplateError, EngineUnavailable):
             self.render([])
 
+    def stop(self) -> None:
+        """Ends the renderer; the next chat starts it again."""
+        self._renderer.stop()
+
     def render(self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()) -> str:
         """The prompt for a chat, up to where the assistant's answer begins. `tools` are functions that the model may
         call, as JSON schemas; a template without tools leaves them out.

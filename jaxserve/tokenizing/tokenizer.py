@@ -124,6 +124,11 @@ class Tokenizer:
         if self._chat_template is not None:
             self._chat_template.start()
 
+    def stop(self) -> None:
+        """Ends the process that renders chats; the next chat starts it again."""
+        if self._chat_template is not None:
+            self._chat_template.stop()
+
     def render_chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()) -> str:
         """The prompt that the model's chat template makes of messages and tools. Raises ChatTemplateError."""
         if self._chat_template is None:

@@ -205,6 +205,18 @@ def test_requests_for_which_a_core_has_no_room_reach_it_though_the_system_has_no
             assert [collect(stream).finish_reason for stream in streams] == ["length"] * 200
 
 
+def test_an_engine_that_is_shut_down_leaves_no_process():
+    family = Path(__file__).parents[1] / "fixtures" / "families" / "qwen3"
+    with Engine(model=str(family), dtype="float32", slots=1, prefill_chunks=(16,)) as engine:
+        chat = {"messages": [{"role": "user", "content": "a"}], "regex": "a", "max_tokens": 1}
+        assert engine.generate([chat])[0].text == "a"
+        checker = engine._admission.constraints
+        assert engine.tokenizer._chat_template is not None and checker is not None
+        processes = [engine.tokenizer._chat_template._renderer.process, checker._process.process]
+        assert [process is not None and process.poll() for process in processes] == [None, None]
+    assert [process is not None and process.poll() for process in processes] == [-signal.SIGKILL] * 2
+
+
 def test_an_engine_whose_delivery_failed_shuts_down(monkeypatch: pytest.MonkeyPatch):
     def starved(*_: object) -> None:
         raise MemoryError("injected")
