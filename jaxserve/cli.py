@@ -224,14 +224,23 @@ def _generate(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     with ExitStack() as files:
         try:
-            lines = _open_input(arguments.input)
             to_stdout = arguments.output == "-"
+            if not to_stdout and _is_file_of(arguments.input, arguments.output):
+                raise CommandError(f"{arguments.output}: is the input as well, which writing it would empty")
+            lines = _open_input(arguments.input)
             files.enter_context(output_errors("standard output" if to_stdout else arguments.output))
             output = sys.stdout.buffer if to_stdout else files.enter_context(open(arguments.output, "wb"))
         except OSError as error:
             raise CommandError(f"{error.filename}: {error.strerror}") from error
         engine = files.enter_context(start_engine(config))
         return run_batch(engine, lines, output)
+
+
+def _is_file_of(input_name: str, output_name: str) -> bool:
+    """Whether the input, and the output are one file, whatever they are called."""
+    if not os.path.isfile(output_name):
+        return False  # a device or a pipe may be both
+    return os.path.samestat(os.stat(0 if input_name == "-" else input_name), os.stat(output_name))
 
 
 def _open_input(name: str) -> Iterator[bytes]:

@@ -224,6 +224,25 @@ def test_generate_reads_and_writes_files(engine: Engine, tmp_path: Path, monkeyp
     assert {result["id"] for result in results} == {"ä", "bad"}
 
 
+def test_generate_does_not_write_over_its_input(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Opening it to write would empty it before a line is read: no request would run, and the prompts be lost."""
+    monkeypatch.setattr("jaxserve.cli.start_engine", None)
+    prompts, link = tmp_path / "prompts", tmp_path / "link"
+    prompts.write_bytes(greedy(prompt="a"))
+    link.symlink_to(prompts)
+    for output in (prompts, link):
+        error = failure(capsys, "generate", "--input", str(prompts), "--output", str(output))
+        assert f"{output}: is the input as well" in error
+    command = [sys.executable, "-m", "jaxserve", "generate", "--input", "-", "--output", str(prompts)]
+    with prompts.open("rb") as standard_input:
+        done = subprocess.run(command, stdin=standard_input, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is the input as well" in done.stderr
+    assert prompts.read_bytes() == greedy(prompt="a")
+
+
 def failure(capsys: pytest.CaptureFixture[str], *command: str) -> str:
     """The one line that a command which cannot run leaves, after its progress."""
     assert main(list(command)) == 2
