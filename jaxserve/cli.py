@@ -17,6 +17,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.core import garbage_collection
 from jaxserve.heap import share_one_arena
 from jaxserve.log import configure_logging
+from jaxserve.paths import user_path
 from jaxserve.request import SamplingParams, StoppingParams
 
 if TYPE_CHECKING:
@@ -336,7 +337,7 @@ def _profile(arguments: argparse.Namespace) -> int:
 
     file = arguments.api_key_file
     try:
-        key = None if file is None else Path(file).expanduser().read_text(encoding="ascii").strip()
+        key = None if file is None else user_path(file).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"{file}: {error}") from error
     try:

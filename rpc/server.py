@@ -8,7 +8,6 @@ import concurrent.futures
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
@@ -26,6 +25,7 @@ from rpc.lifecycle import Lifecycle, PortUnavailable, State
 from rpc.metrics import Metrics
 from rpc.open_calls import OpenCalls
 from rpc.security.access import Access
+from rpc.security.config import path_of
 from rpc.security.grpc_guard import Guard
 from rpc.security.keys import KeyFile
 from rpc.security.tenants import for_tenants
@@ -76,7 +76,7 @@ class Server:
         endpoint = config.otlp_endpoint
         self._telemetry = None if endpoint is None else telemetry_to(endpoint)
         keys = config.security.api_keys
-        self.access = Access(None if keys is None else KeyFile(Path(keys).expanduser()))
+        self.access = Access(None if keys is None else KeyFile(path_of(keys)))
         """Who may call what, on every protocol."""
         self._server = grpc.aio.server(
             # The guard before all that reads: what comes without a key is not even parsed.

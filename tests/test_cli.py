@@ -272,6 +272,22 @@ def test_a_path_that_cannot_be_read_or_written_is_named(capsys: pytest.CaptureFi
         assert "File name too long: 'xxx" in failure(capsys, *command, "--model", "x" * 5000)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "info --model ~nobody-here/x",
+        "plan --device v6e-1 --model ~nobody-here/x",
+        "chat --model ~nobody-here/x --core process",
+        f"convert {FAMILY} ~nobody-here/x",
+        "profile --api-key-file ~nobody-here/x",
+        "serve --grpc-port 0 --api-keys ~nobody-here/x",
+        "serve --grpc-port 0 --tls-cert ~nobody-here/x --tls-key ~nobody-here/x",
+    ],
+)
+def test_a_home_folder_that_is_not_known_is_one_line(capsys: pytest.CaptureFixture[str], command: str):
+    assert "its home folder is not known: '~nobody-here/x'" in failure(capsys, *command.split())
+
+
 def test_convert_finds_that_a_folder_cannot_be_made_before_it_loads(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

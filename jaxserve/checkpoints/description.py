@@ -10,6 +10,7 @@ from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError
 from jaxserve.models.config import ModelConfig, UnsupportedModel
 from jaxserve.models.huggingface_config import from_hf_config
 from jaxserve.models.published import PUBLISHED
+from jaxserve.paths import user_path
 from jaxserve.tokenizing.tokenizer_source import TokenizerSource
 
 
@@ -25,7 +26,7 @@ def describe_model(path_or_name: str) -> tuple[ModelConfig, TokenizerSource]:
 def describe_config(path_or_name: str) -> ModelConfig:
     """A model's configuration alone: of what `describe_model` takes, of a config.json without weights or tokenizer
     beside it, or of a shape in `models.published`. Raises CheckpointError."""
-    path = Path(path_or_name).expanduser()
+    path = user_path(path_or_name)
     file = path / "config.json" if path.is_dir() else path
     try:
         if file.suffix == ".json" and file.is_file():
@@ -50,7 +51,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def resolve(path_or_name: str) -> Path:
     """The file or folder of what `load_model` takes. Raises CheckpointError."""
-    path = registry.find(path_or_name) if path_or_name in registry.MODELS else Path(path_or_name).expanduser()
+    path = registry.find(path_or_name) if path_or_name in registry.MODELS else user_path(path_or_name)
     if not path.exists():
         known = ", ".join(registry.MODELS)
         raise CheckpointError(f"{path_or_name} is neither a file, nor a folder, nor a model known by name ({known})")

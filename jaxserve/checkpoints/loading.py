@@ -12,6 +12,7 @@ from jaxserve.checkpoints.tensors import CheckpointError
 from jaxserve.config import Quantization
 from jaxserve.device.sharding import Placement
 from jaxserve.models.config import ModelConfig
+from jaxserve.paths import user_path
 from jaxserve.tokenizing.tokenizer_source import TokenizerSource
 
 
@@ -70,7 +71,7 @@ def convert(
     """
     from jaxserve.checkpoints.orbax import check_room, save_orbax
 
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     if path.exists():
         raise CheckpointError(f"{path}: exists already")
     check_room(path, describe_model(source)[0], dtype, quantization)

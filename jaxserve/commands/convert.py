@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxserve.commands.progress import ProgressDisplay
 from jaxserve.commands.start import CommandError, model_errors
 from jaxserve.config import Quantization
+from jaxserve.paths import user_path
 
 
 def convert_checkpoint(source: str, folder: str, dtype: str, quantization: Quantization) -> str:
@@ -15,11 +16,11 @@ def convert_checkpoint(source: str, folder: str, dtype: str, quantization: Quant
     with ProgressDisplay() as progress:
         progress("starting", None)
         with model_errors():
-            _check_place(Path(folder).expanduser())
+            _check_place(user_path(folder))
             from jaxserve.checkpoints.loading import convert
 
             convert(source, folder, dtype, quantization, progress)
-    size = sum(file.stat().st_size for file in Path(folder).expanduser().rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in user_path(folder).rglob("*") if file.is_file())
     kind = dtype if quantization == "none" else f"{dtype}, {quantization} weights"
     return f"wrote {folder}: {kind}, {size / 1e6:.1f} MB, in {time.monotonic() - began:.1f} s"
 

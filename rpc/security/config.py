@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxserve.paths import user_path
+
 if TYPE_CHECKING:
     from rpc.security.tls import TlsFiles
 
@@ -38,7 +40,7 @@ class SecurityConfig:
         if self.tls_cert is None or self.tls_key is None:
             return None
         cert, key, authority = self.tls_cert, self.tls_key, self.tls_client_ca
-        return TlsFiles(_path(cert), _path(key), None if authority is None else _path(authority))
+        return TlsFiles(path_of(cert), path_of(key), None if authority is None else path_of(authority))
 
     def check_host(self, host: str) -> None:
         """Raises ValueError where an address would let others in without a key or in plain text."""
@@ -52,8 +54,12 @@ class SecurityConfig:
             )
 
 
-def _path(name: str) -> Path:
-    return Path(name).expanduser()
+def path_of(name: str) -> Path:
+    """The path of a file that a field names. Raises ValueError where it begins with a home folder that is not known."""
+    try:
+        return user_path(name)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
 
 
 def is_loopback(host: str) -> bool:
