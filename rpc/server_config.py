@@ -6,6 +6,8 @@ from rpc.security.config import SecurityConfig
 
 LAST_PORT = 65535
 """Of TCP."""
+MOST_CONNECTIONS = 2**31 - 1
+"""What gRPC takes as their bound."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,16 @@ class ServerConfig:
     """Keys and certificates."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a port or endpoint that is none, and where others are let in without keys or TLS."""
+        """Raises ValueError for a port, number or endpoint that is none, and where others are let in without keys or
+        TLS."""
         for name in ("grpc_port", "http_port", "metrics_port"):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= LAST_PORT:  # gRPC would listen on another one
                 raise ValueError(f"{name}: must be in [0, {LAST_PORT}], got {port}")
+        if not self.grace >= 0:  # nor a NaN, with which no wait can be begun
+            raise ValueError(f"grace: must be at least 0, got {self.grace}")
+        if not 1 <= self.max_connections <= MOST_CONNECTIONS:
+            raise ValueError(f"max_connections: must be in [1, {MOST_CONNECTIONS}], got {self.max_connections}")
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise ValueError(f"otlp_endpoint: must be a URL, as http://127.0.0.1:4318, got {self.otlp_endpoint!r}")
         self.security.check_host(self.host)

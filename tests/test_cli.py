@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -441,6 +442,15 @@ def test_serve_refuses_a_port_that_is_none(field: str, capsys: pytest.CaptureFix
     for port in ("99999", "-1"):
         error = failure(capsys, "serve", "--simulated-step-ms", "1", f"--{field.replace('_', '-')}", port)
         assert f"{field}: must be in [0, 65535], got {port}" in error
+
+
+@pytest.mark.parametrize(
+    "given", ["--grace nan", "--grace -1", "--max-connections 0", "--max-connections -5", f"--max-connections {2**31}"]
+)
+def test_serve_refuses_a_number_that_it_could_not_serve_by(given: str, capsys: pytest.CaptureFixture[str]):
+    option, number = given.split()
+    error = failure(capsys, "serve", "--grpc-port", "0", "--simulated-step-ms", "1", option, number)
+    assert re.search(rf"{option[2:].replace('-', '_')}: must be .*, got {number}", error)
 
 
 def test_serve_leaves_in_good_order_though_nobody_reads_its_reports_any_more():
