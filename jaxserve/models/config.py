@@ -127,7 +127,7 @@ class ModelConfig:
                 scaling = with_tuples(scaling)
                 scaling = _SCALINGS[scaling.pop("kind")](**scaling)
             return ModelConfig(**fields, rope=RopeConfig(**rope, scaling=scaling))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UnsupportedModel(f"is not a model configuration: {error}") from None
 
 

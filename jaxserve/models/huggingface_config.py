@@ -36,7 +36,7 @@ def from_hf_config(config: Mapping[str, Any], generation: Mapping[str, Any] | No
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UnsupportedModel(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
-    for architecture in config.get("architectures") or ():
+    for architecture in _list(config, "architectures"):
         if not str(architecture).endswith("ForCausalLM"):
             raise UnsupportedModel(f"architecture {architecture!r} is not a causal language model")
     for name, value in _FIXED.items():
@@ -81,6 +81,13 @@ def _number(config: Mapping[str, Any], name: str, default: float | None = None) 
     return float(value)
 
 
+def _list(config: Mapping[str, Any], name: str) -> list[Any]:
+    value = config.get(name) or []
+    if not isinstance(value, list):
+        raise UnsupportedModel(f"{name} must be a list, got {value!r}")
+    return value
+
+
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
     # Where a folder has both, transformers 5 takes nothing of `rope_parameters`, its `rope_theta` neither.
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -117,11 +124,15 @@ def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
     if family != "mistral" and not config.get("use_sliding_window", False):
         return None
     num_layers = _size(config, "num_hidden_layers")
-    first = 0 if family == "mistral" else min(config.get("max_window_layers", num_layers), num_layers)
-    kinds = config.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (num_layers - first)
-    if set(kinds) == {"sliding_attention"}:
+    first = 0 if family == "mistral" else config.get("max_window_layers", num_layers)
+    if not isinstance(first, int):
+        raise UnsupportedModel(f"max_window_layers must be a whole number, got {first!r}")
+    # One of each kind that there is: a damaged file may claim a billion layers.
+    by_number = ["full_attention"] * (first > 0) + ["sliding_attention"] * (first < num_layers)
+    kinds = _list(config, "layer_types") or by_number
+    if all(kind == "sliding_attention" for kind in kinds):
         return _size(config, "sliding_window")
-    if set(kinds) == {"full_attention"}:
+    if all(kind == "full_attention" for kind in kinds):
         return None
     raise UnsupportedModel("layer_types: sliding and full attention in one model are not supported")
 

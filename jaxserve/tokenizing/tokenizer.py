@@ -175,7 +175,7 @@ def _declared_tokens(tokenizer_config: Mapping[str, Any]) -> list[AddedToken]:
         return [
             AddedToken(token["content"], **{flag: token[flag] for flag in _FLAGS & token.keys()}) for token in tokens
         ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder cannot be read: {error}") from None
 
 

@@ -124,6 +124,11 @@ def test_qwen3_has_normed_heads():
         ({"head_dim": 63}, "head_dim"),
         ({"vocab_size": 2**40}, "vocab_size"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"architectures": 1}, "architectures must be a list, got 1"),
+        ({"model_type": "mistral", "sliding_window": 8, "layer_types": 1}, "layer_types must be a list, got 1"),
+        ({"model_type": "mistral", "sliding_window": 8, "layer_types": [[]]}, "layer_types"),
+        ({**QWEN2, "use_sliding_window": True, "max_window_layers": "8"}, "max_window_layers must be a whole number"),
+        ({"model_type": "mistral", "sliding_window": 8, "num_hidden_layers": 2**60}, "num_layers must be in"),
         ({"eos_token_id": ["a"]}, "token ids"),
         ({"eos_token_id": [2, 128256]}, r"eos_token_id must be in \[0, 128255\], got 128256"),
         ({"bos_token_id": 128256}, r"bos_token_id must be in \[0, 128255\], got 128256"),
@@ -146,3 +151,6 @@ def test_a_damaged_stored_configuration_is_refused():
         ModelConfig.from_json({**data, "surprise": 1})
     with pytest.raises(UnsupportedModel):
         ModelConfig.from_json({**data, "family": "gpt2"})
+    for damaged in (None, {**data, "rope": None}, {**data, "rope": {**data["rope"], "scaling": [1]}}):
+        with pytest.raises(UnsupportedModel, match="is not a model configuration"):
+            ModelConfig.from_json(damaged)

@@ -327,7 +327,7 @@ def test_special_tokens_that_only_tokenizer_config_declares_are_tokens():
 
 
 @pytest.mark.parametrize(
-    "declared", [["<s>"], {"a": {"content": "<s>"}}, {"1": "<s>"}, {"1": {"content": 5}}, {"1": {"x": 1}}]
+    "declared", [["<s>"], [1], {"a": {"content": "<s>"}}, {"1": "<s>"}, {"1": {"content": 5}}, {"1": {"x": 1}}]
 )
 def test_a_malformed_declaration_of_tokens_is_refused(declared):
     files = Tokenizer.from_source(byte_level_source()).to_files()
