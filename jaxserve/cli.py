@@ -43,9 +43,9 @@ BROKEN_PIPE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     _open_standard_streams()
-    arguments = build_parser().parse_args(argv)
-    configure_logging(arguments.log_level)
     try:
+        arguments = build_parser().parse_args(argv)
+        configure_logging(arguments.log_level)
         return int(arguments.run(arguments))
     except CommandError as error:
         print(f"jaxserve: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -124,7 +124,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        print(version("jaxserve"))
+        _print(version("jaxserve"))
         parser.exit()
 
 

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -26,6 +27,7 @@ from jaxserve.checkpoints.registry import find
 from jaxserve.cli import main
 from jaxserve.commands.generate import run_batch
 from jaxserve.engine import Engine
+from pallas_kernels.native_build import NativeUnavailable
 
 pytestmark = pytest.mark.usefixtures("logging_unchanged")
 
@@ -347,7 +349,9 @@ def test_without_standard_error_nothing_but_results_is_on_standard_output(tmp_pa
     assert (done.returncode, done.stdout) == (2, "")
 
 
-@pytest.mark.parametrize("command", ["generate --input - --simulated-step-ms 1", "info", "serve --simulated-step-ms 1"])
+@pytest.mark.parametrize(
+    "command", ["generate --input - --simulated-step-ms 1", "info", "serve --simulated-step-ms 1", "--version"]
+)
 def test_results_for_which_there_is_no_standard_output_are_a_failure(command: str):
     done = closed([*command.split(), *(["--grpc-port", "0"] if command.startswith("serve") else [])], "<&- >&-")
     if command.startswith("generate"):  # without a line there is no result
@@ -396,6 +400,14 @@ def test_info_tells_the_types_that_a_converted_folder_holds(capsys: pytest.Captu
     assert "holds int8 weights; quantization 'none'" in failure(
         capsys, "info", "--model", folder, "--quantization", "none"
     )
+
+
+def test_info_says_that_there_is_no_compiler_for_the_attention_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    reason = NativeUnavailable("no C++ compiler found")
+    monkeypatch.setattr("pallas_kernels.cpu_native.register", Mock(side_effect=reason))
+    assert str(reason) in failure(capsys, "info", "--model", str(FAMILY), "--attention", "cpu_native")
 
 
 def test_info_for_people_has_a_fact_a_line(capsys: pytest.CaptureFixture[str]):

@@ -38,6 +38,7 @@ def describe(config: EngineConfig, stored: Mapping[str, str]) -> dict[str, dict[
         from jaxserve.models.parameters import named_parameters
         from jaxserve.tokenizing.tokenizer import Tokenizer
         from pallas_kernels import select
+        from pallas_kernels.native_build import NativeUnavailable
 
         model, source = describe_model(config.model)
         tokenizer = Tokenizer.from_source(source)
@@ -50,7 +51,7 @@ def describe(config: EngineConfig, stored: Mapping[str, str]) -> dict[str, dict[
         try:
             attention = select(placement.platform, named, attention_needs(model, config))
             a_page = page_bytes(model, attention, config)
-        except ValueError as error:
+        except (NativeUnavailable, ValueError) as error:
             raise CommandError(str(error)) from error
         weights = model_cost(model, config.dtype, config.quantization, 0, config.tensor_parallel).weight_bytes
         allocation = allocate(model, attention, config, limit=device_limit(placement), weights=weights)
