@@ -28,6 +28,7 @@ COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-w")
 """Contraction is off so that a product and a sum become one rounding only where the source says so."""
 _COMPILE_SECONDS = 120
+_VERSION_SECONDS = 30
 
 
 class NativeUnavailable(RuntimeError):
@@ -117,12 +118,16 @@ def _compile(command: Sequence[str], library: Path) -> None:
 
 
 def _run(command: Sequence[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailable(f"the C++ compiler does not run: {error}") from error
+    done = _ended(command, _COMPILE_SECONDS)
     if done.returncode:
         raise NativeUnavailable(f"the native kernels do not compile: {done.stderr[-2000:]}")
+
+
+def _ended(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailable(f"the C++ compiler does not run: {error}") from error
 
 
 def _key(command: Sequence[str]) -> str:
@@ -137,7 +142,7 @@ def _key(command: Sequence[str]) -> str:
 
 @cache
 def _compiler_version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    return _ended([compiler, "--version"], _VERSION_SECONDS).stdout
 
 
 def _processor() -> str:

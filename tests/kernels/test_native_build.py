@@ -45,6 +45,12 @@ def test_a_library_that_is_there_is_used_where_its_folder_is_read_only(tmp_path,
     assert build(compilers=(program,)) == library
 
 
+def test_a_compiler_that_does_not_tell_its_version_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("pallas_kernels.native_build._VERSION_SECONDS", 0.1)
+    with pytest.raises(NativeUnavailable, match=r"does not run: .* timed out"):
+        build(folder=tmp_path, compilers=(compiler(tmp_path, "exec sleep 60"),))
+
+
 def test_processors_do_not_share_a_library(tmp_path):
     program = compiler(tmp_path, WORKS)
     assert build("x86-64", tmp_path, (program,)) != build("native", tmp_path, (program,))
