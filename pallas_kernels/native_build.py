@@ -10,11 +10,13 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -27,8 +29,8 @@ SOURCES = Path(__file__).parent / "native"
 COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-w")
 """Contraction is off so that a product and a sum become one rounding only where the source says so."""
-_COMPILE_SECONDS = 120
-_VERSION_SECONDS = 30
+_COMPILE_SECONDS = 120.0
+_VERSION_SECONDS = 30.0
 
 
 class NativeUnavailable(RuntimeError):
@@ -156,7 +158,7 @@ def _processor() -> str:
 
 
 def _cache_folder(library: str) -> Path:
-    """The user's own folder, or a private temporary one where that lacks the library and cannot be written."""
+    """The user's own folder, or a temporary one where that lacks the library and cannot be written."""
     try:
         folder = Path.home() / ".cache" / "jaxserve" / "native"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -164,4 +166,15 @@ def _cache_folder(library: str) -> Path:
             return folder
     except (OSError, RuntimeError):
         pass
+    return _temporary_folder()
+
+
+def _temporary_folder() -> Path:
+    """The same one at each start of this user, unless somebody else could write there: what lies there is run."""
+    folder = Path(tempfile.gettempdir()) / f"jaxserve-native-{os.getuid()}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()  # of a link, what it is itself
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+            return folder
     return Path(tempfile.mkdtemp(prefix="jaxserve-native-"))

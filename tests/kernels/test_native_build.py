@@ -1,6 +1,7 @@
 """Building the native kernels: once, whole, and with the reason where it cannot be done."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,21 @@ def test_a_library_that_is_there_is_used_where_its_folder_is_read_only(tmp_path,
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and allowed(path, mode))
     assert build(compilers=(program,)) == library
+
+
+def test_without_a_home_a_library_is_built_once_and_not_where_others_write(tmp_path, monkeypatch):
+    program = compiler(tmp_path, WORKS)
+    monkeypatch.setenv("HOME", "/dev/null")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    library = build(compilers=(program,))
+    assert build(compilers=(program,)) == library
+    for mode in (0o770, 0o707):
+        library.parent.chmod(mode)
+        assert build(compilers=(program,)).parent not in (library.parent, tmp_path)
+    moved = library.parent.rename(tmp_path / "moved")
+    moved.chmod(0o700)
+    library.parent.symlink_to(moved)
+    assert build(compilers=(program,)).parent not in (library.parent, moved)
 
 
 def test_a_compiler_that_does_not_tell_its_version_is_not_waited_for(tmp_path, monkeypatch):
