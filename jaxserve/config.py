@@ -1,7 +1,8 @@
 """Configuration of an engine: one frozen dataclass, each field with its unit."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 Dtype = Literal["bfloat16", "float32"]
@@ -9,6 +10,14 @@ KVDtype = Literal["bfloat16", "float32", "int8", "float8_e4m3fn"]
 Quantization = Literal["none", "int8", "int4"]
 Matmul = Literal["xla", "native"]
 CoreKind = Literal["thread", "process"]
+
+_NUMBERS: Mapping[Any, tuple[Any, str]] = {
+    int: (int, "a whole number"),
+    int | None: (int | None, "a whole number or None"),
+    float: (int | float, "a number"),
+    float | None: (int | float | None, "a number or None"),
+}
+"""By a field's type: the types of its values, and what they are called."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field and the limit."""
+        for field in fields(self):
+            if field.type in _NUMBERS:
+                value, (kind, what) = getattr(self, field.name), _NUMBERS[field.type]
+                _require(field.name, value, isinstance(value, kind) and not isinstance(value, bool), what)
         counts = ("slots", "small_slots", "page_size", "publish_ahead", "max_n", "stream_buffer_tokens")
         for name in (*counts, "tensor_parallel", "replicas", "resumable_streams", "resumable_bytes"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
@@ -101,6 +114,10 @@ class EngineConfig:
         _require("max_constraint_bytes", self.max_constraint_bytes, self.max_constraint_bytes >= 1, "at least 1")
         seconds = self.constraint_cpu_seconds
         _require("constraint_cpu_seconds", seconds, 0 < seconds <= 60, "above 0 and at most 60")
+        simulated = self.simulated_step_ms
+        _require(
+            "simulated_step_ms", simulated, simulated is None or 0 <= simulated < math.inf, "finite and at least 0"
+        )
         _require("pipeline_depth", self.pipeline_depth, 0 <= self.pipeline_depth <= 4, "in [0, 4]")
         for name in ("max_waiting", "host_cache_bytes"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")

@@ -95,3 +95,21 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("slots", "4", "a whole number"),
+        ("slots", 2.5, "a whole number"),
+        ("slots", True, "a whole number"),
+        ("num_pages", 1e3, "a whole number or None"),
+        ("resumable_seconds", "60", "a number"),
+        ("watchdog_seconds", False, "a number or None"),
+        ("simulated_step_ms", float("nan"), "finite and at least 0"),
+        ("simulated_step_ms", -5, "finite and at least 0"),
+    ],
+)
+def test_a_program_is_told_which_field_is_of_another_type_or_out_of_bounds(field: str, value: object, what: str):
+    with pytest.raises(ValueError, match=f"^{field}: must be {what}, got {value!r}$"):
+        EngineConfig(**{field: value})
