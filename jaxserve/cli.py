@@ -238,7 +238,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _is_file_of(input_name: str, output_name: str) -> bool:
-    """Whether the input, and the output are one file, whatever they are called."""
+    """Whether the input and the output are one file, whatever they are called."""
     if not os.path.isfile(output_name):
         return False  # a device or a pipe may be both
     return os.path.samestat(os.stat(0 if input_name == "-" else input_name), os.stat(output_name))

@@ -1,0 +1,16 @@
+"""What a command that cannot run leaves."""
+
+import pytest
+
+from jaxserve.cli import main
+
+
+def failure(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """The one line that a command which cannot run leaves, after its progress."""
+    assert main(list(command)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    errors = [text for text in captured.err.splitlines() if text.startswith("jaxserve: error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in captured.err
+    return errors[0]
