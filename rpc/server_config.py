@@ -79,6 +79,8 @@ class ServerConfig:
             ("grpc.max_concurrent_streams", self.max_concurrent_streams),
             ("grpc.max_metadata_size", self.max_header_bytes),
             ("grpc.absolute_max_metadata_size", self.max_header_bytes),
+            # Of one connection; unbounded, gRPC takes all that the kernel holds of it, 32 MiB by Linux's defaults.
+            ("grpc.experimental.tcp_max_read_buffer_size", 1 << 16),
             ("grpc.max_allowed_incoming_connections", self.max_connections),
             ("grpc.server_handshake_timeout_ms", round(self.handshake_timeout * 1000)),
             # The bound of the headers holds only once the client has acknowledged it.
