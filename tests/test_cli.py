@@ -362,6 +362,16 @@ def test_a_truncated_checkpoint_is_named_with_its_tensor(
     assert "tensor" in error
 
 
+@pytest.fixture
+def signals_put_back() -> Iterator[None]:
+    """uvloop leaves its handlers where asyncio puts the old ones back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_put_back")
 def test_serve_says_that_its_port_is_taken(capsys: pytest.CaptureFixture[str]):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
