@@ -65,6 +65,7 @@ async def test_100_requests_past_the_queues_limit_are_refused_at_once_and_health
         check = health_pb2_grpc.HealthStub(probing).Check  # pyright: ignore[reportAttributeAccessIssue]
         message = asking(method, 3).SerializeToString()
         probes: list[float] = []
+        await probing.channel_ready()
 
         with RunningTime() as clock:
 
