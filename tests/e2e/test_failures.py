@@ -141,7 +141,7 @@ def test_a_program_whose_own_numbers_have_64_bits_gets_the_same_tokens():
     def tokens() -> list[tuple[int, ...]]:
         shape = {"dtype": "float32", "slots": 4, "num_pages": 8, "prefill_chunks": (32,)}
         with Engine(model=str(FAMILY), **shape) as engine:
-            completions = engine.generate([{"temperature": 0.0, **prompt} for prompt in prompts * 4], max_tokens=16)
+            completions = engine.generate([{"temperature": 0.0, **prompt} for prompt in prompts * 4], max_tokens=60)
             assert (engine.loads().preemptions > 0, engine.loads().compiles_after_warmup) == (True, 0)
             return [completion.token_ids for completion in completions]
 
