@@ -355,10 +355,10 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from jaxserve.commands.info import as_text, describe, stored_types
+    from jaxserve.commands.info import as_text, describe, stored_dtype
 
-    stored = stored_types(given_fields(arguments, EngineConfig).get("model", EngineConfig.model))
-    description = describe(_config(arguments, stored), stored)
+    stored = stored_dtype(given_fields(arguments, EngineConfig).get("model", EngineConfig.model))
+    description = describe(_config(arguments, stored))
     _print(json.dumps(description) if arguments.json else as_text(description))
     return ExitStatus.SUCCESS
 

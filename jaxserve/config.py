@@ -35,7 +35,7 @@ class EngineConfig:
     quantization: Quantization = "none"
     """int8: weights per output channel, activations per row. int4: blocks of 32 inputs with a scale and a minimum, of 4
     bits a weight and 8 in the lm head; GGUF's Q4_0 and Q4_1, in the lm head Q8_0, as they are, other weights rounded;
-    for few requests on a CPU."""
+    for few requests on a CPU. none: what `jaxserve convert` has quantized stays so."""
     tensor_parallel: int = 1
     """Devices that share each weight and the KV cache; divides the model's kv heads."""
     replicas: int = 1

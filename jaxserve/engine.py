@@ -9,12 +9,13 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-from jaxserve.checkpoints.description import describe_model
+from jaxserve.checkpoints.description import as_stored, describe_model
 from jaxserve.config import EngineConfig
 from jaxserve.constraints.check import ConstraintChecker, ConstraintLimits
 from jaxserve.core.client import end_core, start_core, stop_core
@@ -59,6 +60,15 @@ class EngineStartError(RuntimeError):
     """The engine could not start: the model, its files, or what the configuration asks of the device are at fault."""
 
 
+@contextmanager
+def _reading_files() -> Iterator[None]:
+    """Raises as EngineStartError what the model's files are at fault for."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # those of checkpoints, models and tokenizers are ValueErrors
+        raise EngineStartError(str(error)) from error
+
+
 class Engine:
     """Serves one model. Ready when the constructor returns. Use as a context manager, or call `shutdown`.
 
@@ -74,6 +84,8 @@ class Engine:
 
     def __init__(self, config: EngineConfig | None = None, *, progress: ProgressCallback | None = None, **fields: Any):
         self.config = replace(config or EngineConfig(), **fields)
+        with _reading_files():
+            self.config = as_stored(self.config)
         self._process_id = os.getpid()
         self._core = start_core(self.config)
         self._profiling = threading.Lock()
@@ -111,11 +123,9 @@ class Engine:
         atexit.register(self.shutdown)
 
     def _describe(self) -> tuple[ModelConfig, Tokenizer]:
-        try:
+        with _reading_files():
             model_config, tokenizer_source = describe_model(self.config.model)
             return model_config, Tokenizer.from_source(tokenizer_source)
-        except (OSError, ValueError) as error:  # those of checkpoints, models and tokenizers are ValueErrors
-            raise EngineStartError(str(error)) from error
 
     def _await_ready(self, progress: ProgressCallback) -> Ready:
         while True:

@@ -1,5 +1,6 @@
 """What a checkpoint of any format says of itself, without JAX and without its weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from jaxserve.checkpoints import registry
@@ -7,6 +8,7 @@ from jaxserve.checkpoints.folder import parse_json, read_json
 from jaxserve.checkpoints.huggingface import open_huggingface
 from jaxserve.checkpoints.native_folder import DESCRIPTION, describe_folder
 from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError
+from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig, UnsupportedModel
 from jaxserve.models.huggingface_config import from_hf_config
 from jaxserve.models.published import PUBLISHED
@@ -21,6 +23,18 @@ def describe_model(path_or_name: str) -> tuple[ModelConfig, TokenizerSource]:
         return describe_folder(path)[:2]
     checkpoint = open_checkpoint(path)
     return checkpoint.config, checkpoint.tokenizer_source
+
+
+def as_stored(config: EngineConfig) -> EngineConfig:
+    """`config`, with the quantization of its model's folder where `jaxserve convert` has quantized that one. Raises
+    CheckpointError where another quantization is asked for."""
+    folder = user_path(config.model)
+    if config.model in registry.MODELS or not (folder / DESCRIPTION).exists():
+        return config
+    held, asked = describe_folder(folder)[3], config.quantization
+    if held != "none" != asked != held:
+        raise CheckpointError(f"{folder}: holds {held} weights; quantization {asked!r} was asked for")
+    return config if held == "none" else replace(config, quantization=held)
 
 
 def describe_config(path_or_name: str) -> ModelConfig:

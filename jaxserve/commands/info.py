@@ -1,35 +1,27 @@
 """`jaxserve info`: what a checkpoint holds and what it will take, read from its headers."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 
 from jaxserve.commands.start import CommandError, model_errors
 from jaxserve.config import EngineConfig
 
 
-def stored_types(model: str) -> dict[str, str]:
-    """`dtype` and `quantization` that a folder of the native format holds; nothing of another format, which is cast and
-    quantized as it is loaded. Raises CommandError."""
+def stored_dtype(model: str) -> dict[str, str]:
+    """`dtype` of a folder of the native format; nothing of another format, which is cast as it is loaded. Raises
+    CommandError."""
     with model_errors():
         from jaxserve.checkpoints.description import resolve
         from jaxserve.checkpoints.native_folder import DESCRIPTION, describe_folder
 
         path = resolve(model)
-        if not (path / DESCRIPTION).exists():
-            return {}
-        _, _, dtype, quantization = describe_folder(path)
-        return {"dtype": dtype, "quantization": quantization}
+        return {"dtype": describe_folder(path)[2]} if (path / DESCRIPTION).exists() else {}
 
 
-def describe(config: EngineConfig, stored: Mapping[str, str]) -> dict[str, dict[str, object]]:
-    """The model's configuration, its tokenizer, and sizes under `config`, where it holds `stored_types`. No weights are
-    read. Raises CommandError."""
-    held = stored.get("quantization", "none")
-    if held not in ("none", config.quantization):
-        raise CommandError(f"{config.model}: holds {held} weights; quantization {config.quantization!r} was asked for")
+def describe(config: EngineConfig) -> dict[str, dict[str, object]]:
+    """The model's configuration, its tokenizer, and sizes under `config`. No weights are read. Raises CommandError."""
     with model_errors():
-        from jaxserve.checkpoints.description import describe_model
+        from jaxserve.checkpoints.description import as_stored, describe_model
         from jaxserve.device.allocation import allocate, attention_needs, context_pages, device_limit, full_context
         from jaxserve.device.kv_cache import page_bytes
         from jaxserve.device.roofline import model_cost
@@ -40,6 +32,7 @@ def describe(config: EngineConfig, stored: Mapping[str, str]) -> dict[str, dict[
         from pallas_kernels import select
         from pallas_kernels.native_build import NativeUnavailable
 
+        config = as_stored(config)
         model, source = describe_model(config.model)
         tokenizer = Tokenizer.from_source(source)
         # Quantized weights have scales, a head of their own and, of 4 bits, two in an element: those are no parameters.

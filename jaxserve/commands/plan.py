@@ -191,9 +191,9 @@ def plan(config: EngineConfig, device: Device, count: int, *, compiles: bool = F
     """`make_plan` of the model that `config.model` names, with what its compiled steps need if `compiles`. No weights
     are read. Raises CommandError."""
     with model_errors():
-        from jaxserve.checkpoints.description import describe_config
+        from jaxserve.checkpoints.description import as_stored, describe_config
 
-        model = describe_config(config.model)
+        model, config = describe_config(config.model), as_stored(config)
     found = make_plan(model, config, device, count)
     if compiles and found["fits"]:
         found["compiled"] = compiled_steps(model, config, device, found["memory"]["num_pages"])

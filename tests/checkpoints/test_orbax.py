@@ -15,6 +15,8 @@ import pytest
 from jaxserve.checkpoints import loading
 from jaxserve.checkpoints.loading import convert, load_model
 from jaxserve.checkpoints.tensors import CheckpointError
+from jaxserve.config import EngineConfig
+from jaxserve.engine import Engine, EngineStartError
 from jaxserve.models.parameters import named_parameters
 
 FAMILIES = Path(__file__).parent.parent / "fixtures" / "families"
@@ -95,6 +97,19 @@ def test_int8_weights_do_not_become_floating_point(tmp_path):
     convert(str(FAMILIES / "qwen2"), tmp_path / "native", "bfloat16", "int8")
     with pytest.raises(CheckpointError, match="holds int8 weights"):
         load_model(str(tmp_path / "native"), "bfloat16")
+
+
+def test_an_engine_serves_a_folder_of_int8_weights_without_being_told(tmp_path):
+    source, folder = str(FAMILIES / "qwen2"), str(tmp_path / "native")
+    convert(source, folder, "bfloat16", "int8")
+    answers = []
+    for config in (EngineConfig(folder), EngineConfig(source, quantization="int8")):
+        with Engine(config, slots=2, small_slots=1, prefill_chunks=(16,), max_context=64) as engine:
+            assert engine.config.quantization == "int8"
+            answers.append(engine.generate([{"token_ids": [5, 6, 7]}], temperature=0.0, max_tokens=8)[0].token_ids)
+    assert answers[0] == answers[1]
+    with pytest.raises(EngineStartError, match="holds int8 weights; quantization 'int4' was asked for"):
+        Engine(model=folder, quantization="int4")
 
 
 @pytest.mark.parametrize(

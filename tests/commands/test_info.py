@@ -39,8 +39,8 @@ def test_info_tells_the_types_that_a_converted_folder_holds(capsys: pytest.Captu
     assert (description["weights"]["dtype"], description["weights"]["quantization"]) == ("float32", "int8")
     assert main(["info", "--model", str(FAMILY), *types, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == description
-    assert "holds int8 weights; quantization 'none'" in failure(
-        capsys, "info", "--model", folder, "--quantization", "none"
+    assert "holds int8 weights; quantization 'int4'" in failure(
+        capsys, "info", "--model", folder, "--quantization", "int4"
     )
 
 
