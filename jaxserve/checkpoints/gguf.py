@@ -53,9 +53,9 @@ _ENDINGS = frozenset(
         *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>"),
     }
 )
-"""Control tokens that end a text, a turn or a message, whether or not the metadata names them: llama.cpp stops at them
-(`special_eog_ids` in `src/llama-vocab.cpp`). Left out are those of architectures that are not read, and those of
-fill-in-the-middle prompts, after which code goes on."""
+"""Tokens that end a text, a turn or a message, whether or not the metadata names them, and are control tokens, whatever
+type it gives them: as in llama.cpp (`special_eog_ids` in `src/llama-vocab.cpp`). Left out are those of architectures
+that are not read, and those of fill-in-the-middle prompts, after which code goes on."""
 _MAX_ENDINGS = MAX_STOP_TOKEN_IDS // 2
 """Most ids that end a sequence: the other half are left to a request's client."""
 
@@ -141,15 +141,10 @@ def model_config(file: Path, header: Header) -> ModelConfig:
 
 
 def _eos_ids(metadata: _Metadata) -> tuple[int, ...]:
-    """The ids that the metadata names, and those of control tokens that are known to end a sequence."""
+    """The ids that the metadata names, and those of tokens that are known to end a sequence."""
     named = [metadata.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
     tokens = metadata.get("tokenizer.ggml.tokens", list) or ()
-    types = metadata.get("tokenizer.ggml.token_type", list) or ()
-    known = [
-        id
-        for id, (token, kind) in enumerate(zip(tokens, types, strict=False))
-        if kind == TokenType.CONTROL and token in _ENDINGS
-    ]
+    known = [id for id, token in enumerate(tokens) if token in _ENDINGS]
     ids = dict.fromkeys([*(id for id in named if id is not None), *known])
     return tuple(ids)[:_MAX_ENDINGS]
 
@@ -258,6 +253,10 @@ def tokenizer_source(file: Path, header: Header, config: ModelConfig) -> Tokeniz
         return f"tokenizer.ggml.{name}"
 
     tokens = metadata.need(key("tokens"), list)
+    types: list[int] = list(metadata.get(key("token_type"), list) or ())
+    for id, token in enumerate(tokens[: len(types)]):
+        if token in _ENDINGS:
+            types[id] = TokenType.CONTROL
     special = {}
     for name, gguf_name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token = metadata.get(key(f"{gguf_name}_token_id"), int)
@@ -270,7 +269,7 @@ def tokenizer_source(file: Path, header: Header, config: ModelConfig) -> Tokeniz
             model=metadata.need(key("model"), str),
             pre=metadata.get(key("pre"), str),
             tokens=tuple(tokens),
-            token_types=tuple(metadata.get(key("token_type"), list) or ()),
+            token_types=tuple(types),
             scores=tuple(metadata.get(key("scores"), list) or ()),
             merges=tuple(metadata.get(key("merges"), list) or ()),
             unknown_id=metadata.get(key("unknown_token_id"), int),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
 from jaxserve.models.config import LinearScaling, Llama3Scaling, ModelConfig
 from jaxserve.models.layers import inverse_frequencies
@@ -48,9 +48,10 @@ def write_gguf(
     types: Mapping[str, GGMLQuantizationType] | None = None,
     metadata: Mapping[str, str | int | float | bool] | None = None,
     control: Mapping[int, str] | None = None,
+    control_type: TokenType = TokenType.CONTROL,
 ) -> None:
     """Writes `tensors`, by GGUF name: floats as they are, those in `types` as raw blocks (uint8). `control` are control
-    tokens by id."""
+    tokens by id, written as of `control_type`."""
     family = config.family
     writer = GGUFWriter(file, family)
     writer.add_context_length(config.max_context)
@@ -74,7 +75,7 @@ def write_gguf(
     writer.add_tokenizer_pre("smollm")
     control = control or {}
     writer.add_token_list([control.get(index, f"token{index}") for index in range(config.vocab_size)])
-    writer.add_token_types([3 if index in control else 1 for index in range(config.vocab_size)])
+    writer.add_token_types([control_type if index in control else 1 for index in range(config.vocab_size)])
     writer.add_token_merges(["t o", "to k"])
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, TokenType, quants
 from gguf_writing import gguf_name, interleaved, write_gguf
 from safetensors.numpy import load_file
 
@@ -206,6 +206,16 @@ def test_a_sequence_ends_at_the_ids_that_are_named_and_at_control_tokens_that_ar
     metadata = {f"tokenizer.ggml.{name}_token_id": id for name, id in named.items()}
     write_gguf(tmp_path / "small.gguf", SMALL, small_tensors(), metadata=metadata, control=control)
     assert open_gguf(tmp_path / "small.gguf").config.eos_ids == ids
+
+
+@pytest.mark.parametrize("kind", [TokenType.NORMAL, TokenType.USER_DEFINED])
+def test_a_token_that_is_known_to_end_a_sequence_is_a_control_token_whatever_the_file_calls_it(tmp_path, kind):
+    tokens = {7: "<|im_end|>", 8: "<|im_start|>"}
+    write_gguf(tmp_path / "small.gguf", SMALL, small_tensors(), control=tokens, control_type=kind)
+    source = open_gguf(tmp_path / "small.gguf").tokenizer_source
+    assert isinstance(source.tokenizer, GGUFTokenizer)
+    assert source.eos_ids == (0, 7)
+    assert source.tokenizer.token_types[6:9] == (1, TokenType.CONTROL, kind)
 
 
 @pytest.fixture
