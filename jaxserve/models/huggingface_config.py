@@ -108,7 +108,8 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
             factor=_number(parameters, "factor"),
             low_freq_factor=_number(parameters, "low_freq_factor"),
             high_freq_factor=_number(parameters, "high_freq_factor"),
-            original_context=_size(parameters, "original_max_position_embeddings"),
+            # Where both have it, transformers takes the one beside the parameters.
+            original_context=_size({**parameters, **config}, "original_max_position_embeddings"),
         )
     elif kind != "default":
         raise UnsupportedModel(f"rope scaling {kind!r} is not supported (default, linear and llama3 are)")
@@ -118,20 +119,20 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
 def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
     """One window for all layers. Qwen uses one only with `use_sliding_window`, from layer `max_window_layers` on. A
     Mistral with `layer_types` is Ministral to transformers, whose layers may differ as Qwen's."""
-    window = config.get("sliding_window")
+    window = config.get("sliding_window", 4096)  # as transformers, unless it is null
     if family == "llama" or window is None:
         return None
     if family != "mistral" and not config.get("use_sliding_window", False):
         return None
     num_layers = _size(config, "num_hidden_layers")
-    first = 0 if family == "mistral" else config.get("max_window_layers", num_layers)
+    first = 0 if family == "mistral" else config.get("max_window_layers", 28)
     if not isinstance(first, int):
         raise UnsupportedModel(f"max_window_layers must be a whole number, got {first!r}")
     # One of each kind that there is: a damaged file may claim a billion layers.
     by_number = ["full_attention"] * (first > 0) + ["sliding_attention"] * (first < num_layers)
     kinds = _list(config, "layer_types") or by_number
     if all(kind == "sliding_attention" for kind in kinds):
-        return _size(config, "sliding_window")
+        return _size({"sliding_window": window}, "sliding_window")
     if all(kind == "full_attention" for kind in kinds):
         return None
     raise UnsupportedModel("layer_types: sliding and full attention in one model are not supported")

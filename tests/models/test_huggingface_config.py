@@ -53,6 +53,11 @@ def test_rope_scaling_comes_before_rope_parameters():
     assert from_hf_config({**both, "rope_scaling": None}).rope == RopeConfig(20000.0)
 
 
+def test_the_original_context_beside_the_rope_parameters_comes_before_theirs():
+    scaled = {**LLAMA, "rope_scaling": SCALING, "original_max_position_embeddings": 4096}
+    assert from_hf_config(scaled).rope.scaling == Llama3Scaling(32.0, 1.0, 4.0, 4096)
+
+
 def test_llama2_without_optional_fields():
     config = {name: value for name, value in LLAMA.items() if name not in ("num_key_value_heads", "rope_theta")}
     config |= {"tie_word_embeddings": False, "eos_token_id": 2, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -73,6 +78,16 @@ def test_mistral_has_a_window_and_its_own_head_size():
     assert from_hf_config({**config, "head_dim": 128}).head_dim == 128
     assert from_hf_config(config).sliding_window == 4096
     assert from_hf_config({**config, "sliding_window": None}).sliding_window is None
+
+
+def test_a_window_that_is_not_named_is_that_of_transformers():
+    mistral = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    assert from_hf_config(mistral).sliding_window == 4096
+    qwen2 = {name: value for name, value in QWEN2.items() if name != "sliding_window"} | {"use_sliding_window": True}
+    assert from_hf_config({**qwen2, "max_window_layers": 0}).sliding_window == 4096
+    assert from_hf_config({**qwen2, "num_hidden_layers": 28}).sliding_window is None
+    with pytest.raises(UnsupportedModel, match="sliding and full attention"):
+        from_hf_config({**qwen2, "num_hidden_layers": 29})
 
 
 def test_mistral_has_its_window_where_its_layer_types_say_so():
