@@ -61,6 +61,7 @@ class Tokenizer:
             case HuggingFaceTokenizer(tokenizer_json, tokenizer_config):
                 tokenizer = _parse(tokenizer_json)
                 tokenizer.add_tokens(_declared_tokens(tokenizer_config))
+                tokenizer.add_special_tokens(_named_tokens(tokenizer, source.special_tokens))
                 add_bos, add_eos = source.add_bos, source.add_eos
             case GGUFTokenizer() as gguf:
                 built = build_gguf_tokenizer(gguf)
@@ -177,6 +178,14 @@ def _declared_tokens(tokenizer_config: Mapping[str, Any]) -> list[AddedToken]:
         ]
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder cannot be read: {error}") from None
+
+
+def _named_tokens(tokenizer: tokenizers.Tokenizer, named: Mapping[str, str]) -> list[AddedToken]:
+    """Those of the vocabulary that the settings name, as `eos_token`, and tokenizer.json does not call special: they
+    are all the same, as in transformers."""
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    texts = [text for text in named.values() if text not in special and tokenizer.token_to_id(text) is not None]
+    return [AddedToken(text, normalized=False) for text in texts]
 
 
 def _bos_id(tokenizer: tokenizers.Tokenizer, source: TokenizerSource) -> int | None:

@@ -314,6 +314,16 @@ def test_a_raw_prompt_begins_and_ends_with_the_tokenizers_own_tokens_where_the_m
     assert (unnamed.bos_id, unnamed.eos_ids) == (5, (6, 1, 7))
 
 
+@pytest.mark.parametrize(("kind", "id"), [("words", 257), ("user_defined", 1)])
+def test_tokens_that_a_checkpoint_names_are_special_whatever_tokenizer_json_says(kind, id):
+    made = byte_level_source(control=("<s>",), **{kind: ("</s>",)})
+    source = _hugging_face(made, Tokenizer.from_source(made).to_files(), special_tokens={"eos_token": "</s>"})
+    tokenizer = Tokenizer.from_source(source)
+    assert tokenizer.encode("a</s>")[1:] == [id]
+    assert tokenizer.special_ids == {0, id}
+    assert tokenizer.decode([id]) == ""
+
+
 def test_special_tokens_that_only_tokenizer_config_declares_are_tokens():
     files = Tokenizer.from_source(byte_level_source(control=(), words=("<s>", "<t>"))).to_files()
     flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
