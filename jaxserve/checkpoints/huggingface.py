@@ -16,7 +16,6 @@ from jaxserve.tokenizing.tokenizer_source import HuggingFaceTokenizer, Tokenizer
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def open_huggingface(folder: Path) -> Checkpoint:
@@ -93,13 +92,13 @@ def _flag(settings: dict[str, Any], name: str) -> bool | None:
 
 
 def _special_tokens(*given: dict[str, Any]) -> dict[str, str]:
-    """Texts of the special tokens; each is given as a string or as an object with `content`."""
+    """Texts of the special tokens, `bos_token` and whatever else is named so, as in transformers; each is given as a
+    string or as an object with `content`."""
     tokens: dict[str, str] = {}
     for settings in given:
-        for name in _SPECIAL_TOKENS:
-            value = settings.get(name)
+        for name, value in settings.items():
             text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
+            if name.endswith("_token") and isinstance(text, str):
                 tokens.setdefault(name, text)
     return tokens
 

@@ -45,9 +45,15 @@ def strftime_now(format: str) -> str:
     return datetime.datetime.now().strftime(format)
 
 
-def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """JSON as models saw it in training: Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as models saw it in training: Jinja's own filter escapes for HTML. Parameters in transformers' order."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def environment() -> ImmutableSandboxedEnvironment:

@@ -55,6 +55,6 @@ class TokenizerSource:
     chat_template: str | None
     """Jinja source."""
     special_tokens: dict[str, str]
-    """Texts by the name the chat template uses: `bos_token`, `eos_token`, `unk_token`, `pad_token`."""
+    """Texts by the name the chat template uses: `bos_token`, `eos_token`, `unk_token`, `pad_token` and the like."""
     tool_template: str | None = None
     """Taken for chats with tools in place of `chat_template`; None where that one is for both."""

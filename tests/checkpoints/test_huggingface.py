@@ -89,6 +89,13 @@ def test_the_default_of_several_chat_templates_is_taken_and_the_one_for_tools(fo
     assert source.special_tokens["eos_token"] == "<|turn|>"
 
 
+def test_every_special_token_that_is_named_is_known_to_chat_templates(folder):
+    edit_json(folder / "tokenizer_config.json", sep_token="<|turn|>", image_token={"content": "x"}, add_bos_token=True)
+    tokens = open_huggingface(folder).tokenizer_source.special_tokens
+    assert (tokens["sep_token"], tokens["image_token"]) == ("<|turn|>", "x")
+    assert "add_bos_token" not in tokens
+
+
 def test_chat_templates_in_files_come_before_those_of_the_settings(folder):
     edit_json(folder / "tokenizer_config.json", chat_template=[{"name": "tool_use", "template": "of the settings"}])
     assert open_huggingface(folder).tokenizer_source.tool_template is None

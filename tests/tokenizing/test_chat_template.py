@@ -27,6 +27,7 @@ def render(source: str, messages=MESSAGES, **variables: str) -> str:
         ("a\n  {% if true %}\nb\n  {% endif %}\nc\n", "a\nb\nc"),
         ("{{ messages[0] | tojson }}", '{"role": "user", "content": "Grüße"}'),
         ("{{ messages[1] | tojson(indent=1) }}", '{\n "role": "assistant",\n "content": "<b>"\n}'),
+        ("{{ messages[1] | tojson(true, 1, (',', ':')) }}", '{\n "role":"assistant",\n "content":"<b>"\n}'),
         ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
         ("{% generation %}{{ messages[0].role }}{% endgeneration %}", "user"),
         ("{% if tools is none and not documents %}none{% endif %}", "none"),
