@@ -338,10 +338,11 @@ def _profile(arguments: argparse.Namespace) -> int:
     file = arguments.api_key_file
     try:
         key = None if file is None else user_path(file).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        credentials = Credentials(api_key=key, root_certificates=arguments.tls_ca)
+    except (OSError, ValueError) as error:
         raise CommandError(f"{file}: {error}") from error
     try:
-        with Client(arguments.address, Credentials(api_key=key, root_certificates=arguments.tls_ca)) as client:
+        with Client(arguments.address, credentials) as client:
             _print(client.profile(arguments.seconds))
     except (OSError, RequestError, RpcFailed) as error:
         raise CommandError(f"{arguments.address}: {error}") from error

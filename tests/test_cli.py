@@ -380,11 +380,13 @@ def test_serve_says_that_its_port_is_taken(capsys: pytest.CaptureFixture[str]):
         assert f"127.0.0.1:{port} cannot be had" in failure(capsys, "serve", "--grpc-port", port)
 
 
-def test_profile_says_that_a_key_file_holds_no_text(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_profile_says_that_a_key_file_holds_no_key(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     file = tmp_path / "key"
     file.write_bytes(b"\xff\xfe")
     error = failure(capsys, "profile", "--api-key-file", str(file))
     assert f"{file}: 'ascii' codec can't decode byte 0xff" in error
+    file.write_text("one line\nand another\n")
+    assert f"{file}: api_key: must be printable ASCII" in failure(capsys, "profile", "--api-key-file", str(file))
 
 
 @pytest.mark.parametrize("field", ["grpc_port", "http_port", "metrics_port"])

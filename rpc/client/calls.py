@@ -74,6 +74,15 @@ class Credentials:
     client_key: str | Path | None = None
     server_name: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field. For one half of a certificate alone gRPC would end the process."""
+        key = self.api_key
+        if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable()):
+            # It is not quoted: who logs errors does not want keys among them.
+            raise ValueError("api_key: must be printable ASCII, without the line end of the file that it is from")
+        if (self.client_cert is None) != (self.client_key is None):
+            raise ValueError("client_cert and client_key: both or neither must be given")
+
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Sent with each call. In it, and not in gRPC's call credentials: those refuse plain text to loopback."""

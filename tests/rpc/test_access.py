@@ -199,6 +199,13 @@ async def test_keys_are_in_no_log_and_no_answer(keys: Keys, caplog: pytest.LogCa
         assert key not in told and key not in repr(Credentials(api_key=key))
 
 
+@pytest.mark.parametrize("key", ["jxs_secret\n", "jxs_sécret", "jxs_sec\0ret", b"jxs_secret"])
+def test_a_key_that_no_header_can_carry_is_refused_by_name_and_not_quoted(key: str):
+    with pytest.raises(ValueError, match="api_key: must be printable ASCII") as refusal:
+        Credentials(api_key=key)
+    assert "jxs" not in str(refusal.value)
+
+
 def test_only_an_admin_is_let_onto_admin_paths(keys: Keys):
     access = Access(KeyFile(keys.file))
     assert access.decide("/admin/drain", f"bearer {keys.admin}").is_admin

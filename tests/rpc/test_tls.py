@@ -73,6 +73,13 @@ async def test_mutual_tls_wants_a_certificate_of_its_authority_that_is_valid(aut
     )
 
 
+def test_one_half_of_a_clients_certificate_is_refused_and_does_not_end_the_process(authority: Authority):
+    cert, key = authority.issue("client")
+    for half in ({"client_cert": cert}, {"client_key": key}):
+        with pytest.raises(ValueError, match="client_cert and client_key: both or neither"):
+            Client("127.0.0.1:1", authority.client(**half))
+
+
 async def test_the_plain_client_speaks_tls_too(authority: Authority):
     async with serving(ScriptedEngine(), ServerConfig(grpc_port=0, security=authority.server())) as (server, _):
 
