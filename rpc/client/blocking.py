@@ -20,6 +20,7 @@ from rpc.client.calls import (
     ChatMessage,
     Credentials,
     StreamingClient,
+    deadline_after,
     mapped_errors,
     prepare,
     seconds_until,
@@ -134,8 +135,8 @@ class Client(StreamingClient[grpc.Call, Generation]):
     def abort(self, request_id: str, *, timeout: float | None = None) -> bool:
         """Ends a request with finish reason abort; False where none with this id is active."""
         with mapped_errors():
-            message = message_of(pb.AbortRequest, request_id=request_id)
-            return self._control.Abort(message, timeout=timeout, metadata=self._metadata).aborted
+            message, limit = message_of(pb.AbortRequest, request_id=request_id), seconds_until(deadline_after(timeout))
+            return self._control.Abort(message, timeout=limit, metadata=self._metadata).aborted
 
     def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
         """Token ids of text, or of a conversation in the model's template."""

@@ -112,12 +112,17 @@ def prepare(
     deadline. Raises InvalidRequest."""
     request = request_of(prompt, fields)
     request.validate_deadline()
-    deadlines = [] if request.deadline is None else [request.deadline]
-    if timeout is not None:
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not -inf <= timeout <= inf:
-            raise InvalidRequest("timeout", f"must be a number of seconds, got {timeout!r:.100}")
-        deadlines.append(time.monotonic() + max(min(timeout, LONGEST_CALL), 0.0))
+    deadlines = [end for end in (request.deadline, deadline_after(timeout)) if end is not None]
     return request_to_proto(replace(request, deadline=None)), min(deadlines, default=None)
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """When a call must end that has so many seconds, in `time.monotonic()` seconds. Raises InvalidRequest."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not -inf <= timeout <= inf:
+        raise InvalidRequest("timeout", f"must be a number of seconds, got {timeout!r:.100}")
+    return time.monotonic() + max(min(timeout, LONGEST_CALL), 0.0)
 
 
 def seconds_until(deadline: float | None) -> float | None:

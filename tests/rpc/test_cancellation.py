@@ -179,6 +179,7 @@ async def test_a_timeout_that_never_comes_is_none(timeout: float) -> None:
     async with serving(endless_engine()) as (_, client):
         assert (await client.generate_once("hello", timeout=timeout, max_tokens=3)).text == "abc"
         assert await client.generate("hello", timeout=timeout, max_tokens=3).text() == "abc"
+        assert not await client.abort("nobody's", timeout=timeout)
 
 
 async def test_an_expired_deadline_is_refused() -> None:
