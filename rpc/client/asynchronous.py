@@ -34,11 +34,19 @@ from rpc.v1 import jaxserve_pb2 as pb
 type Call = "grpc.aio.UnaryStreamCall[pb.GenerateRequest | pb.AttachRequest, pb.GenerateResponse]"
 
 
+def _cancellations() -> int:
+    """How often the task that runs was cancelled; one that goes on all the same keeps the count, as while it cleans up,
+    or in Python 3.12 behind a TaskGroup that failed."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
 class AsyncGeneration(ReceivedStream["Call", Awaitable[object]]):
     """The deltas of one request. Iterate once, or `await text()`; leaving the loop cancels the request."""
 
     async def events(self) -> AsyncGenerator[Event]:
         """Everything the server sends: Started, Deltas, Finished."""
+        before = _cancellations()
         try:
             async with aclosing(self._received()) as received:
                 async for event in received:
@@ -50,8 +58,7 @@ class AsyncGeneration(ReceivedStream["Call", Awaitable[object]]):
                 with suppress(EngineUnavailable, TimeoutError, grpc.aio.UsageError):
                     await self._abort()
             # grpc.aio raises the same for a call that is cancelled as asyncio does for the task that reads it.
-            task = asyncio.current_task()
-            is_left = isinstance(left, GeneratorExit) or (task is not None and task.cancelling())
+            is_left = isinstance(left, GeneratorExit) or _cancellations() > before
             if is_left or not self._cancelled.is_set():
                 raise
         finally:

@@ -78,6 +78,24 @@ async def test_a_task_that_is_cancelled_after_its_generation_is_cancelled_as_wel
         await back_to_the_start(engine, server)
 
 
+async def test_a_task_that_goes_on_after_it_was_cancelled_may_cancel_a_generation() -> None:
+    async with serving(endless_engine()) as (_, client):
+        generation = client.generate("hello")
+
+        async def read_while_cleaning_up() -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                async for _ in generation:
+                    generation.cancel()
+
+        task = asyncio.create_task(read_while_cleaning_up())
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+        assert generation.started is not None
+
+
 async def test_cancel_while_queued_takes_no_slot() -> None:
     engine = endless_engine(slots=1)
     async with serving(engine) as (server, client):
