@@ -116,9 +116,12 @@ class AsyncClient(StreamingClient["Call", AsyncGeneration]):
 
     async def wait_until_ready(self, timeout: float = 120.0) -> None:
         """Waits until the server has loaded its model. Raises TimeoutError after `timeout` seconds."""
-        async with asyncio.timeout(timeout):
-            while not await self.is_ready():
-                await asyncio.sleep(READY_INTERVAL)
+        try:
+            async with asyncio.timeout(timeout):
+                while not await self.is_ready():
+                    await asyncio.sleep(READY_INTERVAL)
+        except TimeoutError:
+            raise TimeoutError(f"the server at {self.address} was not ready after {timeout:g} s") from None
 
     async def is_ready(self) -> bool:
         """Whether there is a server and it takes requests now."""

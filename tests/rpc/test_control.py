@@ -116,6 +116,8 @@ async def test_while_the_engine_loads_the_port_answers_not_serving() -> None:
                 with pytest.raises(EngineUnavailable, match="loading"):
                     await call
             assert not await client.abort("nobody")
+            with pytest.raises(TimeoutError, match=f"the server at {client.address} was not ready after 0.1 s"):
+                await client.wait_until_ready(timeout=0.1)
             waiting = asyncio.ensure_future(client.wait_until_ready())
             may_load.set()
             await waiting
