@@ -306,14 +306,10 @@ class Request:
         if not isinstance(self.cache_salt, str):
             raise InvalidRequest("cache_salt", f"must be a string, got {self.cache_salt!r:.100}")
         _unicode("cache_salt", self.cache_salt)
-        self.validate_deadline()
-        if self.constraint is not None:
-            self.constraint.validate()
-
-    def validate_deadline(self) -> None:
-        """Raises InvalidRequest for one that is no time."""
         if self.deadline is not None:
             _number("deadline", self.deadline, -MAX_DEADLINE, MAX_DEADLINE)
+        if self.constraint is not None:
+            self.constraint.validate()
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Request":

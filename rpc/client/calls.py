@@ -111,7 +111,7 @@ def prepare(
     """The message, and when its calls must end, in `time.monotonic()` seconds: by the timeout and the request's
     deadline. Raises InvalidRequest."""
     request = request_of(prompt, fields)
-    request.validate_deadline()
+    request.validate()
     deadlines = [end for end in (request.deadline, deadline_after(timeout)) if end is not None]
     return request_to_proto(replace(request, deadline=None)), min(deadlines, default=None)
 

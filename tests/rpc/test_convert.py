@@ -89,6 +89,18 @@ def test_tools_are_refused_for_no_field_carries_them() -> None:
     assert request_to_proto(Request.from_json({**chat, "tools": []})).HasField("messages")
 
 
+def test_prompts_in_two_forms_are_refused_for_a_message_carries_one() -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    for prompt, fields, both in (("x", {"token_ids": [1]}, "token_ids"), (chat, {"prompt": "x"}, "messages")):
+        with pytest.raises(InvalidRequest, match=f"exactly one of .* must be set; prompt and {both} are set"):
+            prepare(prompt, fields, None)
+
+
+def test_an_id_that_is_empty_is_refused_for_its_request_could_not_be_aborted() -> None:
+    with pytest.raises(InvalidRequest, match="request_id: must be a string of 1 to 128 characters"):
+        prepare("x", {"request_id": "", "resumable": True}, None)
+
+
 def test_an_unset_field_takes_the_default_of_the_engine() -> None:
     request = request_from_proto(pb.GenerateRequest(text="a", request_id="r"))
     assert request == Request(prompt="a", request_id="r")
