@@ -45,6 +45,7 @@ class CoreThread:
                 if not self._stopping:
                     self._outbox.put(self._loop.ready)
                     self._loop.run()
+            self._loop = None  # and with it the device's memory, whoever has the engine still
         # Only now, when what a failed start held is let go: who reads to the end may leave the process.
         self._outbox.close()
 
@@ -57,8 +58,8 @@ class CoreThread:
     def send(self, command: Message) -> None:
         """Gives the core a command. Thread-safe. While it starts, Shutdown alone is heard."""
         self._stopping = self._stopping or isinstance(command, Shutdown)
-        if self._loop is not None:
-            self._loop.commands.put(command)
+        if (loop := self._loop) is not None:
+            loop.commands.put(command)
 
     def receive(self) -> Message | None:
         """The core's next message; None once it has ended."""

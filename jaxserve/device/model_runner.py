@@ -214,7 +214,7 @@ class ModelRunner:
     def _compile_scorer(self) -> PromptScorer:
         shape = (self._build_model, self._weights, self.model_config, self.config.dtype, self._placement)
         programs = {chunk: lowering.lower_score(*shape, chunk).compile() for chunk in self.chunk_sizes}
-        return PromptScorer(programs, self._weights, self._put)
+        return PromptScorer(programs, self._weights, self._placement.sharding())
 
     def _compile_take_slot(self):
         whole = self._placement.sharding()

@@ -61,18 +61,13 @@ class PromptScorer:
     Args:
         programs: by chunk size.
         weights: of the model.
-        put: gives an array of the host to the devices.
+        whole: the sharding of what is whole on each of the devices.
     """
 
-    def __init__(
-        self,
-        programs: dict[int, jax.stages.Compiled],
-        weights: Weights,
-        put: Callable[[np.ndarray], np.ndarray | jax.Array],
-    ):
+    def __init__(self, programs: dict[int, jax.stages.Compiled], weights: Weights, whole: jax.sharding.Sharding):
         self._programs = programs
         self._weights = weights
-        self._put = put
+        self._whole = whole
 
     def warm_up(self, hidden: jax.Array) -> None:
         """Runs the program of a step's residual stream."""
@@ -95,7 +90,7 @@ class PromptScorer:
         request = np.full(1 + SCORED, -1, np.int32)
         request[0] = first
         request[1 : 1 + len(targets)] = targets
-        return self._programs[hidden.shape[0]](self._weights, hidden, self._put(request))
+        return self._programs[hidden.shape[0]](self._weights, hidden, jax.device_put(request, self._whole))
 
 
 def read_scores(plan: StepPlan, pending: list[PendingScores]) -> dict[int, list[TokenLogprobs]]:

@@ -1,5 +1,6 @@
 """What one request or one step does wrong stays its own."""
 
+import gc
 import os
 import shutil
 import signal
@@ -216,6 +217,21 @@ def test_an_engine_that_is_shut_down_leaves_no_process():
         processes = [engine.tokenizer._chat_template._renderer.process, checker._process.process]
         assert [process is not None and process.poll() for process in processes] == [None, None]
     assert [process is not None and process.poll() for process in processes] == [-signal.SIGKILL] * 2
+
+
+def test_an_engine_that_is_shut_down_leaves_no_array_on_the_device():
+    """At once, whoever still has the engine: the next one needs the room."""
+    gc.collect()
+    before = len(jax.live_arrays())
+    try:
+        with Engine(model=str(FAMILY), dtype="float32", slots=1, prefill_chunks=(16,)) as engine:
+            engine.generate(requests(1))
+            gc.collect()  # what libraries left in cycles while it was loaded
+            gc.disable()
+            assert len(jax.live_arrays()) > before
+        assert len(jax.live_arrays()) == before
+    finally:
+        gc.enable()
 
 
 def test_an_engine_whose_delivery_failed_shuts_down(monkeypatch: pytest.MonkeyPatch):
