@@ -182,6 +182,28 @@ def test_an_interrupt_writes_what_there_is_and_frees_every_page(engine: Engine, 
     eventually(lambda: engine.loads().available_pages == engine.loads().total_pages)
 
 
+def test_an_interrupt_ends_a_command_that_starts_where_an_exception_would_be_lost():
+    code = """
+import os, signal, sys
+import jaxserve.engine
+from jaxserve.cli import main
+
+class Collected:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def engine(*_, **__):
+    Collected()
+    raise jaxserve.engine.EngineStartError("it went on")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are given none
+jaxserve.engine.Engine = engine
+sys.exit(main(["generate", "--input", os.devnull]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stderr) == (130, "starting ...\n")
+
+
 def test_a_reader_that_goes_away_ends_the_batch_and_frees_every_page(engine: Engine):
     class Gone(io.BytesIO):
         def write(self, _: object) -> int:

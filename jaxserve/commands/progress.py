@@ -49,6 +49,10 @@ class ProgressDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Takes the live line away, if there is one."""
         if self._live and self._what is not None:
             self._write(_ERASE)
         self._what = None

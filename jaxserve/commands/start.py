@@ -1,7 +1,7 @@
 """What the commands share: exit statuses, and starting an engine whose failures are one line each."""
 
 import os
-import sys
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -68,23 +68,39 @@ def model_errors() -> Iterator[None]:
 
 
 def start_engine(config: EngineConfig) -> "Engine":
-    """An engine that is ready; progress is shown meanwhile. Raises CommandError where it cannot start.
+    """An engine that is ready; progress is shown meanwhile. Raises CommandError where it cannot start."""
+    with ProgressDisplay() as progress, _ended_by_interrupts(progress):
+        progress("starting", None)  # the core, which imports JAX, tells of nothing for a second
+        from jaxserve.engine import Engine, EngineStartError
 
-    SIGINT ends the process at once: native code that loads or compiles on another thread cannot be stopped, and would
-    crash in an interpreter that shuts down around it.
+        try:
+            engine = Engine(config, progress=progress)
+        except EngineStartError as error:
+            raise CommandError(str(error)) from error
+        progress.finish(f"{engine.model_name} is ready on {engine.device.device_kind}")
+        return engine
+
+
+@contextmanager
+def _ended_by_interrupts(progress: ProgressDisplay) -> Iterator[None]:
+    """SIGINT ends the process at once, unless it is ignored or has a handler, as a server's.
+
+    An exception would not do: Python loses those that come in a callback of the collector, and may keep the lock of its
+    imports then, for which the core waits; and native code that loads or compiles on another thread cannot be stopped,
+    and would crash in an interpreter that shuts down around it.
     """
-    try:
-        with ProgressDisplay() as progress:
-            progress("starting", None)  # the core, which imports JAX, tells of nothing for a second
-            from jaxserve.engine import Engine, EngineStartError
 
-            try:
-                engine = Engine(config, progress=progress)
-            except EngineStartError as error:
-                raise CommandError(str(error)) from error
-            progress.finish(f"{engine.model_name} is ready on {engine.device.device_kind}")
-            return engine
-    except KeyboardInterrupt:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(ExitStatus.INTERRUPTED)
+    def end(*_: object) -> None:
+        try:
+            progress.clear()
+        finally:
+            os._exit(ExitStatus.INTERRUPTED)
+
+    raising = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if raising:
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        if raising:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
