@@ -115,10 +115,10 @@ def _settings(name: str, hint: Any) -> dict[str, Any]:
 
 
 def _or_none(convert: Callable[[str], object]) -> Callable[[str], object]:
-    """Reads `none` as None."""
+    """Reads `none`, and `None` as help has it, as None."""
 
     def read(text: str) -> object:
-        return None if text == "none" else convert(text)
+        return None if text in ("none", "None") else convert(text)
 
     read.__name__ = getattr(convert, "__name__", "value")  # what argparse calls it where a value is refused
     return read

@@ -45,10 +45,12 @@ def test_options_of_every_kind_reach_their_field():
     assert parse(*given.split()) == wanted
 
 
-def test_the_word_none_is_none_where_a_field_may_be_none():
-    config = parse("--compilation-cache", "none", "--max-context", "none")
+@pytest.mark.parametrize("word", ["none", "None"])
+def test_the_word_none_is_none_where_a_field_may_be_none(word: str):
+    config = parse("--compilation-cache", word, "--max-context", word, "--kv-dtype", word)
     assert config.compilation_cache is None
     assert config.max_context is None
+    assert config.kv_dtype is None
 
 
 @pytest.mark.parametrize("given", ["--slots many", "--dtype float16", "--max-context some", "--slot 3"])
