@@ -1,5 +1,6 @@
 """What a checkpoint of any format says of itself, without JAX and without its weights."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def describe_config(path_or_name: str) -> ModelConfig:
             return from_hf_config(raw, read_json(file.parent, "generation_config.json"))
         if path_or_name in PUBLISHED:
             return PUBLISHED[path_or_name]
+        if not path.exists():
+            raise _unknown(path_or_name, PUBLISHED)
         return describe_model(path_or_name)[0]
     except (UnsupportedModel, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: {error}") from None
@@ -67,8 +70,12 @@ def resolve(path_or_name: str) -> Path:
     """The file or folder of what `load_model` takes. Raises CheckpointError."""
     path = registry.find(path_or_name) if path_or_name in registry.MODELS else user_path(path_or_name)
     if not path.exists():
-        known = ", ".join(registry.MODELS)
-        raise CheckpointError(f"{path_or_name} is neither a file, nor a folder, nor a model known by name ({known})")
+        raise _unknown(path_or_name, registry.MODELS)
     if path.suffix != ".gguf" and not path.is_dir():
         raise CheckpointError(f"{path}: is not a checkpoint of a known format")
     return path
+
+
+def _unknown(path_or_name: str, names: Iterable[str]) -> CheckpointError:
+    known = ", ".join(names)
+    return CheckpointError(f"{path_or_name} is neither a file, nor a folder, nor a model known by name ({known})")
