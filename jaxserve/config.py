@@ -25,7 +25,7 @@ class EngineConfig:
     """Everything that shapes an engine. Nothing is read from the environment."""
 
     model: str = "smollm2-135m"
-    """A name from `checkpoints.registry`, a Hugging Face folder, a `.gguf` file, or what `jaxserve convert` wrote."""
+    """A name (smollm2-135m), a Hugging Face folder, a `.gguf` file, or what `jaxserve convert` wrote."""
     served_model_name: str | None = None
     """The name clients use; None takes the last part of `model`."""
     dtype: Dtype = "bfloat16"
