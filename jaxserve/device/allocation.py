@@ -44,8 +44,15 @@ class Allocation:
 
 
 def full_context(model: ModelConfig, config: EngineConfig) -> int:
-    """Tokens of prompt and output together that a request may have, as far as its pages suffice."""
-    return min(config.max_context or DEFAULT_CONTEXT, model.max_context)
+    """Tokens of prompt and output together that a request may have, as far as its pages suffice. Raises AllocationError
+    for more than the model takes."""
+    if config.max_context is None:
+        return min(DEFAULT_CONTEXT, model.max_context)
+    if config.max_context > model.max_context:
+        raise AllocationError(
+            f"max_context: must be at most {model.max_context}, the model's, got {config.max_context}"
+        )
+    return config.max_context
 
 
 def context_pages(model: ModelConfig, config: EngineConfig) -> int:
@@ -90,7 +97,12 @@ def allocate(
     if config.num_pages is not None:
         pages = config.num_pages
     elif config.cache_bytes is not None or limit is None:
-        pages = max(2, min(wanted, (config.cache_bytes or HOST_CACHE_BYTES) // a_page))
+        cache_bytes = config.cache_bytes or HOST_CACHE_BYTES
+        pages = min(wanted, cache_bytes // a_page)
+        if pages < 2:
+            raise AllocationError(
+                f"cache_bytes: must be at least {2 * a_page}, two pages of {config.page_size} tokens, got {cache_bytes}"
+            )
     else:
         pages = min(wanted, (limit - weights - state - temporaries - headroom) // a_page)
     allocation = Allocation(limit, weights, state, temporaries, headroom, a_page, pages, wanted)

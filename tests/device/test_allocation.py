@@ -41,6 +41,15 @@ def test_the_configuration_comes_before_what_the_device_has():
     assert pages(replace(CONFIG, cache_bytes=20 * PAGE + 1), limit=64 << 30) == 20
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "limit"), [("cache_bytes", 2 * PAGE - 1, 2 * PAGE), ("max_context", 131_073, 131_072)]
+)
+def test_a_bound_that_cannot_be_kept_is_refused_by_name(field: str, value: int, limit: int):
+    with pytest.raises(AllocationError, match=rf"^{field}: must be at (most|least) {limit}, .* got {value}$"):
+        pages(replace(CONFIG, **{field: value}))
+    assert pages(replace(CONFIG, **{field: limit})) >= 2
+
+
 def test_a_device_gives_what_weights_temporaries_and_headroom_leave():
     limit = 4 << 30
     found = allocate(MODEL, ATTENTION, CONFIG, limit=limit, weights=limit - (150 << 20), temporaries=1 << 20)
