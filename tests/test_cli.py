@@ -204,6 +204,19 @@ sys.exit(main(["generate", "--input", os.devnull]))
     assert (done.returncode, done.stderr) == (130, "starting ...\n")
 
 
+def test_an_interrupted_convert_leaves_nothing_of_what_it_was_writing(tmp_path: Path):
+    folder = tmp_path / "native"
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from jaxserve.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "convert", "smollm2-135m", str(folder)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as converting:
+        eventually(lambda: any(files for _, _, files in os.walk(tmp_path)) or converting.poll() is not None)
+        converting.send_signal(signal.SIGINT)
+        _, errors = converting.communicate(timeout=PATIENCE)
+    assert (converting.returncode, list(tmp_path.iterdir())) == (130, [])
+    assert "Traceback" not in errors
+
+
 def test_a_reader_that_goes_away_ends_the_batch_and_frees_every_page(engine: Engine):
     class Gone(io.BytesIO):
         def write(self, _: object) -> int:

@@ -4,6 +4,9 @@ It holds `jaxserve.json` (configuration, types, the tokenizer's settings), the t
 """
 
 import json
+import os
+import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -18,10 +21,26 @@ DESCRIPTION = "jaxserve.json"
 """The file that marks a folder as of the native format."""
 
 _VERSION = 1
+_REMOVALS = 1000
 _GGUF_TOKENIZER = "tokenizer_gguf.json"
 _TEMPLATES = {"chat_template": "chat_template.jinja", "tool_template": "tool_template.jinja"}
 _IN_FILES = ("tokenizer", *_TEMPLATES)
 """Fields of TokenizerSource that have files of their own."""
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where this process writes a folder until it is complete."""
+    return folder.with_name(f".{folder.name}-{os.getpid()}")
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what was written of a folder, though other threads may be writing still."""
+    partial = partial_folder(folder)
+    for _ in range(_REMOVALS):
+        shutil.rmtree(partial, ignore_errors=True)
+        if not partial.exists():
+            return
+        time.sleep(0.005)
 
 
 def describe_folder(folder: Path) -> tuple[ModelConfig, TokenizerSource, str, Quantization]:

@@ -5,7 +5,6 @@ It loads faster than its source: nothing is fused, permuted, dequantized or cast
 
 import asyncio
 import shutil
-import tempfile
 from collections.abc import Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,13 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from jaxserve.checkpoints.native_folder import DESCRIPTION, describe_folder, write_description
+from jaxserve.checkpoints.native_folder import (
+    DESCRIPTION,
+    describe_folder,
+    partial_folder,
+    remove_partial,
+    write_description,
+)
 from jaxserve.checkpoints.tensors import CheckpointError
 from jaxserve.config import Quantization
 from jaxserve.device.roofline import model_cost
@@ -50,17 +55,18 @@ def save_orbax(
 ) -> None:
     """Writes a folder, which does not exist, under its name only when it is complete. Raises CheckpointError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    remove_partial(folder)  # of a killed process of this number
+    partial = partial_folder(folder)
     try:
+        partial.mkdir()
         with ocp.Checkpointer(_handler()) as checkpointer:
             checkpointer.save((partial / _PARAMS).absolute(), args=ocp.args.PyTreeSave(named_parameters(params)))
         write_description(partial, config, dtype, quantization, source)
-        partial.chmod(0o755)
         partial.rename(folder)
     except (OSError, ValueError) as error:  # TensorStore raises a bare ValueError where a disk is full
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_partial(folder)
 
 
 def load_orbax(

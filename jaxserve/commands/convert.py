@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from jaxserve.commands.progress import ProgressDisplay
-from jaxserve.commands.start import CommandError, model_errors
+from jaxserve.commands.start import CommandError, ended_by_interrupts, model_errors
 from jaxserve.config import Quantization
 from jaxserve.paths import user_path
 
@@ -13,7 +13,15 @@ from jaxserve.paths import user_path
 def convert_checkpoint(source: str, folder: str, dtype: str, quantization: Quantization) -> str:
     """Writes the folder, showing progress; returns a line that says what was written. Raises CommandError."""
     began = time.monotonic()
-    with ProgressDisplay() as progress:
+    from jaxserve.checkpoints.native_folder import remove_partial
+
+    progress = ProgressDisplay()
+
+    def clean_up() -> None:
+        progress.clear()
+        remove_partial(user_path(folder))
+
+    with progress, ended_by_interrupts(clean_up):
         progress("starting", None)
         with model_errors():
             _check_place(user_path(folder))

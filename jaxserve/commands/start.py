@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -69,7 +69,7 @@ def model_errors() -> Iterator[None]:
 
 def start_engine(config: EngineConfig) -> "Engine":
     """An engine that is ready; progress is shown meanwhile. Raises CommandError where it cannot start."""
-    with ProgressDisplay() as progress, _ended_by_interrupts(progress):
+    with ProgressDisplay() as progress, ended_by_interrupts(progress.clear):
         progress("starting", None)  # the core, which imports JAX, tells of nothing for a second
         from jaxserve.engine import Engine, EngineStartError
 
@@ -82,8 +82,8 @@ def start_engine(config: EngineConfig) -> "Engine":
 
 
 @contextmanager
-def _ended_by_interrupts(progress: ProgressDisplay) -> Iterator[None]:
-    """SIGINT ends the process at once, unless it is ignored or has a handler, as a server's.
+def ended_by_interrupts(clean_up: Callable[[], None]) -> Iterator[None]:
+    """SIGINT ends the process once it has cleaned up, unless it is ignored or has a handler, as a server's.
 
     An exception would not do: Python loses those that come in a callback of the collector, and may keep the lock of its
     imports then, for which the core waits; and native code that loads or compiles on another thread cannot be stopped,
@@ -92,7 +92,7 @@ def _ended_by_interrupts(progress: ProgressDisplay) -> Iterator[None]:
 
     def end(*_: object) -> None:
         try:
-            progress.clear()
+            clean_up()
         finally:
             os._exit(ExitStatus.INTERRUPTED)
 
