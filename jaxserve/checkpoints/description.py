@@ -33,7 +33,7 @@ def as_stored(config: EngineConfig) -> EngineConfig:
     if config.model in registry.MODELS or not (folder / DESCRIPTION).exists():
         return config
     held, asked = describe_folder(folder)[3], config.quantization
-    if held != "none" != asked != held:
+    if held != "none" and asked not in ("none", held):
         raise CheckpointError(f"{folder}: holds {held} weights; quantization {asked!r} was asked for")
     return config if held == "none" else replace(config, quantization=held)
 
