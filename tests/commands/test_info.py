@@ -6,7 +6,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from command_failure import failure
+from running_commands import failure
 
 from jaxserve.cli import main
 from pallas_kernels.native_build import NativeUnavailable

@@ -1,8 +1,11 @@
-"""What a command that cannot run leaves."""
+"""Commands that are run: how long one may take, and what one that cannot run leaves."""
 
 import pytest
 
 from jaxserve.cli import main
+
+PATIENCE = 300.0
+"""Seconds after which a process hangs; nothing is asserted to be fast by it."""
 
 
 def failure(capsys: pytest.CaptureFixture[str], *command: str) -> str:
