@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxserve.checkpoints import registry
 from jaxserve.checkpoints.folder import parse_json, read_json
 from jaxserve.checkpoints.huggingface import open_huggingface
-from jaxserve.checkpoints.native_folder import DESCRIPTION, describe_folder
+from jaxserve.checkpoints.native_folder import DESCRIPTION, check_quantization, describe_folder
 from jaxserve.checkpoints.tensors import Checkpoint, CheckpointError
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig, UnsupportedModel
@@ -32,10 +32,11 @@ def as_stored(config: EngineConfig) -> EngineConfig:
     folder = user_path(config.model)
     if config.model in registry.MODELS or not (folder / DESCRIPTION).exists():
         return config
-    held, asked = describe_folder(folder)[3], config.quantization
-    if held != "none" and asked not in ("none", held):
-        raise CheckpointError(f"{folder}: holds {held} weights; quantization {asked!r} was asked for")
-    return config if held == "none" else replace(config, quantization=held)
+    held = describe_folder(folder)[3]
+    if config.quantization == "none":
+        return replace(config, quantization=held)
+    check_quantization(folder, held, config.quantization)
+    return config
 
 
 def describe_config(path_or_name: str) -> ModelConfig:

@@ -22,6 +22,7 @@ DESCRIPTION = "jaxserve.json"
 
 _VERSION = 1
 _REMOVALS = 1000
+"""Tries, of 5 ms and more, to remove what is written to meanwhile."""
 _GGUF_TOKENIZER = "tokenizer_gguf.json"
 _TEMPLATES = {"chat_template": "chat_template.jinja", "tool_template": "tool_template.jinja"}
 _IN_FILES = ("tokenizer", *_TEMPLATES)
@@ -60,6 +61,12 @@ def describe_folder(folder: Path) -> tuple[ModelConfig, TokenizerSource, str, Qu
     except (KeyError, TypeError, UnsupportedModel) as error:
         raise CheckpointError(f"{file}: {error}") from None
     return config, source, dtype, quantization
+
+
+def check_quantization(folder: Path, held: Quantization, asked: Quantization) -> None:
+    """Raises CheckpointError where a folder's weights are quantized otherwise than asked for."""
+    if held not in ("none", asked):
+        raise CheckpointError(f"{folder}: holds {held} weights; quantization {asked!r} was asked for")
 
 
 def write_description(

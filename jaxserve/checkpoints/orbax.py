@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxserve.checkpoints.native_folder import (
     DESCRIPTION,
+    check_quantization,
     describe_folder,
     partial_folder,
     remove_partial,
@@ -79,10 +80,7 @@ def load_orbax(
     """
     config, source, stored_dtype, stored_quantization = describe_folder(folder)
     placement.check(config)
-    if stored_quantization not in ("none", quantization):
-        raise CheckpointError(
-            f"{folder}: holds {stored_quantization} weights; quantization {quantization!r} was asked for"
-        )
+    check_quantization(folder, stored_quantization, quantization)
     with ocp.Checkpointer(_handler()) as checkpointer:
         _check_structure(folder, checkpointer, config, stored_dtype, stored_quantization)
         _, abstract = abstract_llama(config, dtype, stored_quantization)

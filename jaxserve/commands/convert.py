@@ -12,9 +12,9 @@ from jaxserve.paths import user_path
 
 def convert_checkpoint(source: str, folder: str, dtype: str, quantization: Quantization) -> str:
     """Writes the folder, showing progress; returns a line that says what was written. Raises CommandError."""
-    began = time.monotonic()
     from jaxserve.checkpoints.native_folder import remove_partial
 
+    began = time.monotonic()
     progress = ProgressDisplay()
 
     def clean_up() -> None:
